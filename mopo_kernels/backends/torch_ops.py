@@ -1,0 +1,93 @@
+"""Backend "torch": tile work in plain torch operations, on any device.
+
+Rows are taken a block at a time: the temporaries of an elementwise chain stay in cache, and within an eighth of the tile
+(or one row), which is what the driver's budget allows a backend.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from mopo_kernels.backends import Head
+
+# Small enough to stay in a core's cache between the passes of one block, large enough to hide the cost of a call.
+BLOCK_BYTES = 2 << 20
+
+
+def unavailable_reason() -> str | None:
+    return None
+
+
+def _row_blocks(tile: Tensor) -> Iterator[slice]:
+    row_bytes = max(1, tile.shape[1] * tile.element_size())
+    rows = max(1, min(BLOCK_BYTES, tile.shape[0] * row_bytes // 8) // row_bytes)
+    for start in range(0, tile.shape[0], rows):
+        yield slice(start, min(start + rows, tile.shape[0]))
+
+
+def _logits_(block: Tensor, bias: Tensor | None, head: Head) -> Tensor:
+    """Products to logits, in place."""
+    if bias is not None:
+        block += bias
+    if head.softcap is None:
+        scale = head.logit_scale / head.temperature
+        return block if scale == 1.0 else block.mul_(scale)
+    return block.mul_(head.logit_scale / head.softcap).tanh_().mul_(head.softcap / head.temperature)
+
+
+class TorchBackend:
+    def fold(
+        self,
+        tile: Tensor,
+        bias: Tensor | None,
+        target: Tensor,
+        start: int,
+        head: Head,
+        maximum: Tensor,
+        total: Tensor,
+        picked: Tensor,
+    ) -> None:
+        width = tile.shape[1]
+        column = target - start
+        inside = (column >= 0) & (column < width)
+        for rows in _row_blocks(tile):
+            z = _logits_(tile[rows].clone(), bias, head)
+            hit = z.gather(1, column[rows].clamp(0, width - 1)[:, None])[:, 0]
+            picked[rows] = torch.where(inside[rows], hit, picked[rows])
+            top = torch.maximum(maximum[rows], z.amax(dim=1))
+            total[rows] *= torch.exp(maximum[rows] - top)
+            total[rows] += z.sub_(top[:, None]).exp_().sum(dim=1)
+            maximum[rows] = top
+
+    def gradient_(
+        self,
+        tile: Tensor,
+        bias: Tensor | None,
+        target: Tensor,
+        start: int,
+        head: Head,
+        logsumexp: Tensor,
+        coefficient: Tensor | None,
+    ) -> None:
+        width = tile.shape[1]
+        column = target - start
+        inside = (column >= 0) & (column < width)
+        for rows in _row_blocks(tile):
+            z = _logits_(tile[rows], bias, head)
+            scale = torch.full_like(logsumexp[rows], head.logit_scale / head.temperature)
+            if coefficient is not None:
+                scale *= coefficient[rows]
+            slope = None
+            if head.softcap is not None:
+                slope = (z * (head.temperature / head.softcap)).square_().neg_().add_(1.0)
+            z.sub_(logsumexp[rows, None]).exp_().neg_()
+            z.scatter_add_(1, column[rows].clamp(0, width - 1)[:, None], inside[rows, None].to(z.dtype))
+            z.mul_(scale[:, None])
+            if slope is not None:
+                z.mul_(slope)
+
+
+BACKEND = TorchBackend()

@@ -1,0 +1,107 @@
+"""Argument checks. Errors name the argument, what was expected and what came.
+
+Shapes, dtypes and devices are always checked (:func:`expect`, :func:`shape`, :func:`dtype`, :func:`device`). Values are
+checked on the host for CPU tensors and by asynchronous device asserts for CUDA tensors, never by a synchronisation
+(:func:`value`); custom ops check values when they run, so compiled graphs check them too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+def expect(holds: bool, argument: str, expectation: str, got: object) -> None:
+    """Raise ValueError unless ``holds``."""
+    if not holds:
+        raise ValueError(f"{argument} must {expectation}; got {got}")
+
+
+def choice(argument: str, got: str, allowed: tuple[str, ...]) -> None:
+    expect(got in allowed, argument, f"be one of {', '.join(allowed)}", repr(got))
+
+
+def positive(argument: str, got: float) -> None:
+    expect(got > 0 and got != float("inf"), argument, "be positive and finite", got)
+
+
+def shape(argument: str, tensor: Tensor, expected: tuple[int, ...], letters: str) -> None:
+    """``letters`` names the dimensions in the message, e.g. "(P, K)"."""
+    if tensor.dim() != len(expected) or any(a != b for a, b in zip(tensor.shape, expected, strict=True)):
+        raise ValueError(f"{argument} must have shape {letters} = {tuple(expected)}; got {tuple(tensor.shape)}")
+
+
+def dimensions(argument: str, tensor: Tensor, letters: str) -> None:
+    count = letters.count(",") + (0 if letters.endswith(",)") else 1)
+    if tensor.dim() != count:
+        raise ValueError(f"{argument} must have shape {letters}; got {tuple(tensor.shape)}")
+
+
+def dtype(argument: str, tensor: Tensor, allowed: tuple[torch.dtype, ...]) -> None:
+    if tensor.dtype not in allowed:
+        names = ", ".join(str(d).removeprefix("torch.") for d in allowed)
+        raise ValueError(f"{argument} must have dtype {names}; got {str(tensor.dtype).removeprefix('torch.')}")
+
+
+def device(argument: str, tensor: Tensor, expected: torch.device) -> None:
+    if tensor.device != expected:
+        raise ValueError(f"{argument} must be on {expected}, as hidden or logprob is; got {tensor.device}")
+
+
+def value(
+    argument: str, tensor: Tensor, valid: Callable[[Tensor], Tensor], expectation: str, where: str = "index"
+) -> None:
+    """Every element must satisfy ``valid``; the message shows the first that does not."""
+    if tensor.numel() == 0:
+        return
+    good = valid(tensor)
+    if tensor.device.type != "cpu":
+        torch._assert_async(good.all(), f"{argument} must {expectation}")
+        return
+    if not bool(good.all()):
+        position = tuple((~good).nonzero()[0].tolist())
+        label = position[0] if len(position) == 1 else position
+        raise ValueError(f"{argument} must {expectation}; got {tensor[position].item()} at {where} {label}")
+
+
+def targets(target: Tensor, vocabulary: int, ignore_index: int) -> None:
+    value(
+        "target",
+        target,
+        lambda t: ((t >= 0) & (t < vocabulary)) | (t == ignore_index),
+        f"lie in 0 .. V - 1 = {vocabulary - 1} or equal ignore_index = {ignore_index}",
+    )
+
+
+def cu_seqlens(offsets: Tensor, tokens: int) -> None:
+    value("cu_seqlens[0]", offsets[:1], lambda t: t == 0, "be 0")
+    value("cu_seqlens[-1]", offsets[-1:], lambda t: t == tokens, f"be N = {tokens}")
+    value("cu_seqlens", offsets.diff(), lambda t: t >= 0, "not decrease", where="step")
+
+
+def pair_values(
+    pairs: Tensor,
+    preference: Tensor,
+    objective_weight: Tensor,
+    sequences: int,
+    pair_weight: Tensor | None,
+    label_rate: Tensor | None,
+    length: Tensor | None,
+    normalizer: Tensor | None,
+) -> None:
+    value("pairs", pairs, lambda t: (t >= 0) & (t < sequences), f"lie in 0 .. S - 1 = {sequences - 1}")
+    value("pairs", pairs, lambda t: (t[:, :1] != t[:, 1:]).expand_as(t), "name two different responses")
+    value("preference", preference, lambda t: torch.isnan(t) | ((t >= 0) & (t <= 1)), "lie in [0, 1] or be NaN")
+    value("objective_weight", objective_weight, lambda t: (t >= 0) & torch.isfinite(t), "be finite and not negative")
+    if pair_weight is not None:
+        value("pair_weight", pair_weight, lambda t: (t >= 0) & torch.isfinite(t), "be finite and not negative")
+    if label_rate is not None:
+        value("label_rate", label_rate, lambda t: (t > 0) & (t <= 1), "lie in (0, 1]")
+    if length is not None:
+        value("length", length, lambda t: (t > 0) & torch.isfinite(t), "be positive and finite")
+    if normalizer is not None:
+        value("normalizer", normalizer.reshape(1), lambda t: (t >= 0) & torch.isfinite(t), "be finite and not negative")

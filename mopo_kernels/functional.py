@@ -1,0 +1,591 @@
+"""The public functions. They check shapes, dtypes and devices, choose a backend and call one custom op.
+
+Dimension letters: N tokens, H hidden, V vocabulary, S sequences, P pairs, K objectives.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from mopo_kernels import backends, checks, ops, reference
+from mopo_kernels.driver import accumulation_dtype
+from mopo_kernels.reference import ESTIMATORS, LOSS_TYPES
+
+#: Default bound on the memory of one call beyond inputs, outputs and gradients, in bytes.
+DEFAULT_BUFFER_BYTES = 256 << 20
+
+
+class MOPOLossOutput(NamedTuple):
+    """What a batch's loss call returns. Only ``loss`` is differentiable.
+
+    Attributes:
+        loss: (), the loss.
+        log_ratio: (S,), ``r_s = l_s - l0_s`` in nats (per token with ``length``).
+        margin: (P,), ``h_p = r_i - r_j`` in nats.
+        satisfaction: (K,), the measured value of each objective on the scale of the estimator, NaN without a label.
+        labelled: (K,), the weight behind each satisfaction: batches merge as
+            ``sum(satisfaction * labelled) / sum(labelled)``, leaving out objectives whose ``labelled`` is 0.
+        effective_sample_size: (), ``(sum w)^2 / sum w^2`` of the weights in use: the frozen ratio for "cloning" and
+            "closed_form", the importance weights ``exp(r_s)`` otherwise.
+    """
+
+    loss: Tensor
+    log_ratio: Tensor
+    margin: Tensor
+    satisfaction: Tensor
+    labelled: Tensor
+    effective_sample_size: Tensor
+
+
+class _Linear(NamedTuple):
+    """A head's arguments after checks and autocast."""
+
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor | None
+
+
+def _autocast(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> _Linear:
+    """Under autocast the head runs in autocast's dtype, as ``F.linear`` does; fp64 is left alone, as there."""
+    kind = hidden.device.type
+    if torch.is_autocast_enabled(kind) and hidden.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(kind)
+        return _Linear(hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
+    return _Linear(hidden, weight, bias)
+
+
+def _check_linear(hidden: Tensor, weight: Tensor, bias: Tensor | None, prefix: str = "") -> None:
+    """hidden (N, H), weight (V, H), bias (V,), one floating dtype, one device."""
+    checks.dtype(f"{prefix}hidden", hidden, checks.FLOATING)
+    checks.dimensions(f"{prefix}weight", weight, "(V, H)")
+    checks.shape(f"{prefix}weight", weight, (weight.shape[0], hidden.shape[1]), "(V, H)")
+    checks.expect(weight.shape[0] > 0, f"{prefix}weight", "have at least one row", tuple(weight.shape))
+    checks.dtype(f"{prefix}weight", weight, (hidden.dtype,))
+    checks.device(f"{prefix}weight", weight, hidden.device)
+    if bias is not None:
+        checks.shape(f"{prefix}bias", bias, (weight.shape[0],), "(V,)")
+        checks.dtype(f"{prefix}bias", bias, (hidden.dtype,))
+        checks.device(f"{prefix}bias", bias, hidden.device)
+
+
+def _check_options(
+    softcap: float | None,
+    logit_scale: float,
+    temperature: float,
+    max_buffer_bytes: int | None,
+    vocabulary: int,
+    ignore_index: int,
+) -> int:
+    if softcap is not None:
+        checks.positive("softcap", softcap)
+    checks.expect(abs(logit_scale) < float("inf"), "logit_scale", "be finite", logit_scale)
+    checks.positive("temperature", temperature)
+    checks.expect(
+        not 0 <= ignore_index < vocabulary, "ignore_index", f"lie outside 0 .. V - 1 = {vocabulary - 1}", ignore_index
+    )
+    if max_buffer_bytes is None:
+        return DEFAULT_BUFFER_BYTES
+    checks.expect(max_buffer_bytes > 0, "max_buffer_bytes", "be positive", max_buffer_bytes)
+    return max_buffer_bytes
+
+
+def _check_target(target: Tensor, hidden: Tensor) -> None:
+    checks.dtype("target", target, (torch.int64,))
+    checks.shape("target", target, tuple(hidden.shape[:-1]), "(...)" if hidden.dim() != 2 else "(N,)")
+    checks.device("target", target, hidden.device)
+
+
+def _check_cu_seqlens(cu_seqlens: Tensor, hidden: Tensor) -> None:
+    checks.dtype("cu_seqlens", cu_seqlens, (torch.int64, torch.int32))
+    checks.dimensions("cu_seqlens", cu_seqlens, "(S + 1,)")
+    checks.expect(cu_seqlens.shape[0] >= 1, "cu_seqlens", "have shape (S + 1,)", tuple(cu_seqlens.shape))
+    checks.device("cu_seqlens", cu_seqlens, hidden.device)
+
+
+def _needs(tensor: Tensor | None) -> bool:
+    return tensor is not None and tensor.requires_grad and torch.is_grad_enabled()
+
+
+def linear_logprob(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    bias: Tensor | None = None,
+    *,
+    ignore_index: int = -100,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    temperature: float = 1.0,
+    backend: str = "auto",
+    max_buffer_bytes: int | None = None,
+) -> Tensor:
+    """Log-probability of each target token under a linear head, without materialising the logits.
+
+    Replaces ``log_softmax(z, -1).gather(-1, target[..., None])[..., 0]`` with
+    ``z = softcap * tanh(logit_scale * (hidden @ weight.T + bias) / softcap) / temperature`` (no tanh if ``softcap`` is
+    None), 0 where ``target == ignore_index``. Differentiable in hidden, weight and bias for any upstream gradient; not
+    twice differentiable.
+
+    With the head frozen (neither weight nor bias requires grad) forward and backward cost two products of N x V x H;
+    with a trained head three while the logits of the batch fit three quarters of ``max_buffer_bytes``, else four;
+    without gradients one. Ignored rows are dropped before any product on the CPU; on an accelerator pack them away
+    first (:func:`pack_responses`).
+
+    Args:
+        hidden: (..., H) floating, last hidden states.
+        weight: (V, H), the head, same dtype and device as hidden (under autocast any floating dtype).
+        target: (...) int64, in 0 .. V - 1 or ``ignore_index``, not shifted: ``hidden[t]`` predicts ``target[t]``.
+        bias: (V,) or None.
+        ignore_index: the target that marks a token as not scored.
+        softcap: cap of Gemma 2's tanh, in logits, or None.
+        logit_scale: factor on the products, e.g. Cohere's.
+        temperature: divisor of the logits.
+        backend: "auto", "reference" (the unchunked oracle), "torch" or "cpp"; only "auto" falls back.
+        max_buffer_bytes: bound on the memory beyond inputs, outputs and gradients, in bytes; default 256 MiB. A few
+            dozen bytes a token come on top. With "reference" it has no effect.
+
+    Returns:
+        (...) log-probabilities in nats, fp32 (fp64 for fp64 input).
+
+    Raises:
+        ValueError: a shape, dtype, device or value is wrong; the message names the argument.
+        RuntimeError: the named backend is not available here.
+    """
+    checks.expect(hidden.dim() >= 1, "hidden", "have shape (..., H)", tuple(hidden.shape))
+    hidden, weight, bias = _autocast(hidden, weight, bias)
+    _check_target(target, hidden)
+    rows = hidden.reshape(-1, hidden.shape[-1])
+    _check_linear(rows, weight, bias)
+    max_buffer_bytes = _check_options(
+        softcap, logit_scale, temperature, max_buffer_bytes, weight.shape[0], ignore_index
+    )
+    name = backends.resolve(backend, hidden.device)
+    flat = target.reshape(-1)
+    if name == "reference":
+        if not torch.compiler.is_compiling():
+            checks.targets(flat, weight.shape[0], ignore_index)
+        return reference.linear_logprob(
+            rows,
+            weight,
+            flat,
+            bias,
+            ignore_index=ignore_index,
+            softcap=softcap,
+            logit_scale=logit_scale,
+            temperature=temperature,
+        ).view(target.shape)
+    logprob = ops.linear_logprob(
+        rows,
+        weight,
+        flat,
+        bias,
+        ignore_index,
+        softcap,
+        logit_scale,
+        temperature,
+        name,
+        max_buffer_bytes,
+        _needs(rows),
+        _needs(weight),
+        _needs(bias),
+    )[0]
+    return logprob.view(target.shape)
+
+
+def linear_sequence_logprob(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    cu_seqlens: Tensor,
+    bias: Tensor | None = None,
+    *,
+    ignore_index: int = -100,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    temperature: float = 1.0,
+    backend: str = "auto",
+    max_buffer_bytes: int | None = None,
+) -> Tensor:
+    """Log-probability of each packed sequence: :func:`linear_logprob` summed over its scored tokens.
+
+    Args:
+        hidden: (N, H), the rows of all sequences, one after the other.
+        target: (N,) int64.
+        cu_seqlens: (S + 1,) int64 or int32, from 0 to N, not decreasing: sequence s has rows
+            ``cu_seqlens[s] .. cu_seqlens[s + 1]``. An empty sequence has log-probability 0.
+        weight, bias and the options: as in :func:`linear_logprob`, with its errors and costs.
+
+    Returns:
+        (S,) log-probabilities in nats, fp32 (fp64 for fp64 input).
+    """
+    checks.dimensions("hidden", hidden, "(N, H)")
+    _check_cu_seqlens(cu_seqlens, hidden)
+    token_logprob = linear_logprob(
+        hidden,
+        weight,
+        target,
+        bias,
+        ignore_index=ignore_index,
+        softcap=softcap,
+        logit_scale=logit_scale,
+        temperature=temperature,
+        backend=backend,
+        max_buffer_bytes=max_buffer_bytes,
+    )
+    result: Tensor = ops.segment_sum(token_logprob, cu_seqlens)
+    return result
+
+
+def _check_pairs(
+    sequences: int,
+    device: torch.device,
+    pairs: Tensor,
+    preference: Tensor,
+    objective_weight: Tensor,
+    tau: float,
+    loss_type: str,
+    pair_weight: Tensor | None,
+    label_rate: Tensor | None,
+    margin: Tensor | None,
+    length: Tensor | None,
+    prompt_index: Tensor | None,
+    max_ratio: float | None,
+    estimator: str,
+) -> None:
+    checks.choice("loss_type", loss_type, LOSS_TYPES)
+    checks.choice("estimator", estimator, ESTIMATORS)
+    checks.positive("tau", tau)
+    checks.dtype("pairs", pairs, (torch.int64,))
+    checks.dimensions("pairs", pairs, "(P, 2)")
+    count = pairs.shape[0]
+    checks.shape("pairs", pairs, (count, 2), "(P, 2)")
+    checks.dimensions("preference", preference, "(P, K)")
+    objectives = preference.shape[1]
+    checks.shape("preference", preference, (count, objectives), "(P, K)")
+    checks.shape("objective_weight", objective_weight, (objectives,), "(K,)")
+    expected: tuple[tuple[str, Tensor | None, int, str], ...] = (
+        ("pair_weight", pair_weight, count, "(P,)"),
+        ("label_rate", label_rate, objectives, "(K,)"),
+        ("margin", margin, count, "(P,)"),
+        ("length", length, sequences, "(S,)"),
+        ("prompt_index", prompt_index, sequences, "(S,)"),
+    )
+    for name, tensor, size, letters in expected:
+        if tensor is not None:
+            checks.shape(name, tensor, (size,), letters)
+            checks.device(name, tensor, device)
+    for name, tensor in (("pairs", pairs), ("preference", preference), ("objective_weight", objective_weight)):
+        checks.device(name, tensor, device)
+    for name, tensor in (("preference", preference), ("objective_weight", objective_weight)):
+        checks.dtype(name, tensor, checks.FLOATING)
+    if margin is not None:
+        checks.expect(loss_type == "sigmoid", "margin", 'be None unless loss_type is "sigmoid"', f"{loss_type!r}")
+    if label_rate is not None:
+        checks.expect(loss_type != "cloning", "label_rate", 'be None with loss_type "cloning"', "a tensor")
+    if max_ratio is not None:
+        checks.positive("max_ratio", max_ratio)
+    if loss_type == "cloning" or estimator == "closed_form":
+        reason = 'be given for loss_type "cloning" and estimator "closed_form"'
+        checks.expect(prompt_index is not None, "prompt_index", reason, "None")
+    if prompt_index is not None:
+        checks.dtype("prompt_index", prompt_index, (torch.int64, torch.int32))
+
+
+def _normalizer(normalizer: float | Tensor | None, like: Tensor) -> Tensor | None:
+    if normalizer is None:
+        return None
+    if isinstance(normalizer, Tensor):
+        checks.expect(normalizer.numel() == 1, "normalizer", "have one element", tuple(normalizer.shape))
+        checks.device("normalizer", normalizer, like.device)
+        return normalizer.detach().reshape(())
+    return torch.full((), normalizer, dtype=like.dtype, device=like.device)
+
+
+def mopo_loss(
+    logprob: Tensor,
+    ref_logprob: Tensor,
+    pairs: Tensor,
+    preference: Tensor,
+    objective_weight: Tensor,
+    *,
+    tau: float = 0.1,
+    loss_type: str = "regression",
+    pair_weight: Tensor | None = None,
+    label_rate: Tensor | None = None,
+    margin: Tensor | None = None,
+    length: Tensor | None = None,
+    prompt_index: Tensor | None = None,
+    max_ratio: float | None = None,
+    estimator: str = "pair",
+    normalizer: float | Tensor | None = None,
+) -> MOPOLossOutput:
+    """The constrained preference loss of sequence log-probabilities, and how well each objective is met.
+
+    With ``r = logprob - ref_logprob``, ``h = r_i - r_j`` for the pair (i, j), labels ``z`` and multipliers ``w``:
+
+    * "regression": ``sum_p a_p (h_p - T_p)^2 / sum_p a_p``, ``T_p = (1 / tau) sum_k w_k (z_pk - 1/2)``; IPO if K = 1;
+    * "cloning": ``- sum_s rho_s l_s / S`` with the frozen ratio ``rho = n softmax(sum_k w_k sbar_k / tau)`` among the n
+      responses of a prompt (arXiv 2505.10892, Eq. 7). With 0/1 labels and few responses a prompt rho is biased;
+    * "sigmoid": ``- sum_p a_p sum_k w_k [z log sig(u) + (1 - z) log sig(-u)] / sum_p a_p``, ``u = tau h - margin``: DPO
+      (tau is its beta) if K = 1, linear scalarisation with fixed weights, MODPO with a margin.
+
+    Args:
+        logprob: (S,) policy log-probabilities in nats, fp32 or fp64 (half precision is computed in fp32).
+        ref_logprob: (S,) reference log-probabilities, a constant.
+        pairs: (P, 2) int64, rows (i, j) of two responses to the same prompt.
+        preference: (P, K), P(i beats j) for each objective in [0, 1]; 0.5 a tie, NaN no label.
+        objective_weight: (K,), 1 for the primary objective and the multipliers (>= 0) of the others.
+        tau: strength of the KL regularisation, on the scale of preferences; beta of "sigmoid".
+        pair_weight: (P,) >= 0, default 1.
+        label_rate: (K,) in (0, 1], the share of pairs labelled for each objective: labels that exist count 1 / rate.
+        margin: (P,), for "sigmoid" only.
+        length: (S,) tokens: use log-probabilities per token.
+        prompt_index: (S,) int: which prompt each response answers; needed by "cloning" and "closed_form".
+        max_ratio: cap on the frozen ratio.
+        estimator: how ``satisfaction`` is measured. "pair": how often the policy, choosing between the two responses by
+            its own ratio, picks the preferred one: bounded, low variance, 0.5 at the reference, but not the win rate
+            P_k, so its thresholds are on its own scale. "snis": win rate by self-normalised importance weights,
+            consistent when the reference wrote the data; log-ratios above 60 nats count as 60. "closed_form": the value
+            of the frozen ratio on the labels.
+        normalizer: divide by this in place of the batch's own ``sum_p a_p`` (or S for "cloning"): the total over
+            micro-batches and ranks makes accumulation and data parallelism exact.
+
+    Returns:
+        :class:`MOPOLossOutput`. A batch without pairs has loss 0 and zero gradients.
+
+    Raises:
+        ValueError: a shape, dtype, device or value is wrong; the message names the argument.
+    """
+    checks.dimensions("logprob", logprob, "(S,)")
+    checks.dtype("logprob", logprob, checks.FLOATING)
+    checks.shape("ref_logprob", ref_logprob, tuple(logprob.shape), "(S,)")
+    checks.dtype("ref_logprob", ref_logprob, checks.FLOATING)
+    checks.device("ref_logprob", ref_logprob, logprob.device)
+    _check_pairs(
+        logprob.shape[0],
+        logprob.device,
+        pairs,
+        preference,
+        objective_weight,
+        tau,
+        loss_type,
+        pair_weight,
+        label_rate,
+        margin,
+        length,
+        prompt_index,
+        max_ratio,
+        estimator,
+    )
+    logprob = logprob.to(accumulation_dtype(logprob.dtype))
+    output = ops.mopo_loss(
+        logprob,
+        ref_logprob.detach().to(logprob.dtype),
+        pairs,
+        preference,
+        objective_weight,
+        pair_weight,
+        label_rate,
+        margin,
+        length,
+        prompt_index,
+        _normalizer(normalizer, logprob),
+        tau,
+        loss_type,
+        max_ratio,
+        estimator,
+    )
+    return MOPOLossOutput(*output[:6])
+
+
+def linear_mopo_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    cu_seqlens: Tensor,
+    pairs: Tensor,
+    preference: Tensor,
+    objective_weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    ref_logprob: Tensor | None = None,
+    ref_hidden: Tensor | None = None,
+    ref_weight: Tensor | None = None,
+    ref_bias: Tensor | None = None,
+    tau: float = 0.1,
+    loss_type: str = "regression",
+    pair_weight: Tensor | None = None,
+    label_rate: Tensor | None = None,
+    margin: Tensor | None = None,
+    length: Tensor | None = None,
+    prompt_index: Tensor | None = None,
+    max_ratio: float | None = None,
+    estimator: str = "pair",
+    normalizer: float | Tensor | None = None,
+    ignore_index: int = -100,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    temperature: float = 1.0,
+    backend: str = "auto",
+    max_buffer_bytes: int | None = None,
+) -> MOPOLossOutput:
+    """The constrained preference loss straight from hidden states, in one pass: logits are never materialised.
+
+    Replaces :func:`mopo_loss` of :func:`linear_sequence_logprob`, with the same numbers and fewer products: forward
+    computes the gradients for hidden, weight and bias as well (three products in all with a trained head, two with a
+    frozen one, one without gradients), and ``loss.backward()`` only scales them by the upstream factor. The gradients
+    are those of ``loss`` alone. Responses tied together by pairs that need more rows than the buffer holds are
+    recomputed: one more product for their rows, the same numbers.
+
+    Args:
+        hidden, weight, target, cu_seqlens, bias: the packed policy batch, as in :func:`linear_sequence_logprob`.
+        pairs, preference, objective_weight: as in :func:`mopo_loss`, rows being sequences.
+        ref_logprob: (S,) reference log-probabilities in nats; or else
+        ref_hidden: (N, H') the reference's hidden states for the same rows, with
+        ref_weight: (V, H'), default ``weight``, and
+        ref_bias: (V,), default ``bias`` if ``ref_weight`` is not given, otherwise none. Constants, all of them.
+        The options: as in :func:`mopo_loss` and :func:`linear_logprob`.
+
+    Returns:
+        :class:`MOPOLossOutput`, in fp32 (fp64 for fp64 input).
+
+    Raises:
+        ValueError: a shape, dtype, device or value is wrong; the message names the argument.
+        RuntimeError: the named backend is not available here.
+    """
+    checks.dimensions("hidden", hidden, "(N, H)")
+    hidden, weight, bias = _autocast(hidden, weight, bias)
+    _check_linear(hidden, weight, bias)
+    _check_target(target, hidden)
+    _check_cu_seqlens(cu_seqlens, hidden)
+    max_buffer_bytes = _check_options(
+        softcap, logit_scale, temperature, max_buffer_bytes, weight.shape[0], ignore_index
+    )
+    sequences = cu_seqlens.shape[0] - 1
+    _check_pairs(
+        sequences,
+        hidden.device,
+        pairs,
+        preference,
+        objective_weight,
+        tau,
+        loss_type,
+        pair_weight,
+        label_rate,
+        margin,
+        length,
+        prompt_index,
+        max_ratio,
+        estimator,
+    )
+    checks.expect(
+        (ref_logprob is None) != (ref_hidden is None),
+        "ref_logprob and ref_hidden",
+        "be given one without the other",
+        "neither" if ref_logprob is None else "both",
+    )
+    linear: dict[str, Any] = {
+        "ignore_index": ignore_index,
+        "softcap": softcap,
+        "logit_scale": logit_scale,
+        "temperature": temperature,
+        "backend": backend,
+        "max_buffer_bytes": max_buffer_bytes,
+    }
+    dtype = accumulation_dtype(hidden.dtype)
+    if ref_hidden is not None:
+        ref_bias = bias if ref_weight is None else ref_bias
+        ref_weight = weight if ref_weight is None else ref_weight
+        checks.shape("ref_hidden", ref_hidden, (hidden.shape[0], ref_weight.shape[1]), "(N, H')")
+        with torch.no_grad():
+            ref_logprob = linear_sequence_logprob(ref_hidden, ref_weight, target, cu_seqlens, ref_bias, **linear)
+    assert ref_logprob is not None
+    checks.shape("ref_logprob", ref_logprob, (sequences,), "(S,)")
+    checks.dtype("ref_logprob", ref_logprob, checks.FLOATING)
+    checks.device("ref_logprob", ref_logprob, hidden.device)
+    ref_logprob = ref_logprob.detach().to(dtype)
+
+    name = backends.resolve(backend, hidden.device)
+    if name == "reference":
+        logprob = linear_sequence_logprob(hidden, weight, target, cu_seqlens, bias, **linear)
+        return mopo_loss(
+            logprob,
+            ref_logprob,
+            pairs,
+            preference,
+            objective_weight,
+            tau=tau,
+            loss_type=loss_type,
+            pair_weight=pair_weight,
+            label_rate=label_rate,
+            margin=margin,
+            length=length,
+            prompt_index=prompt_index,
+            max_ratio=max_ratio,
+            estimator=estimator,
+            normalizer=normalizer,
+        )
+    output = ops.linear_mopo_loss(
+        hidden,
+        weight,
+        target,
+        cu_seqlens,
+        bias,
+        ref_logprob,
+        pairs,
+        preference,
+        objective_weight,
+        pair_weight,
+        label_rate,
+        margin,
+        length,
+        prompt_index,
+        _normalizer(normalizer, ref_logprob),
+        tau,
+        loss_type,
+        max_ratio,
+        estimator,
+        ignore_index,
+        softcap,
+        logit_scale,
+        temperature,
+        name,
+        max_buffer_bytes,
+        _needs(hidden),
+        _needs(weight),
+        _needs(bias),
+    )
+    return MOPOLossOutput(*output[:6])
+
+
+def pack_responses(hidden: Tensor, labels: Tensor, ignore_index: int = -100) -> tuple[Tensor, Tensor, Tensor]:
+    """From padded causal-LM tensors to packed scored rows.
+
+    Shifts by one (``hidden[:, t]`` predicts ``labels[:, t + 1]``) and keeps the rows whose label is scored: prompt and
+    padding never reach a product. Differentiable in hidden. The number of rows depends on the labels, so on an
+    accelerator this waits for the device once.
+
+    Args:
+        hidden: (B, T, H) last hidden states.
+        labels: (B, T) int64, ``ignore_index`` on prompt and padding.
+
+    Returns:
+        hidden (N, H), target (N,) int64, cu_seqlens (B + 1,) int64; a row without a scored token is an empty sequence.
+
+    Raises:
+        ValueError: a shape, dtype or device is wrong.
+    """
+    checks.dimensions("hidden", hidden, "(B, T, H)")
+    checks.dtype("hidden", hidden, checks.FLOATING)
+    checks.dtype("labels", labels, (torch.int64,))
+    checks.shape("labels", labels, tuple(hidden.shape[:2]), "(B, T)")
+    checks.device("labels", labels, hidden.device)
+    shifted = labels[:, 1:]
+    scored = shifted != ignore_index
+    cu_seqlens = torch.zeros(labels.shape[0] + 1, dtype=torch.int64, device=labels.device)
+    cu_seqlens[1:] = scored.sum(dim=1).cumsum(0)
+    row, position = scored.nonzero(as_tuple=True)
+    return hidden[row, position], shifted[row, position], cu_seqlens

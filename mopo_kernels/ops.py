@@ -1,0 +1,412 @@
+"""The custom ops, one after the other: forward, fake kernel, what is kept for backward, backward.
+
+Each op runs the driver below autograd and autocast; under ``torch.compile`` it is one opaque node whose output shapes
+the fake kernel tells. Gradients computed during forward are handed over once and scaled in place, so that they are never
+held twice; a second backward through the same graph (``retain_graph=True``) computes them again.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from mopo_kernels import checks, driver, reference
+from mopo_kernels.backends import Head
+from mopo_kernels.driver import PairData, accumulation_dtype
+
+
+def _traced(tensor: Tensor) -> bool:
+    """Under torch.compile tensors are wrappers, and memory is the compiler's business."""
+    return type(tensor) is not Tensor
+
+
+def _take(ctx: Any) -> tuple[Tensor, ...] | None:
+    """The gradients that forward left, once; None after that."""
+    held: tuple[Tensor, ...] | None = ctx.held
+    if held is not None and not _traced(held[0]):
+        ctx.held = None
+    return held
+
+
+def _scaled(gradient: Tensor, factor: Tensor, like: Tensor) -> Tensor:
+    """``gradient * factor`` in the input's dtype, in place where nobody else can see the gradient."""
+    scaled = gradient * factor if _traced(gradient) else gradient.mul_(factor)
+    return scaled.to(like.dtype)
+
+
+# ------------------------------------------------------------------------------------------- log-probability per token
+
+_HEAD = "int ignore_index, float? softcap, float logit_scale, float temperature, str backend, int max_buffer_bytes"
+_NEED = "bool need_hidden, bool need_weight, bool need_bias"
+
+
+@torch.library.custom_op(
+    "mopo::linear_logprob",
+    mutates_args=(),
+    schema=f"(Tensor hidden, Tensor weight, Tensor target, Tensor? bias, {_HEAD}, {_NEED})"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
+)
+def linear_logprob(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    bias: Tensor | None,
+    ignore_index: int,
+    softcap: float | None,
+    logit_scale: float,
+    temperature: float,
+    backend: str,
+    max_buffer_bytes: int,
+    need_hidden: bool,
+    need_weight: bool,
+    need_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    checks.targets(target, weight.shape[0], ignore_index)
+    with torch.autocast(hidden.device.type, enabled=False):
+        return driver.linear_logprob(
+            hidden,
+            weight,
+            target,
+            bias,
+            ignore_index,
+            Head(softcap, logit_scale, temperature),
+            backend,
+            max_buffer_bytes,
+            need_hidden,
+            need_weight,
+            need_bias,
+        )
+
+
+@linear_logprob.register_fake
+def _(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    bias: Tensor | None,
+    ignore_index: int,
+    softcap: float | None,
+    logit_scale: float,
+    temperature: float,
+    backend: str,
+    max_buffer_bytes: int,
+    need_hidden: bool,
+    need_weight: bool,
+    need_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    dtype, tokens = accumulation_dtype(hidden.dtype), hidden.shape[0]
+    trained = need_weight or need_bias
+    keep = trained and driver.keeps_products(tokens, weight, max_buffer_bytes)
+    return (
+        hidden.new_empty(tokens, dtype=dtype),
+        hidden.new_empty(tokens, dtype=dtype),
+        hidden.new_empty(hidden.shape if need_hidden and not trained else (0,), dtype=dtype),
+        weight.new_empty((tokens, weight.shape[0]) if keep else (0,), dtype=dtype),
+    )
+
+
+@torch.library.custom_op(
+    "mopo::linear_logprob_backward",
+    mutates_args=(),
+    schema="(Tensor grad, Tensor hidden, Tensor weight, Tensor target, Tensor? bias, Tensor logsumexp, "
+    f"Tensor products, {_HEAD}, {_NEED}) -> (Tensor, Tensor, Tensor)",
+)
+def linear_logprob_backward(
+    grad: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    bias: Tensor | None,
+    logsumexp: Tensor,
+    products: Tensor,
+    ignore_index: int,
+    softcap: float | None,
+    logit_scale: float,
+    temperature: float,
+    backend: str,
+    max_buffer_bytes: int,
+    need_hidden: bool,
+    need_weight: bool,
+    need_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    with torch.autocast(hidden.device.type, enabled=False):
+        return driver.linear_logprob_backward(
+            grad,
+            hidden,
+            weight,
+            target,
+            bias,
+            logsumexp,
+            products,
+            ignore_index,
+            Head(softcap, logit_scale, temperature),
+            backend,
+            max_buffer_bytes,
+            need_hidden,
+            need_weight,
+            need_bias,
+        )
+
+
+def _fake_gradients(
+    hidden: Tensor, weight: Tensor, need_hidden: bool, need_weight: bool, need_bias: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    dtype = accumulation_dtype(hidden.dtype)
+    return (
+        hidden.new_empty(hidden.shape if need_hidden else (0,), dtype=dtype),
+        weight.new_empty(weight.shape if need_weight else (0,), dtype=dtype),
+        weight.new_empty(weight.shape[:1] if need_bias else (0,), dtype=dtype),
+    )
+
+
+@linear_logprob_backward.register_fake
+def _(grad: Tensor, hidden: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return _fake_gradients(hidden, weight, *rest[-3:])
+
+
+def _linear_logprob_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    hidden, weight, target, bias, *options = inputs
+    _, logsumexp, unit, products = output
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(logsumexp, unit, products)
+    ctx.save_for_backward(hidden, weight, target, bias, logsumexp, products)
+    ctx.options = options
+    ctx.held = (unit,) if unit.dim() == 2 else None
+
+
+@once_differentiable  # type: ignore[untyped-decorator]
+def _linear_logprob_backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+    hidden, weight, target, bias, logsumexp, products = ctx.saved_tensors
+    need_hidden, need_weight, need_bias = ctx.options[-3:]
+    held = _take(ctx)
+    grad = grad.contiguous()
+    if held is not None:
+        dhidden = _scaled(held[0], grad[:, None], hidden)
+        return dhidden, *(None,) * (3 + len(ctx.options))
+    dhidden, dweight, dbias = linear_logprob_backward(
+        grad, hidden, weight, target, bias, logsumexp, products, *ctx.options
+    )
+    return (
+        dhidden.to(hidden.dtype) if need_hidden else None,
+        dweight.to(weight.dtype) if need_weight else None,
+        None,
+        dbias.to(bias.dtype) if need_bias else None,
+        *(None,) * len(ctx.options),
+    )
+
+
+linear_logprob.register_autograd(_linear_logprob_backward, setup_context=_linear_logprob_setup)
+
+
+# ----------------------------------------------------------------------------------------- sums over packed sequences
+
+
+@torch.library.custom_op("mopo::segment_sum", mutates_args=(), schema="(Tensor value, Tensor cu_seqlens) -> Tensor")
+def segment_sum(value: Tensor, cu_seqlens: Tensor) -> Tensor:
+    checks.cu_seqlens(cu_seqlens, value.shape[0])
+    return reference.segment_sum(value, cu_seqlens)
+
+
+@segment_sum.register_fake
+def _(value: Tensor, cu_seqlens: Tensor) -> Tensor:
+    return value.new_empty(cu_seqlens.shape[0] - 1)
+
+
+def _segment_sum_setup(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+    ctx.save_for_backward(inputs[1])
+    ctx.tokens = inputs[0].shape[0]
+
+
+def _segment_sum_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+    (cu_seqlens,) = ctx.saved_tensors
+    token = torch.arange(ctx.tokens, device=grad.device, dtype=cu_seqlens.dtype)
+    return grad[torch.searchsorted(cu_seqlens[1:], token, right=True)], None
+
+
+segment_sum.register_autograd(_segment_sum_backward, setup_context=_segment_sum_setup)
+
+
+# ------------------------------------------------------------------------------------- loss from log-probabilities
+
+_PAIRS = "Tensor pairs, Tensor preference, Tensor objective_weight"
+_LOSS = (
+    "Tensor? pair_weight, Tensor? label_rate, Tensor? margin, Tensor? length, Tensor? prompt_index, "
+    "Tensor? normalizer, float tau, str loss_type, float? max_ratio, str estimator"
+)
+
+
+def _pair_data(
+    ref_logprob: Tensor,
+    pairs: Tensor,
+    preference: Tensor,
+    objective_weight: Tensor,
+    pair_weight: Tensor | None,
+    label_rate: Tensor | None,
+    margin: Tensor | None,
+    length: Tensor | None,
+    prompt_index: Tensor | None,
+    normalizer: Tensor | None,
+    tau: float,
+    loss_type: str,
+    max_ratio: float | None,
+    estimator: str,
+) -> PairData:
+    """Checked values, in the dtype of ``ref_logprob``."""
+    checks.pair_values(
+        pairs, preference, objective_weight, ref_logprob.shape[0], pair_weight, label_rate, length, normalizer
+    )
+
+    def cast(tensor: Tensor | None) -> Tensor | None:
+        return None if tensor is None else tensor.to(ref_logprob.dtype)
+
+    return PairData(
+        pairs=pairs,
+        preference=preference.to(ref_logprob.dtype),
+        objective_weight=objective_weight.to(ref_logprob.dtype),
+        ref_logprob=ref_logprob,
+        tau=tau,
+        loss_type=loss_type,
+        pair_weight=cast(pair_weight),
+        label_rate=cast(label_rate),
+        margin=cast(margin),
+        length=cast(length),
+        prompt_index=prompt_index,
+        max_ratio=max_ratio,
+        estimator=estimator,
+        normalizer=cast(normalizer),
+    )
+
+
+@torch.library.custom_op(
+    "mopo::mopo_loss",
+    mutates_args=(),
+    schema=f"(Tensor logprob, Tensor ref_logprob, {_PAIRS}, {_LOSS})"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
+def mopo_loss(
+    logprob: Tensor, ref_logprob: Tensor, pairs: Tensor, preference: Tensor, objective_weight: Tensor, *rest: Any
+) -> tuple[Tensor, ...]:
+    data = _pair_data(ref_logprob, pairs, preference, objective_weight, *rest)
+    output = driver.evaluate_loss(logprob, data)
+    return (*(t.clone() for t in output), driver.coefficient(logprob, data))
+
+
+@mopo_loss.register_fake
+def _(logprob: Tensor, ref_logprob: Tensor, pairs: Tensor, preference: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    return (*_fake_outputs(logprob, logprob.shape[0], pairs, preference), torch.empty_like(logprob))
+
+
+def _fake_outputs(like: Tensor, sequences: int, pairs: Tensor, preference: Tensor) -> tuple[Tensor, ...]:
+    dtype = accumulation_dtype(like.dtype)
+    sizes: tuple[tuple[int, ...], ...] = (
+        (),
+        (sequences,),
+        (pairs.shape[0],),
+        (preference.shape[1],),
+        (preference.shape[1],),
+        (),
+    )
+    return tuple(like.new_empty(size, dtype=dtype) for size in sizes)
+
+
+def _mopo_loss_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.save_for_backward(output[-1])
+    ctx.inputs = len(inputs)
+
+
+@once_differentiable  # type: ignore[untyped-decorator]
+def _mopo_loss_backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+    (coefficient,) = ctx.saved_tensors
+    return grad * coefficient, *(None,) * (ctx.inputs - 1)
+
+
+mopo_loss.register_autograd(_mopo_loss_backward, setup_context=_mopo_loss_setup)
+
+
+# ----------------------------------------------------------------------------------- loss from hidden states, one pass
+
+
+@torch.library.custom_op(
+    "mopo::linear_mopo_loss",
+    mutates_args=(),
+    schema="(Tensor hidden, Tensor weight, Tensor target, Tensor cu_seqlens, Tensor? bias, Tensor ref_logprob, "
+    f"{_PAIRS}, {_LOSS}, {_HEAD}, {_NEED})"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
+def linear_mopo_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    cu_seqlens: Tensor,
+    bias: Tensor | None,
+    ref_logprob: Tensor,
+    *rest: Any,
+) -> tuple[Tensor, ...]:
+    pair_arguments, head_arguments, need = rest[:-9], rest[-9:-3], rest[-3:]
+    ignore_index, softcap, logit_scale, temperature, backend, max_buffer_bytes = head_arguments
+    checks.targets(target, weight.shape[0], ignore_index)
+    checks.cu_seqlens(cu_seqlens, hidden.shape[0])
+    data = _pair_data(ref_logprob, *pair_arguments)
+    with torch.autocast(hidden.device.type, enabled=False):
+        output, *gradients = driver.linear_mopo_loss(
+            hidden,
+            weight,
+            target,
+            cu_seqlens,
+            bias,
+            data,
+            ignore_index,
+            Head(softcap, logit_scale, temperature),
+            backend,
+            max_buffer_bytes,
+            *need,
+        )
+    return (*(t.clone() for t in output), *gradients)
+
+
+@linear_mopo_loss.register_fake
+def _(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    cu_seqlens: Tensor,
+    bias: Tensor | None,
+    ref_logprob: Tensor,
+    pairs: Tensor,
+    preference: Tensor,
+    *rest: Any,
+) -> tuple[Tensor, ...]:
+    return (
+        *_fake_outputs(hidden, ref_logprob.shape[0], pairs, preference),
+        *_fake_gradients(hidden, weight, *rest[-3:]),
+    )
+
+
+def _linear_mopo_loss_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.save_for_backward(*(x for x in inputs if isinstance(x, Tensor)))
+    ctx.arguments = tuple(None if isinstance(x, Tensor) else (x,) for x in inputs)
+    ctx.held = tuple(output[-3:])
+
+
+@once_differentiable  # type: ignore[untyped-decorator]
+def _linear_mopo_loss_backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+    tensors = iter(ctx.saved_tensors)
+    inputs = [next(tensors) if x is None else x[0] for x in ctx.arguments]
+    held = _take(ctx)
+    if held is None:
+        held = linear_mopo_loss(*inputs)[-3:]
+    gradients: list[Tensor | None] = [None] * len(inputs)
+    for position, gradient, needed in zip((0, 1, 4), held, inputs[-3:], strict=True):
+        if needed:
+            gradients[position] = _scaled(gradient, grad, inputs[position])
+    return tuple(gradients)
+
+
+linear_mopo_loss.register_autograd(_linear_mopo_loss_backward, setup_context=_linear_mopo_loss_setup)

@@ -1,0 +1,237 @@
+"""Every equation of the library, once, in plain PyTorch.
+
+These functions materialise everything and work in any floating dtype; in fp64 they are the oracle that every fast path
+is held against. They import nothing of ours and check nothing: arguments are checked in :mod:`mopo_kernels.functional`.
+
+Dimension letters: N tokens, H hidden, V vocabulary, S sequences, P pairs, K objectives. Log-probabilities are in nats.
+Source of the method: Agnihotri, Jain, Ramachandran, Wen, "Multi-Objective Preference Optimization", arXiv 2505.10892.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+LOSS_TYPES = ("regression", "cloning", "sigmoid")
+ESTIMATORS = ("pair", "snis", "closed_form")
+
+# exp(60) = 1.1e26 leaves room in fp32 for sums and squares of importance weights (largest fp32 is 3.4e38 only for the
+# weight itself; the squares are taken after dividing by the largest weight).
+MAX_LOG_IMPORTANCE = 60.0
+
+
+def head_logits(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None, logit_scale: float, temperature: float
+) -> Tensor:
+    """``softcap * tanh(logit_scale * (hidden @ weight.T + bias) / softcap) / temperature``, (N, V)."""
+    logits = hidden @ weight.T
+    if bias is not None:
+        logits = logits + bias
+    logits = logits * logit_scale
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    return logits / temperature
+
+
+def linear_logprob(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    bias: Tensor | None = None,
+    *,
+    ignore_index: int = -100,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    temperature: float = 1.0,
+) -> Tensor:
+    """``log_softmax(head_logits)[target]``, 0 where ``target == ignore_index``: hidden (N, H), target (N,) -> (N,)."""
+    logits = head_logits(hidden, weight, bias, softcap, logit_scale, temperature)
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    scored = target != ignore_index
+    picked = torch.log_softmax(logits, dim=-1).gather(-1, target.where(scored, 0)[:, None])[:, 0]
+    return torch.where(scored, picked, torch.zeros_like(picked))
+
+
+def segment_sum(value: Tensor, cu_seqlens: Tensor) -> Tensor:
+    """``[value[a:b].sum() for a, b in zip(cu_seqlens, cu_seqlens[1:])]``: value (N,), cu_seqlens (S + 1,) -> (S,)."""
+    lengths = cu_seqlens[1:] - cu_seqlens[:-1]
+    owner = torch.repeat_interleave(lengths, output_size=value.shape[0])
+    return value.new_zeros(lengths.shape[0]).index_add(0, owner, value)
+
+
+def pair_target(
+    preference: Tensor, objective_weight: Tensor, tau: float | Tensor, label_rate: Tensor | None = None
+) -> Tensor:
+    """``T_p = (1 / tau) * sum_k w_k (z_pk - 1/2)``, a missing label (NaN) contributing 0: (P, K), (K,) -> (P,).
+
+    With ``label_rate`` q_k the labels that exist count ``1 / q_k``, so that T is unbiased when labels are missing at
+    random.
+    """
+    centred = torch.nan_to_num(preference - 0.5, nan=0.0)
+    scale = objective_weight if label_rate is None else objective_weight / label_rate
+    return (centred * scale).sum(dim=1) / tau
+
+
+def regression_loss(margin: Tensor, target: Tensor) -> Tensor:
+    """``(h_p - T_p)^2`` a pair, (P,). With K = 1 this is IPO."""
+    return (margin - target).square()
+
+
+def sigmoid_loss(
+    margin: Tensor,
+    preference: Tensor,
+    objective_weight: Tensor,
+    beta: float | Tensor,
+    label_rate: Tensor | None = None,
+    offset: Tensor | None = None,
+) -> Tensor:
+    """``- sum_k w_k [z log sig(u) + (1 - z) log sig(-u)]`` with ``u = beta h - offset``, (P,).
+
+    K = 1 is DPO, several fixed weights are linear scalarisation, the offset is MODPO's margin.
+    """
+    labelled = ~torch.isnan(preference)
+    u = beta * margin if offset is None else beta * margin - offset
+    z = torch.nan_to_num(preference, nan=0.5)
+    scale = objective_weight if label_rate is None else objective_weight / label_rate
+    term = z * F.logsigmoid(u)[:, None] + (1 - z) * F.logsigmoid(-u)[:, None]
+    return -(term * labelled * scale).sum(dim=1)
+
+
+def mean_label(preference: Tensor, pairs: Tensor, sequences: int) -> Tensor:
+    """``sbar_k(s)``: the mean of a response's labels for each objective, 0.5 where it has none: (S, K)."""
+    labelled = ~torch.isnan(preference)
+    z = torch.nan_to_num(preference, nan=0.0)
+    total = preference.new_zeros(sequences, preference.shape[1])
+    total = total.index_add(0, pairs[:, 0], z).index_add(0, pairs[:, 1], (1 - z) * labelled)
+    count = torch.zeros_like(total)
+    count = count.index_add(0, pairs[:, 0], labelled.to(z.dtype)).index_add(0, pairs[:, 1], labelled.to(z.dtype))
+    return torch.where(count > 0, total / count.clamp(min=1), 0.5)
+
+
+def policy_ratio(
+    preference: Tensor,
+    pairs: Tensor,
+    objective_weight: Tensor,
+    tau: float | Tensor,
+    prompt_index: Tensor,
+    max_ratio: float | None = None,
+) -> Tensor:
+    """``rho = n softmax(sum_k w_k sbar_k / tau)`` within each prompt's n responses, optionally capped, (S,)."""
+    sequences = prompt_index.shape[0]
+    score = (mean_label(preference, pairs, sequences) * objective_weight).sum(dim=1) / tau
+    # A prompt is named by its smallest row, so that prompt_index may hold any integers.
+    _, group = torch.unique(prompt_index, return_inverse=True)
+    top = score.new_full((sequences,), -torch.inf).scatter_reduce(0, group, score, "amax")
+    tilted = torch.exp(score - top[group])
+    total = torch.zeros_like(score).index_add(0, group, tilted)
+    count = torch.zeros_like(score).index_add(0, group, torch.ones_like(score))
+    rho = count[group] * tilted / total[group]
+    return rho if max_ratio is None else rho.clamp(max=max_ratio)
+
+
+def satisfaction(
+    log_ratio: Tensor,
+    pairs: Tensor,
+    preference: Tensor,
+    pair_weight: Tensor,
+    estimator: str = "pair",
+    rho: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The measured value of every objective and the weight with which it enters a wider average, both (K,).
+
+    ``pair``         ``sum a m [sig(h) z + (1 - sig(h)) (1 - z)] / sum a m``
+    ``snis``         ``sum a m [e^r_i z + e^r_j (1 - z)] / sum a m [e^r_i + e^r_j]``
+    ``closed_form``  the same with ``rho`` in place of ``e^r``
+
+    The second result is the denominator, so values merge over micro-batches and ranks as
+    ``sum(value * labelled) / sum(labelled)``. An objective without a label has value NaN and labelled 0.
+    """
+    labelled = ~torch.isnan(preference)
+    z = torch.nan_to_num(preference, nan=0.5)
+    if estimator == "pair":
+        chosen = torch.sigmoid(log_ratio[pairs[:, 0]] - log_ratio[pairs[:, 1]])[:, None]
+        unchosen = 1 - chosen
+    else:
+        importance = torch.exp(log_ratio.clamp(max=MAX_LOG_IMPORTANCE)) if estimator == "snis" else rho
+        assert importance is not None
+        chosen, unchosen = importance[pairs[:, 0]][:, None], importance[pairs[:, 1]][:, None]
+    mass = pair_weight[:, None] * labelled
+    total = (mass * (chosen + unchosen)).sum(dim=0)
+    value = (mass * (chosen * z + unchosen * (1 - z))).sum(dim=0)
+    return value / total, total
+
+
+def effective_sample_size(log_weight: Tensor) -> Tensor:
+    """``(sum w)^2 / sum w^2`` for ``w = exp(log_weight)``, computed without overflow: (S,) -> (), 0 for S = 0."""
+    if log_weight.shape[0] == 0:
+        return log_weight.new_zeros(())
+    w = torch.exp(log_weight - log_weight.amax())
+    return w.sum().square() / w.square().sum()
+
+
+class PairLoss(NamedTuple):
+    """What :func:`mopo_loss` returns: see :class:`mopo_kernels.MOPOLossOutput` for the meaning of each field."""
+
+    loss: Tensor
+    log_ratio: Tensor
+    margin: Tensor
+    satisfaction: Tensor
+    labelled: Tensor
+    effective_sample_size: Tensor
+
+
+def mopo_loss(
+    logprob: Tensor,
+    ref_logprob: Tensor,
+    pairs: Tensor,
+    preference: Tensor,
+    objective_weight: Tensor,
+    *,
+    tau: float = 0.1,
+    loss_type: str = "regression",
+    pair_weight: Tensor | None = None,
+    label_rate: Tensor | None = None,
+    margin: Tensor | None = None,
+    length: Tensor | None = None,
+    prompt_index: Tensor | None = None,
+    max_ratio: float | None = None,
+    estimator: str = "pair",
+    normalizer: float | Tensor | None = None,
+) -> PairLoss:
+    """The constrained preference loss of a batch, differentiable in ``logprob``: see :func:`mopo_kernels.mopo_loss`.
+
+    ``regression``  ``sum_p a_p (h_p - T_p)^2 / sum_p a_p``
+    ``cloning``     ``- sum_s rho_s l_s / S``, rho frozen (the paper's Eq. 7)
+    ``sigmoid``     ``sum_p a_p sigmoid_loss_p / sum_p a_p``
+    """
+    if length is not None:
+        logprob, ref_logprob = logprob / length, ref_logprob / length
+    log_ratio = logprob - ref_logprob
+    h = log_ratio[pairs[:, 0]] - log_ratio[pairs[:, 1]]
+    weight = torch.ones_like(h) if pair_weight is None else pair_weight
+
+    rho = None
+    if loss_type == "cloning" or estimator == "closed_form":
+        assert prompt_index is not None
+        rho = policy_ratio(preference, pairs, objective_weight, tau, prompt_index, max_ratio)
+
+    if loss_type == "cloning":
+        assert rho is not None
+        total, count = -(rho * logprob).sum(), torch.as_tensor(float(logprob.shape[0])).to(h)
+    else:
+        if loss_type == "regression":
+            per_pair = regression_loss(h, pair_target(preference, objective_weight, tau, label_rate))
+        else:
+            per_pair = sigmoid_loss(h, preference, objective_weight, tau, label_rate, margin)
+        total, count = (weight * per_pair).sum(), weight.sum()
+    if normalizer is not None:
+        count = torch.as_tensor(normalizer).to(h)
+    # A batch without a pair (or whose pairs all weigh nothing) has loss 0 and gradient 0, not 0 / 0.
+    loss = total / torch.where(count == 0, torch.ones_like(count), count)
+
+    value, labelled = satisfaction(log_ratio.detach(), pairs, preference, weight, estimator, rho)
+    ess = effective_sample_size(log_ratio.detach() if rho is None else torch.log(rho))
+    return PairLoss(loss, log_ratio, h, value, labelled, ess)
