@@ -1,0 +1,697 @@
+"""Win rates of one policy over another: sample from both, let judges score the samples, compare with intervals.
+
+A *judge* scores one response to one prompt; a higher score is better. The *win rate* of a candidate over a baseline on
+one prompt is the share of (candidate sample, baseline sample) pairs in which the candidate's score is the higher, a tie
+counting one half; over prompts it is the mean. It estimates P_k of SPEC section 1 with the baseline in place of mu and
+the judge's order in place of p_k. Prompts, not samples, are the independent units, so intervals resample prompts.
+
+transformers and peft are imported when a policy is loaded, not before: scoring responses needs numpy alone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import importlib
+import importlib.util
+import json
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+Prompt = str | list[dict[str, str]]
+Judge = Callable[[str, str], float]
+
+# Indices drawn at once by the bootstrap: 32 MiB of int64, whatever the number of prompts.
+_BOOTSTRAP_BLOCK = 1 << 22
+
+
+@dataclasses.dataclass(frozen=True)
+class WinRate:
+    """How often the candidate beats the baseline on one objective.
+
+    objective: its name. mean: win rate in [0, 1], 0.5 = parity. low, high: the bootstrap interval by prompt.
+    prompts: number of prompts. samples: number of candidate responses scored. ties: share of pairs with equal scores.
+    confidence: level of the interval, in (0, 1).
+    """
+
+    objective: str
+    mean: float
+    low: float
+    high: float
+    prompts: int
+    samples: int
+    ties: float = 0.0
+    confidence: float = 0.95
+
+
+@dataclasses.dataclass(frozen=True)
+class LengthStatistics:
+    """Lengths of a set of responses, in `unit` ("words" or "tokens"); `empty` is the share of zero-length responses."""
+
+    unit: str
+    count: int
+    mean: float
+    median: float
+    p90: float
+    longest: int
+    empty: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+    """What `compare_responses` and `compare_policies` measured.
+
+    win_rates: objective -> WinRate of the candidate over the baseline. prompts (X). candidate, baseline: responses,
+    [prompt][sample]. candidate_scores, baseline_scores: objective -> per prompt the score of each sample.
+    """
+
+    win_rates: dict[str, WinRate]
+    prompts: list[Prompt]
+    candidate: list[list[str]]
+    baseline: list[list[str]]
+    candidate_scores: dict[str, list[list[float]]]
+    baseline_scores: dict[str, list[list[float]]]
+    candidate_length: LengthStatistics
+    baseline_length: LengthStatistics
+
+    def mean_score(self, objective: str) -> tuple[float, float]:
+        """Mean judge score of the candidate's and of the baseline's responses, in the judge's own unit."""
+        means = (
+            float(np.mean([np.mean(row) for row in scores[objective]]))
+            for scores in (self.candidate_scores, self.baseline_scores)
+        )
+        candidate, baseline = means
+        return candidate, baseline
+
+    def as_dict(self, *, responses: bool = True) -> dict[str, Any]:
+        """Plain lists and dicts for JSON; `responses=False` leaves out the texts and the single scores."""
+        report: dict[str, Any] = {
+            "win_rates": {
+                name: dataclasses.asdict(rate)
+                | dict(zip(("candidate_mean_score", "baseline_mean_score"), self.mean_score(name), strict=True))
+                for name, rate in self.win_rates.items()
+            },
+            "length": {
+                "candidate": dataclasses.asdict(self.candidate_length),
+                "baseline": dataclasses.asdict(self.baseline_length),
+            },
+        }
+        if responses:
+            report["samples"] = [
+                {
+                    "prompt": prompt,
+                    "candidate": self.candidate[index],
+                    "baseline": self.baseline[index],
+                    "candidate_scores": {name: rows[index] for name, rows in self.candidate_scores.items()},
+                    "baseline_scores": {name: rows[index] for name, rows in self.baseline_scores.items()},
+                }
+                for index, prompt in enumerate(self.prompts)
+            ]
+        return report
+
+
+class _Weights:
+    """One model in memory and the peft adapters loaded onto it: what several policies share."""
+
+    def __init__(self, source: str, model: Any, tokenizer: Any) -> None:
+        self.source = source
+        self.model = model
+        self.tokenizer = tokenizer
+        self.adapters: dict[str, str] = {}  # folder or hub name -> name inside the PeftModel
+
+    def add_adapter(self, folder: str) -> str:
+        """Load the adapter once and return its name inside the PeftModel."""
+        if folder not in self.adapters:
+            peft = _import("peft")
+            name = f"policy_{len(self.adapters)}"
+            if self.adapters:
+                self.model.load_adapter(folder, adapter_name=name)
+            else:
+                self.model = peft.PeftModel.from_pretrained(self.model, folder, adapter_name=name)
+            self.model.eval()
+            self.adapters[folder] = name
+        return self.adapters[folder]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Policy:
+    """A causal language model, or one peft adapter on it; several policies may share one set of base weights.
+
+    name: for tables and plots. adapter: the adapter's name inside the shared PeftModel; None is the base model, sampled
+    with every adapter switched off.
+    """
+
+    name: str
+    adapter: str | None
+    _weights: _Weights = dataclasses.field(repr=False)
+
+    @classmethod
+    def from_model(cls, model: Any, tokenizer: Any, *, adapter: str | None = None, name: str = "policy") -> Policy:
+        """Wrap a model already in memory. For a PeftModel, `adapter` names the adapter; None is its base model."""
+        known = list(getattr(model, "peft_config", {}))
+        if adapter is not None and adapter not in known:
+            raise ValueError(f"adapter must be one of the model's adapters {known}, got {adapter!r}")
+        return cls(name, adapter, _Weights(name, model, tokenizer))
+
+    @property
+    def tokenizer(self) -> Any:
+        return self._weights.tokenizer
+
+    @property
+    def source(self) -> str:
+        """Folder or hub name of the base model."""
+        return self._weights.source
+
+    def base(self, name: str = "base") -> Policy:
+        """The same weights with every adapter switched off."""
+        return Policy(name, None, self._weights)
+
+    @contextlib.contextmanager
+    def active(self) -> Iterator[Any]:
+        """The model with this policy's adapter, and no other, switched on; undone on leaving."""
+        model = self._weights.model
+        if not hasattr(model, "peft_config"):
+            yield model
+        elif self.adapter is None:
+            with model.disable_adapter():
+                yield model
+        else:
+            before = model.active_adapter
+            if before == self.adapter:
+                yield model
+                return
+            model.set_adapter(self.adapter)
+            try:
+                yield model
+            finally:
+                model.set_adapter(before)
+
+
+def _import(package: str) -> Any:
+    try:
+        return importlib.import_module(package)
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(f"{package} is needed here: pip install 'mopo-kernels[train]'") from error
+
+
+def load_policy(
+    model: str | Path,
+    adapter: str | Path | None = None,
+    *,
+    device: str | torch.device | None = None,
+    dtype: str | torch.dtype | None = None,
+    share: Policy | None = None,
+) -> Policy:
+    """Load a policy for sampling.
+
+    model: folder or hub name of a causal language model, or of a peft adapter, whose configuration then names the
+        model. adapter: folder or hub name of a peft adapter to put on it.
+    device: default the first CUDA device, else the CPU. dtype: default the one stored in the checkpoint, but float32
+        on the CPU, where half precision is slower.
+    share: a policy loaded before; if it stands on the same model, its weights are used again, not loaded twice.
+    Raises ValueError for a folder that is neither, OSError where the checkpoint can't be read.
+    """
+    source = str(model)
+    if is_adapter(source):
+        if adapter is not None:
+            raise ValueError(f"model {source} is itself an adapter, so adapter must be None, got {adapter}")
+        adapter, source = source, _adapter_base(source)
+    elif Path(source).exists() and not (Path(source) / "config.json").is_file():
+        raise ValueError(
+            f"model must be a model folder (config.json) or an adapter folder (adapter_config.json), got {source}"
+        )
+    if adapter is not None and Path(adapter).exists() and not (Path(adapter) / "adapter_config.json").is_file():
+        raise ValueError(f"adapter must be a folder with an adapter_config.json, got {adapter}")
+    name = Path(str(adapter if adapter is not None else source)).name
+
+    if share is not None and _same_source(share._weights.source, source):
+        weights = share._weights
+    else:
+        transformers = _import("transformers")
+        target = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        stored = dtype or (torch.float32 if target.type == "cpu" else "auto")
+        loaded = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=stored).to(target).eval()
+        weights = _Weights(source, loaded, transformers.AutoTokenizer.from_pretrained(source))
+    return Policy(name, None if adapter is None else weights.add_adapter(str(adapter)), weights)
+
+
+def is_adapter(folder: str | Path) -> bool:
+    """Whether a local folder holds a peft adapter and not a whole model."""
+    return (Path(folder) / "adapter_config.json").is_file() and not (Path(folder) / "config.json").is_file()
+
+
+def _adapter_base(adapter: str) -> str:
+    base = _import("peft").PeftConfig.from_pretrained(adapter).base_model_name_or_path
+    if not base:
+        raise ValueError(f"adapter {adapter} does not name its base model: give the model and the adapter separately")
+    return str(base)
+
+
+def _same_source(first: str, second: str) -> bool:
+    return first == second or (
+        Path(first).exists() and Path(second).exists() and Path(first).resolve() == Path(second).resolve()
+    )
+
+
+def encode_prompt(tokenizer: Any, prompt: Prompt) -> list[int]:
+    """Token ids of a prompt, ready for the response to follow.
+
+    With a chat template a str is one user turn and the generation prompt is appended; without one a str is encoded as
+    it is (special tokens included) and messages raise ValueError.
+    """
+    if getattr(tokenizer, "chat_template", None):
+        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    if not isinstance(prompt, str):
+        raise ValueError("prompt must be a str for a tokenizer without a chat template, got a list of messages")
+    return list(tokenizer(prompt)["input_ids"])
+
+
+def prompt_text(prompt: Prompt) -> str:
+    """What a judge sees of a prompt: the str itself, or the last user message."""
+    if isinstance(prompt, str):
+        return prompt
+    users = [message["content"] for message in prompt if message["role"] == "user"]
+    if not users:
+        raise ValueError(f"prompt must hold a message with role 'user', got roles {[m['role'] for m in prompt]}")
+    return users[-1]
+
+
+def _progress(enabled: bool) -> Progress:
+    return Progress(
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        console=Console(stderr=True),
+        disable=not enabled,
+    )
+
+
+@contextlib.contextmanager
+def _plain_sampling(model: Any) -> Iterator[None]:
+    """Evaluation mode, and a generation config that alters nothing (no repetition penalty, no banned words)."""
+    from transformers import GenerationConfig
+
+    owners = [model, model.get_base_model()] if hasattr(model, "get_base_model") else [model]
+    before = [owner.generation_config for owner in owners]
+    training = model.training
+    model.eval()
+    for owner in owners:
+        owner.generation_config = GenerationConfig()
+    try:
+        yield
+    finally:
+        for owner, config in zip(owners, before, strict=True):
+            owner.generation_config = config
+        model.train(training)
+
+
+def sample_responses(
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[Prompt],
+    *,
+    samples_per_prompt: int,
+    max_new_tokens: int,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+    batch_size: int,
+    seed: int,
+    progress: bool = True,
+    description: str = "sampling",
+) -> list[list[str]]:
+    """Draw responses from a causal language model.
+
+    prompts (X): str or messages, see `encode_prompt`. samples_per_prompt: draws a prompt, independent.
+    max_new_tokens: longest response, tokens. temperature: 0 is greedy. top_p: nucleus mass in (0, 1].
+    batch_size: sequences decoded together (a prompt drawn 4 times is 4 sequences).
+    seed: the draws depend on it, the prompts and batch_size, on no other use of the random state, which is left as it
+        was. Two policies that are compared need different seeds, or their samples are not independent.
+    Returns [prompt][sample] texts in the order of `prompts`, special tokens removed.
+    Raises ValueError for an empty prompt or one that leaves no room for max_new_tokens in the model's context.
+    """
+    for name, value in (
+        ("samples_per_prompt", samples_per_prompt),
+        ("max_new_tokens", max_new_tokens),
+        ("batch_size", batch_size),
+    ):
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
+    if temperature < 0.0:
+        raise ValueError(f"temperature must be at least 0, got {temperature}")
+    if not 0.0 < top_p <= 1.0:
+        raise ValueError(f"top_p must be in (0, 1], got {top_p}")
+
+    context = getattr(model.config, "max_position_embeddings", None)
+    encoded = [encode_prompt(tokenizer, prompt) for prompt in prompts]
+    for index, ids in enumerate(encoded):
+        if not ids:
+            raise ValueError(f"prompts[{index}] must have at least one token, got {prompts[index]!r}")
+        if context is not None and len(ids) + max_new_tokens > context:
+            raise ValueError(
+                f"prompts[{index}] has {len(ids)} tokens: with max_new_tokens {max_new_tokens} that exceeds the "
+                f"model's context of {context}"
+            )
+
+    stop = getattr(model.generation_config, "eos_token_id", None)
+    stops = {*(stop if isinstance(stop, list) else [stop]), tokenizer.eos_token_id} - {None}
+    pad = next((p for p in (tokenizer.pad_token_id, tokenizer.eos_token_id, *sorted(stops)) if p is not None), 0)
+    options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "pad_token_id": pad, "use_cache": True}
+    options |= {"eos_token_id": sorted(stops)} if stops else {}
+    if temperature > 0.0:
+        # top_k=0: left out, transformers would keep the 50 likeliest tokens only.
+        options |= {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
+    else:
+        options |= {"do_sample": False}
+
+    # Longest first: neighbours need little padding, and a batch that does not fit in memory fails at the start.
+    by_length = sorted(range(len(encoded)), key=lambda index: -len(encoded[index]))
+    rows = [index for index in by_length for _ in range(samples_per_prompt)]
+    responses: list[list[str]] = [[] for _ in encoded]
+    device = model.device
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices), torch.no_grad(), _plain_sampling(model), _progress(progress) as bar:
+        torch.manual_seed(seed)
+        task = bar.add_task(description, total=len(rows))
+        for start in range(0, len(rows), batch_size):
+            batch = rows[start : start + batch_size]
+            width = max(len(encoded[index]) for index in batch)
+            gaps = [width - len(encoded[index]) for index in batch]
+            input_ids = torch.tensor([[pad] * gap + encoded[i] for gap, i in zip(gaps, batch, strict=True)])
+            mask = torch.tensor([[0] * gap + [1] * (width - gap) for gap in gaps])
+            output = model.generate(input_ids=input_ids.to(device), attention_mask=mask.to(device), **options)
+            for index, tokens in zip(batch, output[:, width:].tolist(), strict=True):
+                end = next((place for place, token in enumerate(tokens) if token in stops), len(tokens))
+                responses[index].append(tokenizer.decode(tokens[:end], skip_special_tokens=True))
+            bar.advance(task, len(batch))
+    return responses
+
+
+def load_prompts(path: str | Path) -> list[Prompt]:
+    """Prompts from a .jsonl file (one object a line, its "prompt" a str or messages) or a .txt file (one a line).
+
+    Blank lines are passed over. Raises ValueError with file and line for anything else, or for a file with no prompt.
+    """
+    path = Path(path)
+    if path.suffix not in (".jsonl", ".txt"):
+        raise ValueError(f"prompts must be a .jsonl or .txt file, got {path}")
+    prompts: list[Prompt] = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        if line.strip():
+            prompts.append(line.strip() if path.suffix == ".txt" else _json_prompt(line, f"{path}:{number}"))
+    if not prompts:
+        raise ValueError(f"{path}: expected at least one prompt, got none")
+    return prompts
+
+
+def _json_prompt(line: str, where: str) -> Prompt:
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{where}: not JSON ({error.msg} at column {error.colno})") from error
+    prompt = row.get("prompt") if isinstance(row, dict) else None
+    if isinstance(prompt, str) and prompt:
+        return prompt
+    turns = prompt if isinstance(prompt, list) else []
+    if turns and all(isinstance(t, dict) and isinstance(t.get("role"), str) and "content" in t for t in turns):
+        return turns
+    raise ValueError(f'{where}: field "prompt" must be a non-empty str or a list of messages, got {prompt!r}')
+
+
+def load_judges(spec: str) -> dict[str, Judge]:
+    """The judges a spec points to.
+
+    spec: "package.module:ATTR", looked up as Python would from the current folder, or "path/to/file.py:ATTR"; ATTR is a
+    dict from objective to judge. Raises ValueError where any part of that is missing or of another kind.
+    """
+    place, colon, attribute = spec.rpartition(":")
+    if not colon or not place or not attribute:
+        raise ValueError(f'judges must be "package.module:ATTR" or "path/to/file.py:ATTR", got {spec!r}')
+    module = _module_from_file(Path(place)) if place.endswith(".py") else _module_by_name(place)
+    if not hasattr(module, attribute):
+        raise ValueError(f"judges {spec!r}: {place} has no attribute {attribute!r}")
+    judges = getattr(module, attribute)
+    if not isinstance(judges, dict) or not judges:
+        raise ValueError(f"judges {spec!r}: {attribute} must be a non-empty dict of name -> callable, got {judges!r}")
+    for name, judge in judges.items():
+        if not isinstance(name, str) or not callable(judge):
+            raise ValueError(f"judges {spec!r}: every entry must be str -> callable, got {name!r}: {judge!r}")
+    return dict(judges)
+
+
+@contextlib.contextmanager
+def _import_from(folder: str) -> Iterator[None]:
+    sys.path.insert(0, folder)
+    try:
+        yield
+    finally:
+        # The imported module may have changed sys.path itself, so the entry is found by value, not by place.
+        with contextlib.suppress(ValueError):
+            sys.path.remove(folder)
+
+
+def _module_from_file(path: Path) -> Any:
+    if not path.is_file():
+        raise ValueError(f"judges: no file {path}")
+    spec = importlib.util.spec_from_file_location(f"_mopo_judges_{path.stem}", path)
+    assert spec is not None
+    assert spec.loader is not None  # both are always there for a .py file
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses and pickle look a class's module up there
+    with _import_from(str(path.resolve().parent)):
+        try:
+            spec.loader.exec_module(module)
+        except Exception as error:
+            raise ValueError(f"judges: {path} failed to import: {type(error).__name__}: {error}") from error
+    return module
+
+
+def _module_by_name(name: str) -> Any:
+    with _import_from(str(Path.cwd())):
+        try:
+            return importlib.import_module(name)
+        except Exception as error:
+            raise ValueError(f"judges: module {name!r} failed to import: {type(error).__name__}: {error}") from error
+
+
+def judge_responses(
+    judges: Mapping[str, Judge],
+    prompts: Sequence[Prompt],
+    responses: Sequence[Sequence[str]],
+    *,
+    progress: bool = True,
+    description: str = "judging",
+) -> dict[str, list[list[float]]]:
+    """Score every response with every judge: objective -> [prompt][sample].
+
+    Raises ValueError for a score that is not a finite number, naming judge and prompt.
+    """
+    if len(prompts) != len(responses):
+        raise ValueError(f"responses must have one list a prompt: expected {len(prompts)}, got {len(responses)}")
+    scores: dict[str, list[list[float]]] = {name: [] for name in judges}
+    with _progress(progress) as bar:
+        task = bar.add_task(description, total=len(prompts))
+        for index, (prompt, drawn) in enumerate(zip(prompts, responses, strict=True)):
+            text = prompt_text(prompt)
+            for name, judge in judges.items():
+                row = [float(judge(text, response)) for response in drawn]
+                if not np.isfinite(row).all():
+                    raise ValueError(f"judge {name!r} must give finite scores, got {row} for prompts[{index}]")
+                scores[name].append(row)
+            bar.advance(task)
+    return scores
+
+
+def _check_bootstrap(prompts: int, n_boot: int, confidence: float) -> None:
+    if prompts < 2:
+        raise ValueError(f"prompts must be at least 2 for an interval by prompt, got {prompts}")
+    if n_boot < 1:
+        raise ValueError(f"n_boot must be at least 1, got {n_boot}")
+    if not 0.0 < confidence < 1.0:
+        raise ValueError(f"confidence must be in (0, 1), got {confidence}")
+
+
+def win_rate(
+    candidate_scores: Sequence[Sequence[float]] | NDArray[np.floating],
+    baseline_scores: Sequence[Sequence[float]] | NDArray[np.floating],
+    *,
+    objective: str = "",
+    n_boot: int = 2000,
+    confidence: float = 0.95,
+    seed: int = 0,
+) -> WinRate:
+    """Win rate of the candidate over the baseline, with a percentile bootstrap interval by prompt.
+
+    candidate_scores, baseline_scores: [prompt][sample], the judge's scores; prompts correspond, the numbers of samples
+    may differ. Per prompt all pairs count 1, 1/2 or 0; the mean over prompts is unbiased for independent samples.
+    n_boot: resamples of the prompts. The percentile interval is a little short for few prompts (below about 30), and
+    has no width when every prompt has the same win rate.
+    Raises ValueError for fewer than 2 prompts, which allow no interval, and for unequal numbers of prompts.
+    """
+    if len(candidate_scores) != len(baseline_scores):
+        raise ValueError(
+            f"baseline_scores must have as many prompts as candidate_scores, {len(candidate_scores)}, "
+            f"got {len(baseline_scores)}"
+        )
+    prompts = len(candidate_scores)
+    _check_bootstrap(prompts, n_boot, confidence)
+    by_prompt = np.empty(prompts)
+    tied = np.empty(prompts)
+    for index in range(prompts):
+        candidate = np.asarray(candidate_scores[index], dtype=np.float64)
+        baseline = np.asarray(baseline_scores[index], dtype=np.float64)
+        for name, scores in (("candidate_scores", candidate), ("baseline_scores", baseline)):
+            if scores.ndim != 1 or scores.size == 0 or not np.isfinite(scores).all():
+                raise ValueError(f"{name}[{index}] must be a non-empty list of finite numbers, got {scores.tolist()}")
+        sign = np.sign(candidate[:, None] - baseline[None, :])
+        by_prompt[index] = (1.0 + sign.mean()) / 2.0
+        tied[index] = (sign == 0.0).mean()
+
+    rng = np.random.default_rng(seed)
+    block = max(1, _BOOTSTRAP_BLOCK // prompts)
+    means = np.concatenate(
+        [
+            by_prompt[rng.integers(prompts, size=(min(block, n_boot - start), prompts))].mean(axis=1)
+            for start in range(0, n_boot, block)
+        ]
+    )
+    tail = (1.0 - confidence) / 2.0
+    low, high = np.quantile(means, [tail, 1.0 - tail])
+    return WinRate(
+        objective=objective,
+        mean=float(by_prompt.mean()),
+        low=float(low),
+        high=float(high),
+        prompts=prompts,
+        samples=sum(len(row) for row in candidate_scores),
+        ties=float(tied.mean()),
+        confidence=confidence,
+    )
+
+
+def length_statistics(responses: Sequence[Sequence[str]], tokenizer: Any = None) -> LengthStatistics:
+    """Lengths of [prompt][sample] responses: in tokens with a tokenizer (no special tokens), else in words."""
+    texts = [text for drawn in responses for text in drawn]
+    if not texts:
+        raise ValueError("responses must hold at least one response, got none")
+    if tokenizer is None:
+        lengths = np.array([len(text.split()) for text in texts])
+    else:
+        lengths = np.array([len(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in texts])
+    return LengthStatistics(
+        unit="words" if tokenizer is None else "tokens",
+        count=len(texts),
+        mean=float(lengths.mean()),
+        median=float(np.median(lengths)),
+        p90=float(np.quantile(lengths, 0.9)),
+        longest=int(lengths.max()),
+        empty=float((lengths == 0).mean()),
+    )
+
+
+def compare_responses(
+    prompts: Sequence[Prompt],
+    candidate: Sequence[Sequence[str]],
+    baseline: Sequence[Sequence[str]],
+    judges: Mapping[str, Judge],
+    *,
+    tokenizer: Any = None,
+    n_boot: int = 2000,
+    confidence: float = 0.95,
+    seed: int = 0,
+    progress: bool = True,
+) -> Comparison:
+    """Judge responses already drawn, [prompt][sample], and compare them on every objective.
+
+    tokenizer: for lengths in tokens, else they are in words. seed: of the bootstrap, the same resamples of prompts for
+    every objective. One set of baseline responses may serve several comparisons.
+    """
+    judge = functools.partial(judge_responses, judges, prompts, progress=progress)
+    candidate_scores = judge(candidate, description="judging the candidate")
+    baseline_scores = judge(baseline, description="judging the baseline")
+    return Comparison(
+        win_rates={
+            name: win_rate(
+                candidate_scores[name],
+                baseline_scores[name],
+                objective=name,
+                n_boot=n_boot,
+                confidence=confidence,
+                seed=seed,
+            )
+            for name in judges
+        },
+        prompts=list(prompts),
+        candidate=[list(drawn) for drawn in candidate],
+        baseline=[list(drawn) for drawn in baseline],
+        candidate_scores=candidate_scores,
+        baseline_scores=baseline_scores,
+        candidate_length=length_statistics(candidate, tokenizer),
+        baseline_length=length_statistics(baseline, tokenizer),
+    )
+
+
+def compare_policies(
+    candidate: Policy,
+    baseline: Policy,
+    prompts: Sequence[Prompt],
+    judges: Mapping[str, Judge],
+    *,
+    samples_per_prompt: int = 4,
+    max_new_tokens: int = 48,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+    batch_size: int = 16,
+    seed: int = 0,
+    n_boot: int = 2000,
+    confidence: float = 0.95,
+    progress: bool = True,
+) -> Comparison:
+    """Sample from both policies, judge the samples, report the candidate's win rate over the baseline by objective.
+
+    The options are those of `sample_responses` and `win_rate`. The two policies are sampled with different seeds, both
+    derived from `seed`, so that their samples are independent. Lengths are in the candidate's tokens.
+    """
+    _check_bootstrap(len(prompts), n_boot, confidence)  # here too, before the samples are paid for
+    drawn: list[list[list[str]]] = []
+    seeds = np.random.SeedSequence(seed).generate_state(2)
+    for role, policy, state in (("candidate", candidate, seeds[0]), ("baseline", baseline, seeds[1])):
+        with policy.active() as model:
+            drawn.append(
+                sample_responses(
+                    model,
+                    policy.tokenizer,
+                    prompts,
+                    samples_per_prompt=samples_per_prompt,
+                    max_new_tokens=max_new_tokens,
+                    temperature=temperature,
+                    top_p=top_p,
+                    batch_size=batch_size,
+                    seed=int(state),
+                    progress=progress,
+                    description=f"sampling the {role} ({policy.name})",
+                )
+            )
+    return compare_responses(
+        prompts,
+        drawn[0],
+        drawn[1],
+        judges,
+        tokenizer=candidate.tokenizer,
+        n_boot=n_boot,
+        confidence=confidence,
+        seed=seed,
+        progress=progress,
+    )

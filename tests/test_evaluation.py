@@ -1,0 +1,510 @@
+"""Sampling, judging and win rates: on a random two-layer Llama and on synthetic scores whose win rate is known."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from mopo_kernels import evaluation
+
+WORDS = [f"w{index}" for index in range(58)]
+TEMPLATE = (
+    "{% for m in messages %}<{{ m['role'] }}> {{ m['content'] }} {% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+
+def build_tokenizer(folder: Path, *, template: bool = False):
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    special = ["<pad>", "<eos>", "<unk>", "<user>", "<assistant>", "<system>"]
+    vocabulary = {word: index for index, word in enumerate(special + WORDS)}
+    raw = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    raw.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=raw,
+        pad_token="<pad>",
+        eos_token="<eos>",
+        unk_token="<unk>",
+        additional_special_tokens=special[3:],
+    )
+    if template:
+        tokenizer.chat_template = TEMPLATE
+    tokenizer.save_pretrained(folder)
+    return tokenizer
+
+
+def build_model(folder: Path, *, seed: int = 0):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=64,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        initializer_range=0.5,
+        pad_token_id=0,
+        bos_token_id=None,
+        eos_token_id=1,
+    )
+    model = LlamaForCausalLM(config).eval()
+    model.save_pretrained(folder)
+    return model
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    place = tmp_path_factory.mktemp("model")
+    build_model(place)
+    build_tokenizer(place)
+    return place
+
+
+@pytest.fixture(scope="module")
+def adapters(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Two LoRA adapters on the model of `folder`, far enough from zero to change what is sampled."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    places = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        base = AutoModelForCausalLM.from_pretrained(folder)
+        tuned = get_peft_model(
+            base, LoraConfig(r=4, lora_alpha=64, target_modules="all-linear", init_lora_weights=False)
+        )
+        places.append(tmp_path_factory.mktemp(f"adapter{seed}"))
+        tuned.save_pretrained(places[-1])
+    return places
+
+
+@pytest.fixture
+def policy(folder: Path) -> evaluation.Policy:
+    return evaluation.load_policy(folder, device="cpu")
+
+
+def draw(policy: evaluation.Policy, prompts: list[evaluation.Prompt], **options):
+    defaults = {"samples_per_prompt": 2, "max_new_tokens": 6, "batch_size": 4, "seed": 3, "progress": False}
+    with policy.active() as model:
+        return evaluation.sample_responses(model, policy.tokenizer, prompts, **(defaults | options))
+
+
+PROMPTS: list[evaluation.Prompt] = ["w1 w2 w3 w4 w5", "w9", "w7 w8 w9", "w1 w2 w3 w4 w5 w6 w7", "w30 w31"]
+
+
+# Sampling
+
+
+def test_sampling_is_repeatable_and_leaves_the_global_random_state_alone(policy):
+    torch.manual_seed(11)
+    first = draw(policy, PROMPTS)
+    untouched = torch.rand(3)
+    torch.manual_seed(11)
+    assert torch.equal(untouched, torch.rand(3))
+    torch.manual_seed(99)
+    assert draw(policy, PROMPTS) == first
+    assert draw(policy, PROMPTS, seed=4) != first
+
+
+def test_samples_of_one_prompt_differ(policy):
+    drawn = draw(policy, ["w1 w2"], samples_per_prompt=8)[0]
+    assert len(drawn) == 8
+    assert len(set(drawn)) > 1
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 16])
+def test_greedy_responses_match_a_plain_loop_in_input_order_whatever_the_batch(policy, batch_size):
+    """Left padding, bucketing by length and reordering must not change what an unpadded prompt would give."""
+    with policy.active() as model:
+        expected = []
+        for prompt in PROMPTS:
+            ids = policy.tokenizer(prompt)["input_ids"]
+            start = len(ids)
+            while len(ids) < start + 6:
+                token = int(model(torch.tensor([ids])).logits[0, -1].argmax())
+                if token == policy.tokenizer.eos_token_id:
+                    break
+                ids.append(token)
+            expected.append([policy.tokenizer.decode(ids[start:], skip_special_tokens=True)])
+    drawn = draw(policy, PROMPTS, samples_per_prompt=1, temperature=0.0, batch_size=batch_size)
+    assert drawn == expected
+    assert len({tuple(row) for row in drawn}) > 1
+
+
+def test_samples_follow_the_policy_and_not_the_generation_config(policy):
+    """First tokens of 4000 draws against softmax(logits): a top-k of 1 left in the model's config must play no part."""
+    with policy.active() as model:
+        probability = model(torch.tensor([policy.tokenizer("w1 w2")["input_ids"]])).logits[0, -1].softmax(-1)
+        model.generation_config.top_k = 1
+        model.generation_config.repetition_penalty = 5.0
+        drawn = draw(policy, ["w1 w2"], samples_per_prompt=4000, max_new_tokens=1, batch_size=500)[0]
+        assert model.generation_config.top_k == 1
+        assert model.generation_config.repetition_penalty == 5.0
+    frequency = np.array([drawn.count(word) for word in WORDS]) / len(drawn)
+    expected = probability[6:].detach().numpy()
+    assert (expected > 0.01).sum() > 10
+    assert np.abs(frequency - expected).max() < 5 * math.sqrt(0.25 / len(drawn))
+
+
+def test_sampling_puts_a_training_model_back_in_training_mode(policy):
+    with policy.active() as model:
+        model.train()
+        draw(policy, ["w1"])
+        assert model.training
+
+
+def test_a_string_prompt_is_one_user_turn_under_a_chat_template(tmp_path):
+    tokenizer = build_tokenizer(tmp_path, template=True)
+    turn = [{"role": "user", "content": "w1 w2"}]
+    ids = evaluation.encode_prompt(tokenizer, "w1 w2")
+    assert tokenizer.convert_ids_to_tokens(ids) == ["<user>", "w1", "w2", "<assistant>"]
+    assert evaluation.encode_prompt(tokenizer, turn) == ids
+
+
+def test_a_string_prompt_is_raw_without_a_chat_template_and_messages_are_refused(policy):
+    assert policy.tokenizer.convert_ids_to_tokens(evaluation.encode_prompt(policy.tokenizer, "w1 w2")) == ["w1", "w2"]
+    with pytest.raises(ValueError, match="without a chat template"):
+        evaluation.encode_prompt(policy.tokenizer, [{"role": "user", "content": "w1"}])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"samples_per_prompt": 0}, "samples_per_prompt must be at least 1, got 0"),
+        ({"max_new_tokens": 0}, "max_new_tokens must be at least 1, got 0"),
+        ({"batch_size": -1}, "batch_size must be at least 1, got -1"),
+        ({"temperature": -1.0}, r"temperature must be at least 0, got -1\.0"),
+        ({"top_p": 0.0}, r"top_p must be in \(0, 1\], got 0\.0"),
+        ({"max_new_tokens": 60}, r"prompts\[0\] has 5 tokens.*context of 64"),
+    ],
+)
+def test_bad_sampling_options_are_named(policy, options, message):
+    with pytest.raises(ValueError, match=message):
+        draw(policy, PROMPTS, **options)
+
+
+def test_an_empty_prompt_is_refused_by_index(policy):
+    with pytest.raises(ValueError, match=r"prompts\[1\] must have at least one token"):
+        draw(policy, ["w1", ""])
+
+
+# Policies
+
+
+def test_policies_on_one_base_share_its_weights_and_sample_as_if_loaded_alone(folder, adapters):
+    alone = [evaluation.load_policy(folder, adapter, device="cpu") for adapter in (None, *adapters)]
+    expected = [draw(policy, PROMPTS) for policy in alone]
+    assert expected[0] != expected[1] != expected[2]
+
+    first = evaluation.load_policy(folder, adapters[0], device="cpu")
+    second = evaluation.load_policy(folder, adapters[1], share=first)
+    third = evaluation.load_policy(folder, share=first)
+    assert second._weights is first._weights is third._weights
+    for _ in range(2):  # twice: each must leave the others as they were
+        assert draw(third, PROMPTS) == expected[0]
+        assert draw(second, PROMPTS) == expected[2]
+        assert draw(first, PROMPTS) == expected[1]
+        assert draw(first.base(), PROMPTS) == expected[0]
+
+
+def test_an_adapter_loaded_later_does_not_leak_into_the_base_policy(folder, adapters):
+    base = evaluation.load_policy(folder, device="cpu")
+    before = draw(base, PROMPTS)
+    tuned = evaluation.load_policy(folder, adapters[0], share=base)
+    assert draw(tuned, PROMPTS) != before
+    assert draw(base, PROMPTS) == before
+
+
+def test_an_adapter_folder_alone_finds_its_base_model(folder, adapters):
+    direct = evaluation.load_policy(adapters[0], device="cpu")
+    assert direct.name == adapters[0].name
+    assert draw(direct, PROMPTS) == draw(evaluation.load_policy(folder, adapters[0], device="cpu"), PROMPTS)
+
+
+def test_a_model_in_memory_is_a_policy_and_its_adapter_can_be_switched_off(folder, adapters):
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    loaded = evaluation.load_policy(folder, device="cpu")
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folder), adapters[0]).eval()
+    tuned = evaluation.Policy.from_model(model, loaded.tokenizer, adapter="default")
+    assert draw(tuned.base(), PROMPTS) == draw(loaded, PROMPTS)
+    assert draw(tuned, PROMPTS) != draw(loaded, PROMPTS)
+    with pytest.raises(ValueError, match=r"adapters \['default'\], got 'other'"):
+        evaluation.Policy.from_model(model, loaded.tokenizer, adapter="other")
+
+
+def test_folders_that_hold_no_policy_are_named(tmp_path, folder, adapters):
+    with pytest.raises(ValueError, match="model must be a model folder"):
+        evaluation.load_policy(tmp_path)
+    with pytest.raises(ValueError, match=r"adapter must be a folder with an adapter_config\.json"):
+        evaluation.load_policy(folder, tmp_path)
+    with pytest.raises(ValueError, match="is itself an adapter"):
+        evaluation.load_policy(adapters[0], adapters[1])
+
+
+# Prompts and judges
+
+
+def test_prompts_load_from_text_and_json_lines(tmp_path):
+    text = tmp_path / "prompts.txt"
+    text.write_text("first\n\n  second \n", encoding="utf-8")
+    assert evaluation.load_prompts(text) == ["first", "second"]
+    turns = [{"role": "user", "content": "hello"}]
+    lines = tmp_path / "prompts.jsonl"
+    lines.write_text(json.dumps({"prompt": "a", "id": 1}) + "\n\n" + json.dumps({"prompt": turns}), encoding="utf-8")
+    assert evaluation.load_prompts(lines) == ["a", turns]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("p.jsonl", '{"prompt": "a"}\n{"prompt": 3}\n', r'p\.jsonl:2: field "prompt" must be .* got 3'),
+        ("p.jsonl", '{"text": "a"}\n', r'p\.jsonl:1: field "prompt" must be .* got None'),
+        ("p.jsonl", '{"prompt": [{"content": "a"}]}\n', r"p\.jsonl:1: field"),
+        ("p.jsonl", "[1]\n", r"p\.jsonl:1: field"),
+        ("p.jsonl", '{"prompt": "a"\n', r"p\.jsonl:1: not JSON"),
+        ("p.txt", "\n\n", "expected at least one prompt, got none"),
+        ("p.csv", "a\n", r"prompts must be a \.jsonl or \.txt file"),
+    ],
+)
+def test_bad_prompt_files_are_named_with_their_line(tmp_path, name, content, message):
+    (tmp_path / name).write_text(content, encoding="utf-8")
+    with pytest.raises(ValueError, match=message):
+        evaluation.load_prompts(tmp_path / name)
+
+
+def test_a_judge_sees_the_last_user_message():
+    turns = [
+        {"role": "system", "content": "be brief"},
+        {"role": "user", "content": "one"},
+        {"role": "assistant", "content": "1"},
+        {"role": "user", "content": "two"},
+    ]
+    assert evaluation.prompt_text(turns) == "two"
+    assert evaluation.prompt_text("as it is") == "as it is"
+    with pytest.raises(ValueError, match="role 'user'"):
+        evaluation.prompt_text(turns[:1])
+
+
+JUDGES = """
+from __future__ import annotations
+import dataclasses
+import helper_of_judges
+
+@dataclasses.dataclass
+class Counter:
+    word: str
+    def __call__(self, prompt: str, response: str) -> float:
+        return response.split().count(self.word)
+
+GOOD = {"length": helper_of_judges.length, "w3": Counter("w3")}
+EMPTY = {}
+NOT_CALLABLE = {"length": 3}
+"""
+
+
+@pytest.fixture
+def judge_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    for module in ("helper_of_judges", "my_judges"):  # another test's copy, from another folder
+        monkeypatch.delitem(sys.modules, module, raising=False)
+    (tmp_path / "helper_of_judges.py").write_text("def length(prompt, response):\n    return len(response.split())\n")
+    file = tmp_path / "my_judges.py"
+    file.write_text(JUDGES, encoding="utf-8")
+    return file
+
+
+def test_judges_load_from_a_file_with_its_neighbours_and_from_a_module_of_the_current_folder(judge_file, monkeypatch):
+    monkeypatch.chdir(judge_file.parent)
+    for spec in (f"{judge_file}:GOOD", "my_judges.py:GOOD", "my_judges:GOOD"):
+        judges = evaluation.load_judges(spec)
+        assert list(judges) == ["length", "w3"]
+        assert judges["length"]("p", "w3 w4 w3") == 3
+        assert judges["w3"]("p", "w3 w4 w3") == 2
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("my_judges.py", 'judges must be "package.module:ATTR"'),
+        (":GOOD", 'judges must be "package.module:ATTR"'),
+        ("absent.py:GOOD", r"no file absent\.py"),
+        ("no_such_module_here:GOOD", "module 'no_such_module_here' failed to import: ModuleNotFoundError"),
+        ("my_judges.py:OTHER", "has no attribute 'OTHER'"),
+        ("my_judges.py:EMPTY", "must be a non-empty dict"),
+        ("my_judges.py:Counter", "must be a non-empty dict"),
+        ("my_judges.py:NOT_CALLABLE", "every entry must be str -> callable, got 'length': 3"),
+        ("broken.py:GOOD", r"broken\.py failed to import: ZeroDivisionError"),
+    ],
+)
+def test_bad_judge_specs_are_named(judge_file, monkeypatch, spec, message):
+    monkeypatch.chdir(judge_file.parent)
+    Path("broken.py").write_text("1 / 0\n")
+    with pytest.raises(ValueError, match=message):
+        evaluation.load_judges(spec)
+
+
+def test_scores_come_by_objective_prompt_and_sample_and_must_be_finite():
+    judges = {"length": lambda prompt, response: len(response), "prompt": lambda prompt, response: len(prompt)}
+    scores = evaluation.judge_responses(judges, ["ab", "c"], [["x", "yyy"], ["", "zz"]], progress=False)
+    assert scores == {"length": [[1.0, 3.0], [0.0, 2.0]], "prompt": [[2.0, 2.0], [1.0, 1.0]]}
+    with pytest.raises(ValueError, match=r"judge 'bad' must give finite scores, got \[nan\] for prompts\[0\]"):
+        evaluation.judge_responses({"bad": lambda p, r: math.nan}, ["a"], [["b"]], progress=False)
+    with pytest.raises(ValueError, match="expected 2, got 1"):
+        evaluation.judge_responses(judges, ["a", "b"], [["x"]], progress=False)
+
+
+# Win rates
+
+
+def test_win_rate_counts_every_pair_with_ties_one_half():
+    rate = evaluation.win_rate([[1.0, 2.0], [5.0]], [[1.0, 0.0, 2.0], [6.0, 5.0]], objective="length")
+    # prompt 0: 1 against (1, 0, 2) gives 1/2 + 1 + 0, 2 gives 1 + 1 + 1/2: 4 of 6. prompt 1: 0 + 1/2 of 2.
+    assert rate.mean == pytest.approx((4 / 6 + 1 / 4) / 2)
+    assert rate.ties == pytest.approx((2 / 6 + 1 / 2) / 2)
+    assert (rate.objective, rate.prompts, rate.samples) == ("length", 2, 3)
+    assert rate.low <= rate.mean <= rate.high
+
+
+def test_win_rate_of_a_policy_over_itself_is_one_half():
+    scores = np.random.default_rng(0).normal(size=(20, 5))
+    assert evaluation.win_rate(scores, scores).mean == pytest.approx(0.5, abs=1e-15)
+
+
+def test_win_rates_of_the_two_orders_sum_to_one():
+    rng = np.random.default_rng(1)
+    first, second = rng.integers(3, size=(2, 15, 4)).astype(float)
+    forward, backward = evaluation.win_rate(first, second), evaluation.win_rate(second, first)
+    assert forward.mean + backward.mean == pytest.approx(1.0)
+    assert forward.low + backward.high == pytest.approx(1.0)
+
+
+def test_the_interval_covers_the_true_win_rate_as_often_as_it_says():
+    """300 synthetic experiments of 60 prompts: a per-prompt shift N(0.3, 1), noise N(0, 1) on every sample. True win
+    rate P(shift + noise difference > 0) = Phi(0.3 / sqrt(3)). 95 % nominal; outside 0.91 to 0.99 has odds < 1e-3."""
+    rng = np.random.default_rng(2)
+    truth = 0.5 * (1.0 + math.erf(0.3 / math.sqrt(3.0) / math.sqrt(2.0)))
+    covered = 0
+    for trial in range(300):
+        shift = rng.normal(0.3, 1.0, size=(60, 1))
+        rate = evaluation.win_rate(shift + rng.normal(size=(60, 3)), rng.normal(size=(60, 3)), n_boot=400, seed=trial)
+        covered += rate.low <= truth <= rate.high
+    assert 0.91 <= covered / 300 <= 0.99
+
+
+def test_the_interval_resamples_prompts_and_not_samples():
+    """Every sample of a prompt wins or loses together, so more samples must not narrow the interval."""
+    outcome = np.array([1.0, -1.0] * 10)[:, None]
+    few = evaluation.win_rate(np.repeat(outcome, 2, axis=1), np.zeros((20, 2)))
+    many = evaluation.win_rate(np.repeat(outcome, 50, axis=1), np.zeros((20, 50)))
+    assert (few.low, few.high) == (many.low, many.high)
+    # A normal interval for 20 coin flips is 0.5 +- 1.96 sqrt(0.25 / 20) = 0.5 +- 0.22.
+    assert few.high - few.low == pytest.approx(0.44, abs=0.08)
+
+
+def test_the_interval_depends_on_the_seed_and_widens_with_the_confidence(monkeypatch):
+    rng = np.random.default_rng(3)
+    candidate, baseline = rng.normal(size=(2, 40, 3))
+    narrow = evaluation.win_rate(candidate, baseline, confidence=0.5)
+    wide = evaluation.win_rate(candidate, baseline, confidence=0.99)
+    assert wide.low < narrow.low < narrow.high < wide.high
+    assert evaluation.win_rate(candidate, baseline) == evaluation.win_rate(candidate, baseline)
+    assert evaluation.win_rate(candidate, baseline, seed=1) != evaluation.win_rate(candidate, baseline, seed=2)
+
+
+def test_the_bootstrap_gives_the_same_interval_when_it_works_in_blocks(monkeypatch):
+    rng = np.random.default_rng(4)
+    candidate, baseline = rng.normal(size=(2, 40, 3))
+    whole = evaluation.win_rate(candidate, baseline)
+    monkeypatch.setattr(evaluation, "_BOOTSTRAP_BLOCK", 40 * 7)
+    assert evaluation.win_rate(candidate, baseline) == whole
+
+
+@pytest.mark.parametrize(
+    ("candidate", "baseline", "options", "message"),
+    [
+        ([[1.0]], [[1.0]], {}, "prompts must be at least 2 for an interval by prompt, got 1"),
+        ([[1.0], [2.0]], [[1.0]], {}, "as many prompts as candidate_scores, 2, got 1"),
+        ([[1.0], []], [[1.0], [1.0]], {}, r"candidate_scores\[1\] must be a non-empty list of finite numbers"),
+        ([[1.0], [1.0]], [[1.0], [math.inf]], {}, r"baseline_scores\[1\] must be a non-empty list of finite numbers"),
+        ([[1.0], [1.0]], [[1.0], [1.0]], {"confidence": 1.0}, r"confidence must be in \(0, 1\), got 1\.0"),
+        ([[1.0], [1.0]], [[1.0], [1.0]], {"n_boot": 0}, "n_boot must be at least 1, got 0"),
+    ],
+)
+def test_bad_scores_are_named(candidate, baseline, options, message):
+    with pytest.raises(ValueError, match=message):
+        evaluation.win_rate(candidate, baseline, **options)
+
+
+def test_length_statistics_count_words_or_tokens(policy):
+    responses = [["w1 w2 w3", ""], ["w1", "w1 w2 w3 w4"]]
+    words = evaluation.length_statistics(responses)
+    assert (words.unit, words.count, words.mean, words.median, words.longest, words.empty) == (
+        "words",
+        4,
+        2.0,
+        2.0,
+        4,
+        0.25,
+    )
+    tokens = evaluation.length_statistics([["w1 w2"], ["w1w2 w3"]], policy.tokenizer)
+    assert (tokens.unit, tokens.mean, tokens.longest) == ("tokens", 2.0, 2)
+    with pytest.raises(ValueError, match="at least one response"):
+        evaluation.length_statistics([[]])
+
+
+# Whole comparisons
+
+
+def test_comparing_policies_reports_rates_lengths_and_samples_and_repeats_exactly(folder, adapters):
+    tuned = evaluation.load_policy(folder, adapters[0], device="cpu")
+    judges = {
+        "length": lambda p, r: len(r.split()),
+        "early words": lambda p, r: -max([int(w[1:]) for w in r.split()] + [0]),
+    }
+    options = {"samples_per_prompt": 3, "max_new_tokens": 5, "batch_size": 8, "progress": False, "n_boot": 200}
+    first = evaluation.compare_policies(tuned, tuned.base(), PROMPTS, judges, seed=5, **options)
+    assert first == evaluation.compare_policies(tuned, tuned.base(), PROMPTS, judges, seed=5, **options)
+    assert first != evaluation.compare_policies(tuned, tuned.base(), PROMPTS, judges, seed=6, **options)
+    report = json.loads(json.dumps(first.as_dict()))
+    assert set(report["win_rates"]) == set(judges)
+    assert report["length"]["candidate"]["unit"] == "tokens"
+    assert [sample["prompt"] for sample in report["samples"]] == PROMPTS
+    recounted = evaluation.win_rate(
+        [sample["candidate_scores"]["length"] for sample in report["samples"]],
+        [sample["baseline_scores"]["length"] for sample in report["samples"]],
+    )
+    assert report["win_rates"]["length"]["mean"] == recounted.mean
+    assert "samples" not in first.as_dict(responses=False)
+
+
+def test_bad_bootstrap_options_are_refused_before_anything_is_sampled(policy, monkeypatch):
+    def never(*args, **options):
+        raise AssertionError("sampled")
+
+    monkeypatch.setattr(evaluation, "sample_responses", never)
+    for prompts, options in ((["w1"], {}), (PROMPTS, {"confidence": 1.0}), (PROMPTS, {"n_boot": 0})):
+        with pytest.raises(ValueError, match="must be"):
+            evaluation.compare_policies(policy, policy, prompts, {"length": lambda p, r: len(r)}, **options)
+
+
+def test_a_policy_compared_with_itself_is_sampled_independently_and_sits_at_parity(policy):
+    """The two sides draw different samples, so the win rate is near 0.5 without being 0.5 by construction."""
+    judges = {"first word": lambda prompt, response: int((response.split() or ["w0"])[0][1:])}
+    comparison = evaluation.compare_policies(
+        policy, policy, PROMPTS, judges, samples_per_prompt=64, max_new_tokens=1, batch_size=64, progress=False
+    )
+    assert comparison.candidate != comparison.baseline
+    # Var of a two-sample win rate is about (1/n + 1/m) / 12 a prompt: 5 standard errors over 5 prompts.
+    assert comparison.win_rates["first word"].mean == pytest.approx(0.5, abs=5 * math.sqrt((2 / 64) / 12 / 5))
