@@ -1,0 +1,260 @@
+"""``mopo data``: check, convert and describe preference data."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from mopo_kernels.data.converters import CONVERTERS
+from mopo_kernels.data.dataset import PreferenceData
+from mopo_kernels.data.loaders import load_preferences
+from mopo_kernels.data.report import PreferenceReport, summarize
+from mopo_kernels.data.schema import DataError
+
+data_app = typer.Typer(
+    help="Check, convert and describe preference data.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+Sources = Annotated[
+    list[str],
+    typer.Argument(
+        help="File, folder or hub name; several, each as objective=path, are merged by prompt.", show_default=False
+    ),
+]
+Format = Annotated[str, typer.Option(help=f"auto, {', '.join(CONVERTERS)}.")]
+Split = Annotated[str | None, typer.Option(help="Which split, when there are several.")]
+Config = Annotated[str | None, typer.Option("--name", help="Configuration of a hub data set.")]
+DataDir = Annotated[str | None, typer.Option(help="Sub-folder, such as harmless-base.")]
+Objectives = Annotated[str | None, typer.Option(help="Comma-separated objectives, in order.")]
+Objective = Annotated[str | None, typer.Option(help="Name of the objective (hh-rlhf, trl).")]
+Negative = Annotated[
+    list[str] | None, typer.Option(help="Attribute of which less is better (helpsteer); may be repeated.")
+]
+PromptChars = Annotated[int | None, typer.Option(min=1, help="Characters a prompt may have.")]
+ResponseChars = Annotated[int | None, typer.Option(min=1, help="Characters a response may have.")]
+Limit = Annotated[int | None, typer.Option(min=1, help="Read this many rows at most.")]
+
+
+def _fail(message: object, status: int = 2) -> NoReturn:
+    """One clear line on stderr, then the exit status."""
+    text = escape(" ".join(str(message).split()))
+    Console(stderr=True, soft_wrap=True).print(f"mopo: error: {text}", highlight=False)
+    raise typer.Exit(status)
+
+
+def _parse_sources(sources: list[str]) -> Any:
+    """A path or name as it is, or {objective: path} for ``objective=path`` arguments."""
+    if len(sources) == 1 and ("=" not in sources[0] or Path(sources[0]).exists()):
+        return sources[0]
+    named: dict[str, str] = {}
+    for item in sources:
+        objective, sign, path = item.partition("=")
+        if not (objective and sign and path):
+            _fail(f"SOURCES: to merge several give each as objective=path, got {item!r}")
+        if objective in named:
+            _fail(f"SOURCES: objective {objective!r} is given twice")
+        named[objective] = path
+    return named
+
+
+@contextmanager
+def _progress(description: str) -> Iterator[Any]:
+    """A bar on stderr; yields the callable that counts one row."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    console = Console(stderr=True)
+    # Where nobody watches, a bar would leave stray lines in the log.
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task(description, total=None)
+        yield lambda: bar.advance(task)
+
+
+def _load(
+    sources: list[str],
+    format: str,
+    split: str | None,
+    name: str | None,
+    data_dir: str | None,
+    objectives: str | None,
+    objective: str | None,
+    negative: list[str] | None,
+    max_prompt_chars: int | None,
+    max_response_chars: int | None,
+    limit: int | None,
+    on_error: str,
+    group: bool = False,
+) -> PreferenceData:
+    """``load_preferences`` with the command line's options; what it refuses ends the command with status 2."""
+    options: dict[str, Any] = {}
+    if objective is not None:
+        options["objective"] = objective
+    if negative:
+        options["signs"] = dict.fromkeys(negative, -1)
+    names = [item.strip() for item in objectives.split(",")] if objectives is not None else None
+    if on_error not in ("raise", "skip"):
+        _fail(f"--on-error: expected raise or skip, got {on_error!r}")
+    try:
+        with _progress("reading") as advance:
+            return load_preferences(
+                _parse_sources(sources),
+                format=format,
+                split=split,
+                name=name,
+                data_dir=data_dir,
+                objectives=names,
+                on_error="skip" if on_error == "skip" else "raise",
+                max_prompt_chars=max_prompt_chars,
+                max_response_chars=max_response_chars,
+                limit=limit,
+                group=group,
+                progress=advance,
+                **options,
+            )
+    except ImportError as error:
+        _fail(error, status=1)
+    except (ValueError, OSError) as error:
+        skipped = error.skipped if isinstance(error, DataError) else ()
+        if not skipped:
+            _fail(error)
+        _print_skipped(skipped, Console(soft_wrap=True), 50)
+        _fail(f"no usable row, {len(skipped)} bad ones", status=1)
+
+
+def _print_skipped(skipped: Sequence[DataError], console: Console, shown: int) -> None:
+    for error in skipped[:shown]:
+        console.print(escape(str(error)), highlight=False)
+    if len(skipped) > shown:
+        console.print(f"... and {len(skipped) - shown} more", highlight=False)
+
+
+def _percent(share: float | None) -> str:
+    return "-" if share is None else f"{100 * share:.1f}%"
+
+
+def _print_report(report: PreferenceReport, console: Console) -> None:
+    console.print(
+        f"{report.examples} examples, {report.prompts} distinct prompts, {report.responses} responses, "
+        f"{report.pairs} pairs",
+        highlight=False,
+    )
+    table = Table("objective", "labelled pairs", "coverage", "ties", "soft", "cycles / triples", title="Labels")
+    for item in report.objectives:
+        cells = (_percent(item.coverage), _percent(item.ties), _percent(item.soft))
+        table.add_row(escape(item.objective), str(item.labelled), *cells, f"{item.cycles} / {item.triples}")
+    console.print(table)
+    if report.agreement:
+        table = Table("objectives", "pairs with both", "correlation", "in conflict", title="Agreement within prompts")
+        for entry in report.agreement:
+            correlation = "-" if entry.correlation is None else f"{entry.correlation:+.3f}"
+            names = escape(f"{entry.first}, {entry.second}")
+            table.add_row(names, str(entry.pairs), correlation, _percent(entry.conflict))
+        console.print(table)
+    for message in report.messages:
+        console.print(f"note: {escape(message)}", highlight=False)
+
+
+@data_app.command()
+def validate(
+    sources: Sources,
+    format: Format = "auto",
+    split: Split = None,
+    name: Config = None,
+    data_dir: DataDir = None,
+    objectives: Objectives = None,
+    objective: Objective = None,
+    negative: Negative = None,
+    max_prompt_chars: PromptChars = None,
+    max_response_chars: ResponseChars = None,
+    limit: Limit = None,
+    shown: Annotated[int, typer.Option(min=1, help="List this many bad rows at most.")] = 50,
+) -> None:
+    """Check every row. Lists the bad ones as file:line: field: problem; exits 1 when there are any."""
+    data = _load(
+        sources, format, split, name, data_dir, objectives, objective, negative, max_prompt_chars, max_response_chars,
+        limit, "skip",
+    )  # fmt: skip
+    console = Console(soft_wrap=True)
+    _print_skipped(data.skipped, console, shown)
+    console.print(
+        f"{len(data)} good examples, {len(data.skipped)} bad rows; objectives: {escape(', '.join(data.objectives))}",
+        highlight=False,
+    )
+    if data.skipped:
+        raise typer.Exit(1)
+
+
+@data_app.command()
+def convert(
+    sources: Sources,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Target, .jsonl or .parquet.")],
+    format: Format = "auto",
+    split: Split = None,
+    name: Config = None,
+    data_dir: DataDir = None,
+    objectives: Objectives = None,
+    objective: Objective = None,
+    negative: Negative = None,
+    max_prompt_chars: PromptChars = None,
+    max_response_chars: ResponseChars = None,
+    limit: Limit = None,
+    on_error: Annotated[str, typer.Option(help="raise: stop at a bad row. skip: leave it out and list it.")] = "raise",
+    group: Annotated[bool, typer.Option("--group", help="Join the examples that share a prompt.")] = False,
+) -> None:
+    """Write preference data in the canonical schema."""
+    if output.suffix not in (".jsonl", ".parquet"):
+        _fail(f"--output: expected a name ending in .jsonl or .parquet, got {output.name!r}")
+    data = _load(
+        sources, format, split, name, data_dir, objectives, objective, negative, max_prompt_chars, max_response_chars,
+        limit, on_error, group,
+    )  # fmt: skip
+    try:
+        data.save(output)
+    except OSError as error:
+        _fail(error)
+    _print_skipped(data.skipped, Console(stderr=True, soft_wrap=True), 50)
+    Console(soft_wrap=True).print(
+        f"wrote {len(data)} examples to {escape(str(output))}, left out {len(data.skipped)} bad rows; "
+        f"objectives: {escape(', '.join(data.objectives))}",
+        highlight=False,
+    )
+
+
+@data_app.command()
+def report(
+    sources: Sources,
+    format: Format = "auto",
+    split: Split = None,
+    name: Config = None,
+    data_dir: DataDir = None,
+    objectives: Objectives = None,
+    objective: Objective = None,
+    negative: Negative = None,
+    max_prompt_chars: PromptChars = None,
+    max_response_chars: ResponseChars = None,
+    limit: Limit = None,
+    on_error: Annotated[str, typer.Option(help="raise: stop at a bad row. skip: leave it out and count it.")] = "skip",
+    output: Annotated[Path | None, typer.Option("--json", help="Also write the figures to this file.")] = None,
+) -> None:
+    """Label coverage, ties, cycles, and how strongly the objectives agree within prompts."""
+    data = _load(
+        sources, format, split, name, data_dir, objectives, objective, negative, max_prompt_chars, max_response_chars,
+        limit, on_error,
+    )  # fmt: skip
+    findings = summarize(data)
+    _print_report(findings, Console())
+    if output is not None:
+        try:
+            output.write_text(json.dumps(findings.to_dict(), indent=2) + "\n", encoding="utf-8")
+        except OSError as error:
+            _fail(error)

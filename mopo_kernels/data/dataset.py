@@ -1,0 +1,291 @@
+"""PreferenceData: validated examples in an Arrow table, ready for ``transformers.Trainer``."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mopo_kernels.data.schema import DataError, PreferenceExample, PreferencePair, as_messages, response_text
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+    from mopo_kernels.data.collator import PreferenceCollator
+
+
+def import_datasets() -> Any:
+    """The ``datasets`` library, or an ImportError that says how to get it."""
+    try:
+        import datasets
+    except ImportError as error:
+        raise ImportError(
+            "loading preference data needs the `datasets` library: pip install 'mopo-kernels[train]'"
+        ) from error
+    return datasets
+
+
+def nothing_usable(skipped: Sequence[DataError], source: str | None = None) -> DataError:
+    """The error for a source without a single good row; its ``skipped`` lists the bad ones."""
+    detail = f"; the first of {len(skipped)} bad rows: {skipped[0]}" if skipped else ""
+    error = DataError(f"no usable row{detail}", source)
+    error.skipped = tuple(skipped)
+    return error
+
+
+def _to_table(examples: Sequence[PreferenceExample], objectives: Sequence[str]) -> Dataset:
+    """An Arrow table with one type per column, every pair carrying every objective (null = unlabelled)."""
+    datasets = import_datasets()
+    text = datasets.Value("string")
+    message = [{"role": text, "content": text}]
+    # Arrow wants one type per column. Where both forms occur the strings become messages, which changes nothing: with a
+    # chat template a string is one user turn anyway, and without one messages cannot be used at all.
+    chat_prompts = any(not isinstance(example.prompt, str) for example in examples)
+    chat_responses = any(not isinstance(response, str) for example in examples for response in example.responses)
+    features: dict[str, Any] = {
+        "prompt": message if chat_prompts else text,
+        "responses": [message] if chat_responses else [text],
+        "pairs": [
+            {
+                "i": datasets.Value("int64"),
+                "j": datasets.Value("int64"),
+                "preference": {name: datasets.Value("float64") for name in objectives},
+            }
+        ],
+        "id": text,
+        "weight": datasets.Value("float64"),
+    }
+    if any(example.ref_logprob is not None for example in examples):
+        features["ref_logprob"] = [datasets.Value("float64")]
+    rows = []
+    for example in examples:
+        row = example.to_dict()
+        if chat_prompts:
+            row["prompt"] = as_messages(example.prompt)
+        if chat_responses:
+            row["responses"] = [[{"role": "assistant", "content": response_text(r)}] for r in example.responses]
+        for pair in row["pairs"]:
+            pair["preference"] = {name: pair["preference"].get(name) for name in objectives}
+        if "ref_logprob" in features:
+            row.setdefault("ref_logprob", None)
+        rows.append(row)
+    columns = {name: [row[name] for row in rows] for name in features}
+    return datasets.Dataset.from_dict(columns, features=datasets.Features(features))
+
+
+@dataclass(frozen=True)
+class PreferenceData:
+    """A map-style data set of ``PreferenceExample``; what ``load_preferences`` returns.
+
+    Give it to ``transformers.Trainer`` as ``train_dataset``, with a ``PreferenceCollator`` as ``data_collator``.
+
+    Args:
+        dataset: ``datasets.Dataset`` with the canonical columns prompt, responses, pairs, id, weight
+            (and ref_logprob when some example has it).
+        objectives: names of the K objectives, in the order of the collator's preference columns.
+        skipped: the rows left out, each a DataError with file, line and field; empty with ``on_error="raise"``.
+    """
+
+    dataset: Dataset
+    objectives: tuple[str, ...]
+    skipped: tuple[DataError, ...] = ()
+
+    @classmethod
+    def from_examples(
+        cls,
+        examples: Iterable[PreferenceExample],
+        objectives: Sequence[str] | None = None,
+        skipped: Iterable[DataError] = (),
+    ) -> PreferenceData:
+        """Build from examples; ``objectives`` defaults to the names found, in the order of their first appearance.
+
+        Raises:
+            DataError: no example, or no objective name.
+        """
+        examples = list(examples)
+        skipped = tuple(skipped)
+        if not examples:
+            raise nothing_usable(skipped)
+        if objectives is None:
+            names = dict.fromkeys(name for example in examples for pair in example.pairs for name in pair.preference)
+            objectives = tuple(names)
+        if not objectives:
+            raise DataError("no objective is named in any pair", field="pairs")
+        return cls(_to_table(examples, objectives), tuple(objectives), skipped)
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> PreferenceExample:
+        return PreferenceExample.from_dict(self.dataset[int(index)])
+
+    def __iter__(self) -> Iterator[PreferenceExample]:
+        return (PreferenceExample.from_dict(row) for row in self.dataset)
+
+    def select(self, indices: Iterable[int]) -> PreferenceData:
+        """The examples at ``indices``, in that order."""
+        return replace(self, dataset=self.dataset.select(list(indices)))
+
+    def split(self, fraction: float, seed: int = 0) -> tuple[PreferenceData, PreferenceData]:
+        """Hold out a share of the prompts: (the rest, the held-out part), each in the original order.
+
+        Examples with the same prompt stay on the same side, so nothing of the held-out part is trained on.
+
+        Args:
+            fraction: share of the distinct prompts to hold out, strictly between 0 and 1; at least one prompt goes to
+                each side.
+            seed: of the shuffle; the same seed gives the same split.
+
+        Raises:
+            ValueError: ``fraction`` out of range, or fewer than two distinct prompts.
+        """
+        if not 0 < fraction < 1:
+            raise ValueError(f"fraction: expected a number strictly between 0 and 1, got {fraction}")
+        keys = [prompt_key(prompt) for prompt in self.dataset["prompt"]]
+        distinct = list(dict.fromkeys(keys))
+        if len(distinct) < 2:
+            raise ValueError(f"split: expected at least 2 distinct prompts, got {len(distinct)}")
+        count = min(max(round(fraction * len(distinct)), 1), len(distinct) - 1)
+        held = set(random.Random(seed).sample(distinct, count))
+        return (
+            self.select(index for index, key in enumerate(keys) if key not in held),
+            self.select(index for index, key in enumerate(keys) if key in held),
+        )
+
+    def group_by_prompt(self) -> PreferenceData:
+        """Join the examples that share a prompt (see ``merge_preferences``)."""
+        return merge_preferences([self])
+
+    def with_ref_logprob(self, values: Sequence[Sequence[float]]) -> PreferenceData:
+        """Attach precomputed reference log-probabilities.
+
+        Args:
+            values: per example, per response, summed nats.
+
+        Raises:
+            ValueError: not one sequence per example. DataError: not one finite number per response.
+        """
+        if len(values) != len(self):
+            raise ValueError(f"values: expected one sequence per example ({len(self)}), got {len(values)}")
+        examples = [
+            replace(example, ref_logprob=tuple(float(item) for item in row))
+            for example, row in zip(self, values, strict=True)
+        ]
+        return PreferenceData.from_examples(examples, self.objectives, self.skipped)
+
+    def drop_overlong(self, collator: PreferenceCollator) -> PreferenceData:
+        """Move the examples that ``collator`` would refuse for their length into ``skipped``."""
+        kept, skipped = [], list(self.skipped)
+        for index, example in enumerate(self):
+            try:
+                collator.tokenize([example])
+                kept.append(index)
+            except DataError as error:
+                skipped.append(error)
+        if not kept:
+            raise DataError(f"every one of {len(self)} examples is over-long; the first: {skipped[len(self.skipped)]}")
+        return replace(self.select(kept), skipped=tuple(skipped))
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write JSON Lines (``.jsonl``) or parquet (``.parquet``); the file appears whole or not at all.
+
+        Raises:
+            ValueError: another suffix.
+        """
+        path = Path(path)
+        if path.suffix not in (".jsonl", ".parquet"):
+            raise ValueError(f"path: expected a name ending in .jsonl or .parquet, got {path.name!r}")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+        try:
+            if path.suffix == ".parquet":
+                self.dataset.to_parquet(str(partial))
+            else:
+                with partial.open("w", encoding="utf-8") as file:
+                    for example in self:
+                        file.write(json.dumps(example.to_dict(), ensure_ascii=False) + "\n")
+            partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)
+
+
+def prompt_key(prompt: Any) -> str:
+    """Equal for prompts that mean the same: a string equals one user turn with that content."""
+    turns = [(message["role"], message["content"]) for message in as_messages(prompt)]
+    return json.dumps(turns, ensure_ascii=False)
+
+
+def merge_preferences(parts: Sequence[PreferenceData]) -> PreferenceData:
+    """Join several data sets, such as one per objective, by prompt.
+
+    Examples with the same prompt become one; so do their responses with the same text (copies of a text within one
+    example stay apart, and the n-th copy joins the n-th copy). A pair that several parts judge for different objectives
+    carries all of those labels, whichever way round each part had it; a pair that only one part has stays unlabelled
+    for the other objectives. Where the same pair is judged for the same objective more than once, the labels are
+    averaged. ``ref_logprob`` survives when every joined example has it; the id is the first's.
+
+    Raises:
+        ValueError: no part.
+        DataError: joined examples with different weights.
+    """
+    if not parts:
+        raise ValueError("parts: expected at least one PreferenceData, got none")
+    groups: dict[str, list[PreferenceExample]] = {}
+    for part in parts:
+        for example in part:
+            groups.setdefault(prompt_key(example.prompt), []).append(example)
+    objectives = tuple(dict.fromkeys(name for part in parts for name in part.objectives))
+    skipped = tuple(error for part in parts for error in part.skipped)
+    return PreferenceData.from_examples(map(_join, groups.values()), objectives, skipped)
+
+
+def _join(examples: Sequence[PreferenceExample]) -> PreferenceExample:
+    first = examples[0]
+    if len(examples) == 1:
+        return first
+    weights = sorted({example.weight for example in examples})
+    if len(weights) > 1:
+        raise DataError(f"rows with the prompt of {first.name} have different weights {weights}", field="weight")
+    # Equal texts of one example stay apart (they are separate samples of the model, and their number counts); across
+    # examples the n-th copy of a text joins the n-th copy.
+    responses: list[Any] = []
+    place: dict[tuple[str, int], int] = {}
+    reference: dict[int, float] = {}
+    labels: dict[tuple[int, int], dict[str, list[float]]] = {}
+    for example in examples:
+        seen: dict[str, int] = {}
+        position = []
+        for index, response in enumerate(example.responses):
+            text = response_text(response)
+            key = (text, seen.get(text, 0))
+            seen[text] = key[1] + 1
+            if key not in place:
+                place[key] = len(responses)
+                responses.append(response)
+            position.append(place[key])
+            if example.ref_logprob is not None:
+                reference.setdefault(place[key], example.ref_logprob[index])
+        for pair in example.pairs:
+            i, j = position[pair.i], position[pair.j]
+            flip = (i, j) not in labels and (j, i) in labels
+            slot = labels.setdefault((j, i) if flip else (i, j), {})
+            for name, value in pair.preference.items():
+                if value is not None:
+                    slot.setdefault(name, []).append(1 - value if flip else value)
+    return PreferenceExample(
+        prompt=first.prompt,
+        responses=tuple(responses),
+        pairs=tuple(
+            PreferencePair(i, j, {name: sum(values) / len(values) for name, values in slot.items()})
+            for (i, j), slot in labels.items()
+        ),
+        id=first.id,
+        weight=first.weight,
+        ref_logprob=tuple(reference[index] for index in range(len(responses)))
+        if len(reference) == len(responses)
+        else None,
+    )
