@@ -1,0 +1,551 @@
+"""The multipliers that hold secondary objectives above their thresholds.
+
+:class:`DualAscent` moves them during training, one plain projected step of the dual per optimiser step;
+:func:`solve_labels` finds their optimum on a data set's own labels, which is where training starts.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from scipy.optimize import brentq
+from scipy.special import expit
+
+from mopo_kernels.tabular import TabularProblem, capped_multipliers, solve
+
+__all__ = ["DualAscent", "LabelSolution", "ThresholdError", "Unmet", "solve_labels"]
+
+Array = npt.NDArray[np.float64]
+IntArray = npt.NDArray[np.int64]
+
+ESTIMATORS = ("pair", "snis", "closed_form")
+
+
+@dataclasses.dataclass(frozen=True)
+class Unmet:
+    """A threshold that could not be met although its multiplier is at its maximum."""
+
+    objective: str
+    threshold: float
+    best_seen: float
+    multiplier: float
+
+    def __str__(self) -> str:
+        digits = 2 if round(self.threshold, 2) == self.threshold else 4
+        return (
+            f"threshold {self.objective} >= {self.threshold:.{digits}f} cannot be met: best seen {self.best_seen:.3f} "
+            f"(multiplier at its maximum {self.multiplier:g})"
+        )
+
+
+class ThresholdError(RuntimeError):
+    """Thresholds cannot be met; ``unmet`` says which, and the best values seen."""
+
+    def __init__(self, unmet: Sequence[Unmet]) -> None:
+        self.unmet = tuple(unmet)
+        super().__init__("; ".join(str(each) for each in self.unmet))
+
+    def __reduce__(self) -> tuple[type[ThresholdError], tuple[tuple[Unmet, ...]]]:
+        return type(self), (self.unmet,)
+
+
+def _check_objectives(objectives: Sequence[str], primary: str) -> tuple[str, ...]:
+    names = tuple(objectives)
+    if not names or len(set(names)) != len(names):
+        raise ValueError(f"objectives must be one or more distinct names, got {list(names)}")
+    if primary not in names:
+        raise ValueError(f"primary must be one of the objectives {list(names)}, got {primary!r}")
+    return names
+
+
+def _check_thresholds(names: Sequence[str], primary: str, thresholds: Mapping[str, float]) -> dict[str, float]:
+    for name, bound in thresholds.items():
+        if name not in names:
+            raise ValueError(f"thresholds must be for objectives among {list(names)}, got one for {name!r}")
+        if name == primary:
+            raise ValueError(
+                f"thresholds must not include the primary objective {name!r}, which is maximised, got {bound}"
+            )
+        if not 0 <= bound <= 1:
+            raise ValueError(f"thresholds must lie in [0, 1], got {bound} for {name!r}")
+    return {name: float(thresholds[name]) for name in names if name in thresholds}
+
+
+def _check_maximum(maximum: float) -> float:
+    if not (math.isfinite(maximum) and maximum > 0):
+        raise ValueError(f"maximum must be a finite multiplier > 0, got {maximum}")
+    return float(maximum)
+
+
+def _floats(name: str, value: torch.Tensor | Sequence[float], size: int) -> list[float]:
+    tensor = value.detach() if isinstance(value, torch.Tensor) else torch.tensor(value, dtype=torch.float64)
+    if tuple(tensor.shape) != (size,):
+        raise ValueError(f"{name} must have shape ({size},), one entry an objective, got {tuple(tensor.shape)}")
+    return [float(entry) for entry in tensor.to("cpu", torch.float64).tolist()]
+
+
+class DualAscent:
+    """Multipliers under ``lambda_k <- clip(lambda_k + lr * (b_k - satisfaction_k), 0, maximum)``.
+
+    The gradient of the dual with respect to ``lambda_k`` is ``satisfaction_k - b_k``, so this is projected gradient
+    descent on it: a multiplier grows while its objective is below its threshold and shrinks otherwise. All state is
+    held as double-precision Python numbers, so it survives a checkpoint exactly.
+
+    Args:
+        objectives: names of the K objectives, in the order of the labels' columns.
+        primary: the objective to maximise; its weight is 1.
+        thresholds: lowest allowed satisfaction in [0, 1], by objective, on the scale of the estimator in use.
+            Objectives that are neither primary nor constrained are merely monitored: their weight is 0.
+        lr: step size, multiplier units per unit of satisfaction, > 0.
+        maximum: cap on every multiplier, > 0.
+        warmup_steps: number of first updates that feed the smoothing but move no multiplier.
+        smoothing: decay in [0, 1) of the exponential moving average of the satisfaction, bias-corrected, so that the
+            first value counts fully; 0 uses each measurement as it is.
+        initial: multipliers to start from, by constrained objective; 0 where not given.
+        patience: updates in a row that a multiplier must spend at ``maximum`` with its threshold unmet before
+            :meth:`unmet` reports it.
+
+    Raises:
+        ValueError: an argument is out of range.
+    """
+
+    def __init__(
+        self,
+        objectives: Sequence[str],
+        primary: str,
+        thresholds: Mapping[str, float],
+        lr: float,
+        maximum: float,
+        warmup_steps: int = 0,
+        smoothing: float = 0.0,
+        initial: Mapping[str, float] | None = None,
+        *,
+        patience: int = 50,
+    ) -> None:
+        self.objectives = _check_objectives(objectives, primary)
+        self.primary = primary
+        self._threshold = _check_thresholds(self.objectives, primary, thresholds)
+        if not (math.isfinite(lr) and lr > 0):
+            raise ValueError(f"lr must be a finite step size > 0, got {lr}")
+        if warmup_steps < 0:
+            raise ValueError(f"warmup_steps must be >= 0, got {warmup_steps}")
+        if not 0 <= smoothing < 1:
+            raise ValueError(f"smoothing must lie in [0, 1), got {smoothing}")
+        if patience < 1:
+            raise ValueError(f"patience must be >= 1, got {patience}")
+        self.lr = float(lr)
+        self.maximum = _check_maximum(maximum)
+        self.warmup_steps = int(warmup_steps)
+        self.smoothing = float(smoothing)
+        self.patience = int(patience)
+        self._multiplier = dict.fromkeys(self._threshold, 0.0)
+        self._set_multipliers("initial", initial or {})
+        self._average = dict.fromkeys(self.objectives, 0.0)
+        self._average_weight = dict.fromkeys(self.objectives, 0.0)
+        self._best_seen: dict[str, float | None] = dict.fromkeys(self._threshold)
+        self._at_maximum = dict.fromkeys(self._threshold, 0)
+        self._steps = 0
+
+    def _set_multipliers(self, argument: str, values: Mapping[str, float]) -> None:
+        for name, value in values.items():
+            if name not in self._threshold:
+                raise ValueError(
+                    f"{argument} must be for objectives with a threshold, {list(self._threshold)}, got one for {name!r}"
+                )
+            if not 0 <= value <= self.maximum:
+                raise ValueError(f"{argument} must lie in [0, {self.maximum:g}], got {value} for {name!r}")
+            self._multiplier[name] = float(value)
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """(K,) fp32: 1 for the primary, the multiplier of each constrained objective, 0 for the others."""
+        entries = [1.0 if name == self.primary else self._multiplier.get(name, 0.0) for name in self.objectives]
+        return torch.tensor(entries, dtype=torch.float32)
+
+    @property
+    def steps(self) -> int:
+        """Updates made so far, warm-up included."""
+        return self._steps
+
+    @property
+    def multiplier(self) -> dict[str, float]:
+        """Multiplier of each objective that has a threshold."""
+        return dict(self._multiplier)
+
+    @property
+    def threshold(self) -> dict[str, float]:
+        """Threshold of each objective that has one."""
+        return dict(self._threshold)
+
+    @property
+    def smoothed(self) -> dict[str, float]:
+        """Smoothed satisfaction of every objective measured so far."""
+        return {name: self._average[name] / weight for name, weight in self._average_weight.items() if weight > 0}
+
+    @property
+    def slack(self) -> dict[str, float]:
+        """Smoothed satisfaction minus threshold, of constrained objectives measured so far; negative is unmet."""
+        return {name: value - self._threshold[name] for name, value in self.smoothed.items() if name in self._threshold}
+
+    def update(self, satisfaction: torch.Tensor | Sequence[float], labelled: torch.Tensor | Sequence[float]) -> None:
+        """One dual step.
+
+        Args:
+            satisfaction: (K,) measured satisfaction, averaged over everything that belongs to the optimiser step; NaN
+                is expected where ``labelled`` is 0.
+            labelled: (K,) how many labels (or how much label weight) each value stands on; objectives with none keep
+                their multiplier and their smoothed value.
+
+        Raises:
+            ValueError: wrong shape, negative ``labelled``, or a satisfaction that is not finite though it has labels.
+        """
+        values = _floats("satisfaction", satisfaction, len(self.objectives))
+        counts = _floats("labelled", labelled, len(self.objectives))
+        measured = {}
+        for name, value, count in zip(self.objectives, values, counts, strict=True):
+            if not count >= 0:
+                raise ValueError(f"labelled must be >= 0, got {count} for {name!r}")
+            if count > 0 and not math.isfinite(value):
+                raise ValueError(f"satisfaction must be finite where labelled > 0, got {value} for {name!r}")
+            if count > 0:
+                measured[name] = value
+        self._steps += 1
+        for name, value in measured.items():
+            self._average[name] = self.smoothing * self._average[name] + (1 - self.smoothing) * value
+            self._average_weight[name] = self.smoothing * self._average_weight[name] + (1 - self.smoothing)
+            if name not in self._threshold:
+                continue
+            smoothed = self._average[name] / self._average_weight[name]
+            best = self._best_seen[name]
+            self._best_seen[name] = smoothed if best is None else max(best, smoothed)
+            if self._steps <= self.warmup_steps:
+                continue
+            moved = self._multiplier[name] + self.lr * (self._threshold[name] - smoothed)
+            self._multiplier[name] = min(max(moved, 0.0), self.maximum)
+            stuck = self._multiplier[name] == self.maximum and smoothed < self._threshold[name]
+            self._at_maximum[name] = self._at_maximum[name] + 1 if stuck else 0
+
+    def set_thresholds(self, thresholds: Mapping[str, float]) -> None:
+        """Replace thresholds of objectives that have one, as when the reference moves and thresholds are relaxed.
+
+        What :meth:`unmet` knows about a replaced threshold starts afresh.
+
+        Raises:
+            ValueError: an objective has no threshold to replace, or a value is outside [0, 1].
+        """
+        for name in thresholds:
+            if name not in self._threshold:
+                raise ValueError(f"thresholds must be for {list(self._threshold)}, which have one, got {name!r}")
+        for name, bound in _check_thresholds(self.objectives, self.primary, thresholds).items():
+            self._threshold[name] = bound
+            self._best_seen[name] = None
+            self._at_maximum[name] = 0
+
+    def unmet(self) -> list[Unmet]:
+        """Thresholds whose multiplier has been at its maximum, unmet, for the last ``patience`` updates.
+
+        Raise :class:`ThresholdError` with them to stop a run.
+        """
+        found = []
+        for name, count in self._at_maximum.items():
+            best = self._best_seen[name]
+            if count >= self.patience and best is not None:
+                found.append(Unmet(name, self._threshold[name], best, self._multiplier[name]))
+        return found
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything :meth:`update` has changed, as plain numbers that survive JSON bit for bit."""
+        return {
+            "objectives": list(self.objectives),
+            "primary": self.primary,
+            "steps": self._steps,
+            "multiplier": dict(self._multiplier),
+            "threshold": dict(self._threshold),
+            "average": dict(self._average),
+            "average_weight": dict(self._average_weight),
+            "best_seen": dict(self._best_seen),
+            "at_maximum": dict(self._at_maximum),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over a state made by :meth:`state_dict` of a DualAscent with the same objectives.
+
+        Raises:
+            ValueError: the state is of other objectives, another primary or other constrained objectives, or lacks a
+                field.
+        """
+        expected = self.state_dict()
+        if missing := sorted(set(expected) - set(state)):
+            raise ValueError(f"state must have the fields {sorted(expected)}, got one without {missing}")
+        for field in ("objectives", "primary"):
+            if state[field] != expected[field]:
+                raise ValueError(f"state must be of {field} {expected[field]!r}, got {state[field]!r}")
+        for field in ("multiplier", "threshold", "average", "average_weight", "best_seen", "at_maximum"):
+            if set(state[field]) != set(expected[field]):
+                raise ValueError(f"state's {field} must be for {sorted(expected[field])}, got {sorted(state[field])}")
+        self._set_multipliers("state's multiplier", state["multiplier"])
+        self._threshold.update(_check_thresholds(self.objectives, self.primary, state["threshold"]))
+        self._average.update(state["average"])
+        self._average_weight.update(state["average_weight"])
+        self._best_seen.update(state["best_seen"])
+        self._at_maximum.update(state["at_maximum"])
+        self._steps = int(state["steps"])
+
+
+@dataclasses.dataclass(frozen=True)
+class LabelSolution:
+    """Multipliers that meet the thresholds on a data set's own labels.
+
+    Attributes:
+        multiplier: by constrained objective, in [0, maximum]; ready to be ``DualAscent(initial=...)``.
+        satisfaction: by objective, what the in-sample optimum at these multipliers has, on the estimator's scale; NaN
+            for an objective without labels on the "pair" scale.
+        feasible: whether every threshold is met.
+        unmet: the thresholds that are not, with what they reach with their multiplier at ``maximum``.
+        message: what a reader should know; empty when feasible and solved to the tolerance.
+        residual: largest violation of the conditions that define the multipliers. On the "pair" scale, on a handful of
+            prompts with strongly opposed objectives, the search can end above the tolerance; ``message`` then says so.
+    """
+
+    multiplier: dict[str, float]
+    satisfaction: dict[str, float]
+    feasible: bool
+    unmet: tuple[Unmet, ...]
+    message: str
+    residual: float
+
+
+class _PairScale:
+    """Satisfaction on the "pair" scale of the in-sample optimum ``r_s = (1/tau) sum_k w_k (s_k - 1/2)``."""
+
+    def __init__(self, difference: Array, preference: Array, weight: Array, tau: float) -> None:
+        labelled = ~np.isnan(preference)
+        mass = np.where(labelled, weight[:, None], 0.0)
+        total = mass.sum(0)
+        self.labelled = total > 0
+        share = mass / np.where(self.labelled, total, 1.0)
+        label = np.where(labelled, preference, 0.5)
+        # sig z + (1 - sig)(1 - z) = (1 - z) + sig (2 z - 1): affine in sig(h).
+        self.offset = (share * (1 - label)).sum(0)
+        self.slope = share * (2 * label - 1)
+        self.difference = difference / tau
+
+    def __call__(self, objective_weight: Array) -> Array:
+        chosen = expit(self.difference @ objective_weight)
+        return np.where(self.labelled, self.offset + chosen @ self.slope, np.nan)
+
+    def jacobian(self, objective_weight: Array) -> Array:
+        """(K, K): derivative of satisfaction k with respect to weight l."""
+        chosen = expit(self.difference @ objective_weight)
+        return self.slope.T @ ((chosen * (1 - chosen))[:, None] * self.difference)
+
+
+def _natural_residual(multiplier: Array, slack: Array, maximum: float) -> Array:
+    return multiplier - np.clip(multiplier - slack, 0.0, maximum)
+
+
+def _solve_pair(
+    scale: _PairScale, primary: int, constrained: IntArray, bounds: Array, maximum: float, tolerance: float
+) -> tuple[Array, float]:
+    """Multipliers (m,) with ``lambda in [0, maximum]`` complementary to the slack, and the residual.
+
+    Newton on the equations that the complementarity conditions select, where it makes progress; else a sweep that
+    solves each objective's own equation in its own multiplier by bracketing, in which satisfaction increases.
+    """
+    weight = np.zeros(len(scale.offset))
+    weight[primary] = 1.0
+
+    def slack_at(multiplier: Array) -> Array:
+        weight[constrained] = multiplier
+        return np.asarray(scale(weight)[constrained] - bounds)
+
+    grid = np.r_[0.0, maximum * np.geomspace(1e-4, 1.0, 32)]
+
+    def lowest_met(multiplier: Array, k: int) -> float:
+        """Lowest multiplier of constraint k that meets it, the others as they are; the maximum if none does."""
+        moved = multiplier.copy()
+
+        def own(value: float) -> float:
+            moved[k] = value
+            return float(slack_at(moved)[k])
+
+        met = next((index for index, value in enumerate(grid) if own(value) >= 0), None)
+        if met is None:
+            return maximum
+        return 0.0 if met == 0 else float(brentq(own, grid[met - 1], grid[met], xtol=1e-15, rtol=1e-15))
+
+    multiplier = np.zeros(len(constrained))
+    slack = slack_at(multiplier)
+    best, best_size = multiplier, np.inf
+    for sweep in range(200):
+        size = float(np.abs(_natural_residual(multiplier, slack, maximum)).max(initial=0.0))
+        if size < best_size:
+            best, best_size = multiplier, size
+        if best_size <= tolerance:
+            break
+        moved = multiplier - slack
+        free = (moved > 0) & (moved < maximum)
+        target = np.where(moved <= 0, 0.0, np.where(moved >= maximum, maximum, multiplier))
+        weight[constrained] = multiplier
+        jacobian = scale.jacobian(weight)[np.ix_(constrained, constrained)]
+        right = -slack[free] - jacobian[np.ix_(free, ~free)] @ (target - multiplier)[~free]
+        target[free] += np.linalg.lstsq(jacobian[np.ix_(free, free)], right, rcond=None)[0]
+        for share in (1.0, 0.5, 0.25, 0.1):
+            candidate = np.clip(multiplier + share * (target - multiplier), 0.0, maximum)
+            trial = slack_at(candidate)
+            if np.abs(_natural_residual(candidate, trial, maximum)).max() <= (1 - 0.5 * share) * size:
+                multiplier, slack = candidate, trial
+                break
+        else:
+            # Sweeps that go in circles are broken up by going only part of the way.
+            share = 1.0 if sweep < 20 else 0.3
+            multiplier = multiplier.copy()
+            for k in range(len(constrained)):
+                multiplier[k] += share * (lowest_met(multiplier, k) - multiplier[k])
+            slack = slack_at(multiplier)
+    return best, best_size
+
+
+def solve_labels(
+    win_rate: npt.ArrayLike,
+    reference: npt.ArrayLike,
+    objectives: Sequence[str],
+    primary: str,
+    thresholds: Mapping[str, float],
+    tau: float,
+    *,
+    estimator: str = "pair",
+    maximum: float = 10.0,
+    prompt: npt.ArrayLike | None = None,
+    i: npt.ArrayLike | None = None,
+    j: npt.ArrayLike | None = None,
+    preference: npt.ArrayLike | None = None,
+    weight: npt.ArrayLike | None = None,
+    tolerance: float = 1e-10,
+) -> LabelSolution:
+    """Solve the dual on a data set's own labels, as the starting point of training.
+
+    On the win-rate scale ("snis", "closed_form") this is the tabular problem on the data set's candidate responses. On
+    the "pair" scale satisfaction is how often the policy, choosing between the two responses of a labelled pair by its
+    own log-ratio, picks the preferred one; the in-sample optimum has log-ratios ``(1/tau) sum_k w_k (s_k - 1/2)``, and
+    the multipliers are those at which each threshold is met exactly or has multiplier 0.
+
+    Args:
+        win_rate: (K, X, Y) mean win rate of every candidate response, in [0, 1].
+        reference: (X, Y) probabilities; usually uniform over a prompt's responses, 0 on padding.
+        objectives: names of the K objectives.
+        primary: the objective to maximise.
+        thresholds: lowest allowed satisfaction by objective, on the estimator's scale.
+        tau: strength of the KL term, > 0.
+        estimator: "pair", "snis" or "closed_form".
+        maximum: cap on every multiplier, > 0.
+        prompt: (P,) prompt index in 0..X-1 of every pair; this and the following are for "pair" only.
+        i, j: (P,) indices in 0..Y-1 of the pair's responses.
+        preference: (P, K) probability that response i beats response j, NaN where unlabelled.
+        weight: (P,) pair weights >= 0; 1 by default.
+        tolerance: largest residual accepted.
+
+    Raises:
+        ValueError: an argument is missing or out of range, or a constrained objective has no labels.
+    """
+    names = _check_objectives(objectives, primary)
+    bounds_by_name = _check_thresholds(names, primary, thresholds)
+    maximum = _check_maximum(maximum)
+    if estimator not in ESTIMATORS:
+        raise ValueError(f"estimator must be one of {list(ESTIMATORS)}, got {estimator!r}")
+    main = names.index(primary)
+    constrained = np.array([names.index(name) for name in bounds_by_name], dtype=np.int64)
+    bounds = np.array(list(bounds_by_name.values()))
+    problem = TabularProblem(
+        win_rate=win_rate,
+        reference=reference,
+        tau=tau,
+        thresholds=dict(zip(constrained.tolist(), bounds.tolist(), strict=True)),
+        primary=main,
+    )
+    if len(problem.win_rate) != len(names):
+        raise ValueError(f"win_rate must have {len(names)} objectives first, got shape {problem.win_rate.shape}")
+    if estimator == "pair":
+        scale = _pair_scale(problem, prompt, i, j, preference, weight)
+        if unlabelled := [names[k] for k in constrained if not scale.labelled[k]]:
+            raise ValueError(f"thresholds must be for objectives that have labels, got some for {unlabelled}")
+        multiplier, residual = _solve_pair(scale, main, constrained, bounds, maximum, tolerance)
+        full = np.zeros(len(names))
+        full[main], full[constrained] = 1.0, multiplier
+        satisfaction = scale(full)
+        reason = ""
+    else:
+        exact = solve(problem, tolerance)
+        multiplier, satisfaction, residual = exact.multiplier[constrained], exact.value, exact.kkt_residual
+        reason = ""
+        if exact.best_value is not None:
+            reason = f"; on these responses every policy misses some threshold by at least {-exact.best_value:.3g}"
+        elif multiplier.max(initial=0.0) > maximum:
+            reason = f"; a maximum of {multiplier.max():.3g} would do"
+        if reason:
+            capped, satisfaction, residual = capped_multipliers(problem, maximum, tolerance)
+            multiplier = capped[constrained]
+    missed = satisfaction[constrained] < bounds - 10 * tolerance
+    unmet = tuple(
+        Unmet(name, float(bound), float(satisfaction[k]), maximum)
+        for name, bound, k, value, bad in zip(bounds_by_name, bounds, constrained, multiplier, missed, strict=True)
+        if bad and value == maximum
+    )
+    message = "; ".join(map(str, unmet)) + reason
+    if residual > 100 * tolerance:
+        message += f"{'; ' if message else ''}multipliers are approximate, residual {residual:.1e}"
+    return LabelSolution(
+        multiplier=dict(zip(bounds_by_name, multiplier.tolist(), strict=True)),
+        satisfaction=dict(zip(names, satisfaction.tolist(), strict=True)),
+        feasible=not missed.any(),
+        unmet=unmet,
+        message=message,
+        residual=residual,
+    )
+
+
+def _pair_scale(
+    problem: TabularProblem,
+    prompt: npt.ArrayLike | None,
+    i: npt.ArrayLike | None,
+    j: npt.ArrayLike | None,
+    preference: npt.ArrayLike | None,
+    weight: npt.ArrayLike | None,
+) -> _PairScale:
+    """The pair arrays of :func:`solve_labels`, checked."""
+    objectives, prompts, responses = problem.win_rate.shape
+    indices = []
+    for name, value, size in (("prompt", prompt, prompts), ("i", i, responses), ("j", j, responses)):
+        if value is None:
+            raise ValueError(f'{name} must be given for the estimator "pair", as a (P,) array, got None')
+        index = np.asarray(value)
+        if index.ndim != 1 or not np.issubdtype(index.dtype, np.integer) or len(index) != len(np.asarray(prompt)):
+            raise ValueError(f"{name} must be a (P,) array of integers, got shape {index.shape}, {index.dtype}")
+        if ((index < 0) | (index >= size)).any():
+            raise ValueError(f"{name} must lie in 0..{size - 1}, got {index[(index < 0) | (index >= size)][0]}")
+        indices.append(index)
+    x, first, second = indices
+    for name, response in (("i", first), ("j", second)):
+        if not problem.support[x, response].all():
+            where = int(np.argmin(problem.support[x, response]))
+            raise ValueError(f"{name} must be a response with reference > 0, got {response[where]} at pair {where}")
+    if preference is None:
+        raise ValueError('preference must be given for the estimator "pair", as a (P, K) array, got None')
+    label = np.asarray(preference, dtype=np.float64)
+    if label.shape != (len(x), objectives):
+        raise ValueError(f"preference must have shape ({len(x)}, {objectives}), got {label.shape}")
+    if ((label < 0) | (label > 1)).any():
+        raise ValueError(f"preference must lie in [0, 1] or be NaN, got {label[(label < 0) | (label > 1)][0]}")
+    mass = np.ones(len(x)) if weight is None else np.asarray(weight, dtype=np.float64)
+    if mass.shape != (len(x),):
+        raise ValueError(f"weight must have shape ({len(x)},), got {mass.shape}")
+    if not (np.isfinite(mass).all() and (mass >= 0).all()):
+        raise ValueError("weight must be finite and >= 0")
+    difference = problem.win_rate[:, x, first] - problem.win_rate[:, x, second]
+    return _PairScale(difference.T, label, mass, problem.tau)
