@@ -218,9 +218,12 @@ def load_policy(
     device: default the first CUDA device, else the CPU. dtype: default the one stored in the checkpoint, but float32
         on the CPU, where half precision is slower.
     share: a policy loaded before; if it stands on the same model, its weights are used again, not loaded twice.
-    Raises ValueError for a folder that is neither, OSError where the checkpoint can't be read.
+    Raises ValueError for a folder that is missing or is neither, OSError where the checkpoint can't be read.
     """
     source = str(model)
+    _check_place("model", source)
+    if adapter is not None:
+        _check_place("adapter", str(adapter))
     if is_adapter(source):
         if adapter is not None:
             raise ValueError(f"model {source} is itself an adapter, so adapter must be None, got {adapter}")
@@ -239,7 +242,10 @@ def load_policy(
         transformers = _import("transformers")
         target = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         stored = dtype or (torch.float32 if target.type == "cpu" else "auto")
-        loaded = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=stored).to(target).eval()
+        try:
+            loaded = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=stored).to(target).eval()
+        except OSError as error:
+            raise OSError(f"model {source} could not be loaded: {error}") from error
         weights = _Weights(source, loaded, transformers.AutoTokenizer.from_pretrained(source))
     return Policy(name, None if adapter is None else weights.add_adapter(str(adapter)), weights)
 
@@ -247,6 +253,12 @@ def load_policy(
 def is_adapter(folder: str | Path) -> bool:
     """Whether a local folder holds a peft adapter and not a whole model."""
     return (Path(folder) / "adapter_config.json").is_file() and not (Path(folder) / "config.json").is_file()
+
+
+def _check_place(argument: str, place: str) -> None:
+    # A hub name has one slash at most: anything else is a folder, and should not be looked for on the network first.
+    if (place.count("/") > 1 or place.startswith((".", "~", "/"))) and not Path(place).exists():
+        raise ValueError(f"{argument} must be a folder or a hub name, got {place}, which does not exist")
 
 
 def _adapter_base(adapter: str) -> str:
@@ -265,8 +277,8 @@ def _same_source(first: str, second: str) -> bool:
 def encode_prompt(tokenizer: Any, prompt: Prompt) -> list[int]:
     """Token ids of a prompt, ready for the response to follow.
 
-    With a chat template a str is one user turn and the generation prompt is appended; without one a str is encoded as
-    it is (special tokens included) and messages raise ValueError.
+    As PreferenceCollator does it: with a chat template a str is one user turn and the generation prompt is appended;
+    without one a str is encoded as it is, with the special tokens that open a text, and messages raise ValueError.
     """
     if getattr(tokenizer, "chat_template", None):
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
@@ -274,7 +286,10 @@ def encode_prompt(tokenizer: Any, prompt: Prompt) -> list[int]:
         return list(tokenizer(text, add_special_tokens=False)["input_ids"])
     if not isinstance(prompt, str):
         raise ValueError("prompt must be a str for a tokenizer without a chat template, got a list of messages")
-    return list(tokenizer(prompt)["input_ids"])
+    ids = list(tokenizer(prompt)["input_ids"])
+    # Some tokenizers close every text with EOS; the response has yet to come.
+    closed = ids[-1:] == [tokenizer.eos_token_id] and tokenizer(prompt, add_special_tokens=False)["input_ids"] != ids
+    return ids[:-1] if closed else ids
 
 
 def prompt_text(prompt: Prompt) -> str:

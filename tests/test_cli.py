@@ -122,6 +122,7 @@ def test_bad_arguments_exit_2_with_one_line_that_names_them(capsys, argv, words)
         ),
         (["--plot", "p.png"], "--x must be one of"),
         (["--policy", "nowhere/at/all"], "--baseline is needed"),
+        (["--policy", "nowhere/at/all", "--baseline", "b"], "got nowhere/at/all, which does not exist"),
         (["--top-p", "0"], "top_p must be in (0, 1], got 0.0"),
         (["--confidence", "1"], "confidence must be in (0, 1), got 1.0"),
     ],
@@ -142,6 +143,11 @@ def test_bad_values_of_eval_exit_2_with_one_line_and_before_sampling(
     assert line.startswith("mopo: error: ")
     assert words in line
     assert "Traceback" not in captured.err
+
+
+def test_eval_tells_two_policies_of_the_same_name_apart(workspace, capsys):
+    assert cli.main(eval_arguments(workspace, "--baseline", str(workspace / "model"), policy="model")) == 0
+    assert "model (policy) over model (baseline)" in capsys.readouterr().out
 
 
 def test_a_folder_without_a_model_exits_2(workspace, capsys, tmp_path):
@@ -249,7 +255,7 @@ def test_data_runs_the_data_application_and_passes_its_exit_code_on(monkeypatch,
 
 def test_version_and_help(capsys):
     assert cli.main(["--version"]) == 0
-    assert capsys.readouterr().out.startswith("mopo ")
+    assert capsys.readouterr().out == f"mopo {mopo_kernels.__version__}\n"
     assert cli.main(["--help"]) == 0
     listed = capsys.readouterr().out
     assert all(f"\n  {command} " in listed for command in ("train", "data", "eval", "doctor"))

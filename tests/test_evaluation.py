@@ -178,6 +178,23 @@ def test_a_string_prompt_is_raw_without_a_chat_template_and_messages_are_refused
         evaluation.encode_prompt(policy.tokenizer, [{"role": "user", "content": "w1"}])
 
 
+@pytest.mark.parametrize("kind", ["template", "plain", "opened with BOS", "closed with EOS"])
+def test_prompts_are_encoded_as_the_collator_encodes_them_for_training(tmp_path, kind):
+    from tokenizers.processors import TemplateProcessing
+
+    from mopo_kernels.data import PreferenceCollator, PreferenceExample, PreferencePair
+
+    tokenizer = build_tokenizer(tmp_path, template=kind == "template")
+    if kind == "opened with BOS":
+        tokenizer.backend_tokenizer.post_processor = TemplateProcessing("<unk> $A", special_tokens=[("<unk>", 2)])
+    if kind == "closed with EOS":
+        tokenizer.backend_tokenizer.post_processor = TemplateProcessing("$A <eos>", special_tokens=[("<eos>", 1)])
+    example = PreferenceExample("w1 w2", ("w5", "w6 w7"), (PreferencePair(0, 1, {"a": 1.0}),), None)
+    batch = PreferenceCollator(tokenizer, ["a"], max_length=32, max_response_length=16)([example])
+    trained_on = batch["input_ids"][0][(batch["labels"][0] == -100) & (batch["attention_mask"][0] == 1)].tolist()
+    assert evaluation.encode_prompt(tokenizer, "w1 w2") == trained_on
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -250,8 +267,18 @@ def test_folders_that_hold_no_policy_are_named(tmp_path, folder, adapters):
         evaluation.load_policy(tmp_path)
     with pytest.raises(ValueError, match=r"adapter must be a folder with an adapter_config\.json"):
         evaluation.load_policy(folder, tmp_path)
+    with pytest.raises(ValueError, match="model must be a folder or a hub name, got runs/no/where"):
+        evaluation.load_policy("runs/no/where")
+    with pytest.raises(ValueError, match=r"adapter must be a folder or a hub name, got \./nowhere"):
+        evaluation.load_policy(folder, "./nowhere")
     with pytest.raises(ValueError, match="is itself an adapter"):
         evaluation.load_policy(adapters[0], adapters[1])
+
+
+def test_a_checkpoint_that_cannot_be_read_is_named(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}', encoding="utf-8")
+    with pytest.raises(OSError, match=f"model {tmp_path} could not be loaded"):
+        evaluation.load_policy(tmp_path)
 
 
 # Prompts and judges

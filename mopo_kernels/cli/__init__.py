@@ -14,7 +14,8 @@ from typing import Annotated, Any
 
 import typer
 
-from mopo_kernels.cli.doctor import OPTIONAL_PACKAGES, diagnose, install_hint, installed_version
+import mopo_kernels
+from mopo_kernels.cli.doctor import OPTIONAL_PACKAGES, diagnose, install_hint
 from mopo_kernels.cli.eval import evaluate
 
 _TRACEBACK = "MOPO_TRACEBACK"
@@ -39,7 +40,7 @@ app.command("doctor")(diagnose)
 
 def _show_version(asked: bool) -> None:
     if asked:
-        typer.echo(f"mopo {installed_version('mopo-kernels') or '(not installed, run from a source tree)'}")
+        typer.echo(f"mopo {mopo_kernels.__version__}")
         raise typer.Exit
 
 

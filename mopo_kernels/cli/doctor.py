@@ -17,6 +17,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+import mopo_kernels
+
 # Optional packages and the extra that brings each.
 OPTIONAL_PACKAGES = {
     "transformers": "train",
@@ -85,7 +87,7 @@ def collect() -> dict[str, Any]:
     from mopo_kernels.backends import availability
 
     return {
-        "mopo_kernels": installed_version("mopo-kernels") or "not installed, run from a source tree",
+        "mopo_kernels": mopo_kernels.__version__,
         "python": platform.python_version(),
         "platform": platform.platform(),
         "cpu": {

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+import mopo_kernels
 from mopo_kernels.cli.doctor import installed_version
 from mopo_kernels.evaluation import Comparison, compare_policies, is_adapter, load_judges, load_policy, load_prompts
 
@@ -75,6 +76,10 @@ def evaluate(
     else:
         reference = load_policy(baseline or candidate.source, baseline_adapter, device=device, share=candidate)
 
+    ours, theirs = candidate.name, reference.name
+    if ours == theirs:
+        ours, theirs = f"{ours} (policy)", f"{theirs} (baseline)"
+
     comparison = compare_policies(
         candidate,
         reference,
@@ -112,8 +117,8 @@ def evaluate(
         assert y is not None  # both checked above
         from mopo_kernels.plots import plot_plane
 
-        plot_plane({candidate.name: comparison.win_rates}, plot, x=x, y=y, thresholds=thresholds, parity=reference.name)
-    Console().print(_table(comparison, candidate.name, reference.name, thresholds))
+        plot_plane({ours: comparison.win_rates}, plot, x=x, y=y, thresholds=thresholds, parity=theirs)
+    Console().print(_table(comparison, ours, theirs, thresholds))
 
 
 def _thresholds(options: list[str], objectives: list[str]) -> dict[str, float]:
@@ -134,7 +139,8 @@ def _thresholds(options: list[str], objectives: list[str]) -> dict[str, float]:
 
 
 def _versions() -> dict[str, str | None]:
-    return {name: installed_version(name) for name in ("mopo-kernels", "torch", "transformers", "peft")}
+    packages = {name: installed_version(name) for name in ("torch", "transformers", "peft")}
+    return {"mopo-kernels": mopo_kernels.__version__, **packages}
 
 
 def _table(comparison: Comparison, candidate: str, baseline: str, thresholds: dict[str, float]) -> Table:
