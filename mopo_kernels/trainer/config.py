@@ -1,0 +1,210 @@
+"""MOPOConfig: the training arguments of MOPOTrainer."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from transformers import TrainingArguments
+
+from mopo_kernels.reference import ESTIMATORS, LOSS_TYPES
+
+REFERENCES = ("auto", "precomputed", "model")
+ON_INFEASIBLE = ("error", "warn")
+
+
+def parse_mapping(name: str, value: Mapping[str, Any] | str | None) -> dict[str, float]:
+    """``{"helpful": 0.45}``, ``"helpful=0.45,other=0.5"`` or a JSON object, as a dict of floats.
+
+    Raises:
+        ValueError: naming the argument ``name``, what was expected and what came.
+    """
+    expected = f"{name}: expected a mapping of objective to number, or 'name=0.45,other=0.5'"
+    if value is None or value == "":
+        return {}
+    items: list[tuple[str, Any]]
+    if isinstance(value, str):
+        if value.lstrip().startswith("{"):
+            try:
+                items = list(json.loads(value).items())
+            except json.JSONDecodeError as error:
+                raise ValueError(f"{expected}; got {value!r}") from error
+        else:
+            parts = [part.partition("=") for part in value.split(",") if part.strip()]
+            if any(not sign for _, sign, _ in parts):
+                raise ValueError(f"{expected}; got {value!r}")
+            items = [(key.strip(), number.strip()) for key, _, number in parts]
+    elif isinstance(value, Mapping):
+        items = list(value.items())
+    else:
+        raise ValueError(f"{expected}; got {value!r}")
+    result: dict[str, float] = {}
+    for key, number in items:
+        try:
+            result[str(key)] = float(number)
+        except (TypeError, ValueError):
+            raise ValueError(f"{expected}; got {number!r} for {key!r}") from None
+        if not math.isfinite(result[str(key)]):
+            raise ValueError(f"{name}[{key!r}]: expected a finite number; got {number!r}")
+    return result
+
+
+def parse_names(name: str, value: list[str] | str | None) -> list[str] | None:
+    """A list of objective names, or one comma-separated string; None stays None."""
+    if value is None:
+        return None
+    parts = [value] if isinstance(value, str) else list(value)
+    if not all(isinstance(part, str) for part in parts):
+        raise ValueError(f"{name}: expected a list of names; got {value!r}")
+    names = [item.strip() for part in parts for item in part.split(",") if item.strip()]
+    if not names or len(set(names)) != len(names):
+        raise ValueError(f"{name}: expected at least one name, each once; got {value!r}")
+    return names
+
+
+@dataclass
+class MOPOConfig(TrainingArguments):
+    """``transformers.TrainingArguments`` plus what constrained preference optimisation needs.
+
+    One item of a batch is one prompt with all its responses and pairs: ``per_device_train_batch_size`` counts prompts.
+
+    Args:
+        objectives: names of the K objectives in the order of the multipliers; None takes the data set's.
+        primary: the objective that is maximised (weight 1); None takes the first.
+        thresholds: objective -> lower bound on its satisfaction, as a dict, JSON or ``"name=0.45,other=0.5"``. On the
+            scale of ``estimator``. An objective other than the primary without a threshold has weight 0: it is
+            measured, and does not act.
+        tau: KL weight of the regression and cloning losses, beta of ``sigmoid``. Positive.
+        loss_type: ``regression``, ``cloning`` or ``sigmoid`` (see ``mopo_kernels.mopo_loss``).
+        estimator: how satisfaction is measured: ``pair`` (0.5 at the reference; not the win rate), ``snis`` or
+            ``closed_form``.
+        dual_lr: step size of the multipliers, one plain projected step an optimiser step.
+        dual_max: upper limit of a multiplier.
+        dual_warmup_steps: optimiser steps before the multipliers move.
+        dual_smoothing: share of the old value in the running mean of satisfaction, in [0, 1). 0 is no smoothing.
+        dual_patience: optimiser steps in a row that a multiplier may spend at ``dual_max`` with its threshold unmet,
+            before the thresholds count as impossible to meet (see ``on_infeasible``).
+        initial_multiplier: ``"labels"`` solves the dual exactly on the training labels, ``"zero"`` starts at 0, a
+            mapping gives numbers (in the forms of ``thresholds``).
+        reference: where the first reference's log-probabilities come from. ``precomputed``: one pass before training,
+            kept in ``output_dir``. ``model``: during training, from the same network with the adapter switched off
+            (LoRA) or with a frozen copy of the starting weights (full fine-tuning). ``auto``: precomputed, except that
+            LoRA training for less than one epoch uses ``model``, which is then the cheaper.
+        reference_update_steps: every so many optimiser steps the reference becomes the policy as it was (the paper's
+            t0). None: never.
+        threshold_relaxation: beta; at each such update ``b_k = beta * value_k``. None keeps the thresholds.
+        label_rate: objective -> share of pairs that carry its label, to weight the labels that exist by 1/rate;
+            ``"auto"`` measures it on the training data. None: a missing label counts as 1/2.
+        max_ratio: cap on the policy ratio of ``cloning`` and ``closed_form``; at least 1.
+        length_normalize: divide log-probabilities by the number of scored tokens.
+        max_length: tokens of prompt plus response; None is no limit.
+        max_response_length: tokens of a response; None is no limit.
+        backend: of the fused loss: ``auto``, ``reference``, ``torch``, ``cpp``, ...
+        max_buffer_bytes: bytes the fused loss may hold beyond inputs, outputs and gradients; None is the default.
+        on_infeasible: ``error`` stops (with a checkpoint when training had begun) with ``ThresholdError`` when the
+            thresholds cannot be met, ``warn`` says so once and goes on.
+        disable_dropout: set every dropout outside the adapters to 0. With dropout the policy differs from the
+            reference by noise at the first step.
+    """
+
+    objectives: list[str] | None = field(default=None, metadata={"help": "Objective names; default: the data set's."})
+    primary: str | None = field(default=None, metadata={"help": "The maximised objective; default: the first."})
+    thresholds: dict | str | None = field(
+        default=None, metadata={"help": "Lower bounds, as name=0.45,other=0.5 or a mapping."}
+    )
+    tau: float = field(default=0.1, metadata={"help": "KL weight (beta of the sigmoid loss)."})
+    loss_type: str = field(default="regression", metadata={"help": f"One of {', '.join(LOSS_TYPES)}."})
+    estimator: str = field(default="pair", metadata={"help": f"One of {', '.join(ESTIMATORS)}."})
+    dual_lr: float = field(default=0.1, metadata={"help": "Step size of the multipliers."})
+    dual_max: float = field(default=10.0, metadata={"help": "Upper limit of a multiplier."})
+    dual_warmup_steps: int = field(default=0, metadata={"help": "Optimiser steps before the multipliers move."})
+    dual_smoothing: float = field(default=0.9, metadata={"help": "Share of the old value in the running mean."})
+    dual_patience: int = field(default=50, metadata={"help": "Steps at dual_max, unmet, before giving up."})
+    initial_multiplier: dict | str | None = field(
+        default="labels", metadata={"help": "labels, zero, or name=number,..."}
+    )
+    reference: str = field(default="auto", metadata={"help": f"One of {', '.join(REFERENCES)}."})
+    reference_update_steps: int | None = field(
+        default=None, metadata={"help": "Steps between updates of the reference (t0); default: never."}
+    )
+    threshold_relaxation: float | None = field(
+        default=None, metadata={"help": "beta: thresholds become beta * value at each update of the reference."}
+    )
+    label_rate: dict | str | None = field(
+        default=None, metadata={"help": "auto, or name=share,... of pairs that are labelled."}
+    )
+    max_ratio: float | None = field(default=None, metadata={"help": "Cap on the policy ratio of cloning."})
+    length_normalize: bool = field(default=False, metadata={"help": "Divide log-probabilities by token counts."})
+    max_length: int | None = field(default=None, metadata={"help": "Tokens of prompt plus response."})
+    max_response_length: int | None = field(default=None, metadata={"help": "Tokens of a response."})
+    backend: str = field(default="auto", metadata={"help": "Backend of the fused loss."})
+    max_buffer_bytes: int | None = field(default=None, metadata={"help": "Buffer limit of the fused loss, in bytes."})
+    on_infeasible: str = field(default="error", metadata={"help": f"One of {', '.join(ON_INFEASIBLE)}."})
+    disable_dropout: bool = field(default=True, metadata={"help": "Set dropout outside the adapters to 0."})
+
+    # The collator needs every column, and a log line every 500 steps hides a run that is going wrong.
+    remove_unused_columns: bool = field(default=False, metadata={"help": "Must stay False."})
+    logging_steps: float = field(default=10, metadata={"help": "Log every so many optimiser steps."})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.objectives = parse_names("objectives", self.objectives)
+        self.thresholds = parse_mapping("thresholds", self.thresholds)
+        if self.initial_multiplier is None:
+            self.initial_multiplier = "labels"
+        if self.initial_multiplier not in ("labels", "zero"):
+            self.initial_multiplier = parse_mapping("initial_multiplier", self.initial_multiplier)
+            for name, value in self.initial_multiplier.items():
+                if not 0 <= value <= self.dual_max:
+                    raise ValueError(
+                        f"initial_multiplier[{name!r}]: expected a number from 0 to dual_max ({self.dual_max}); "
+                        f"got {value}"
+                    )
+        if self.label_rate is not None and self.label_rate != "auto":
+            self.label_rate = parse_mapping("label_rate", self.label_rate)
+            for name, value in self.label_rate.items():
+                if not 0 < value <= 1:
+                    raise ValueError(f"label_rate[{name!r}]: expected a share in (0, 1]; got {value}")
+        for name, choices in (
+            ("loss_type", LOSS_TYPES),
+            ("estimator", ESTIMATORS),
+            ("reference", REFERENCES),
+            ("on_infeasible", ON_INFEASIBLE),
+        ):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name}: expected one of {', '.join(choices)}; got {getattr(self, name)!r}")
+        for name, low, high, low_open, high_open in (
+            ("tau", 0, math.inf, True, True),
+            ("dual_lr", 0, math.inf, True, True),
+            ("dual_max", 0, math.inf, True, True),
+            ("dual_warmup_steps", 0, math.inf, False, True),
+            ("dual_smoothing", 0, 1, False, True),
+            ("dual_patience", 1, math.inf, False, True),
+            ("reference_update_steps", 1, math.inf, False, True),
+            ("threshold_relaxation", 0, 1, True, False),
+            ("max_ratio", 1, math.inf, False, True),
+            ("max_length", 2, math.inf, False, True),
+            ("max_response_length", 1, math.inf, False, True),
+            ("max_buffer_bytes", 1, math.inf, False, True),
+        ):
+            value = getattr(self, name)
+            if value is None:
+                continue
+            if not (low < value if low_open else low <= value) or not (value < high if high_open else value <= high):
+                interval = f"{'(' if low_open else '['}{low}, {high}{')' if high_open else ']'}"
+                raise ValueError(f"{name}: expected a number in {interval}; got {value}")
+        if self.label_rate is not None and self.loss_type == "cloning":
+            raise ValueError(f"label_rate: expected None with loss_type 'cloning'; got {self.label_rate!r}")
+        if self.threshold_relaxation is not None and self.reference_update_steps is None:
+            raise ValueError("threshold_relaxation: expected reference_update_steps with it; got None")
+        if self.remove_unused_columns:
+            raise ValueError("remove_unused_columns: expected False, the collator needs every column; got True")
+        if self.primary is not None and self.objectives is not None and self.primary not in self.objectives:
+            raise ValueError(f"primary: expected one of {', '.join(self.objectives)}; got {self.primary!r}")
+        if self.deepspeed is not None:
+            raise ValueError("deepspeed: expected None, DeepSpeed is not supported (DDP and FSDP are); got a config")
+        if self.label_smoothing_factor != 0:
+            raise ValueError(f"label_smoothing_factor: expected 0; got {self.label_smoothing_factor}")

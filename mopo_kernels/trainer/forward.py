@@ -1,0 +1,230 @@
+"""The loss inside the model's own forward pass.
+
+DDP and FSDP gather parameters and reduce gradients in hooks around the wrapped module's ``forward``. A loss that calls
+the unwrapped model from outside never triggers them. So :func:`attach` lets the model's ``forward`` take a preference
+batch: one run of the backbone, the scored rows only, and the fused loss, with the head's weight instead of logits.
+"""
+
+from __future__ import annotations
+
+import functools
+import types
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mopo_kernels import reference
+from mopo_kernels.functional import MOPOLossOutput, linear_mopo_loss, linear_sequence_logprob, pack_responses
+from mopo_kernels.reference import MAX_LOG_IMPORTANCE
+from mopo_kernels.trainer.head import Transform, last_hidden_state, output_head
+from mopo_kernels.trainer.reference_model import ReferenceModel
+from mopo_kernels.trainer.statistics import Statistics, double, importance_sums
+
+
+@dataclass
+class PolicyForward:
+    """What the attached forward does with a preference batch.
+
+    Args:
+        transform: map from head products to logits.
+        reference: where reference log-probabilities come from when the batch has none.
+        statistics: layout of the sums that are returned beside the loss.
+        tau, loss_type, estimator, max_ratio: see ``mopo_kernels.mopo_loss``.
+        label_rate: one share per objective, or None.
+        length_normalize: divide log-probabilities by the number of scored tokens.
+        backend, max_buffer_bytes: see ``mopo_kernels.linear_mopo_loss``.
+    """
+
+    transform: Transform
+    reference: ReferenceModel
+    statistics: Statistics
+    tau: float
+    loss_type: str
+    estimator: str
+    max_ratio: float | None
+    label_rate: list[float] | None
+    length_normalize: bool
+    backend: str
+    max_buffer_bytes: int | None
+
+    @property
+    def head_options(self) -> dict[str, Any]:
+        """The options that every use of the head shares."""
+        return {
+            **self.transform._asdict(),
+            "backend": self.backend,
+            "max_buffer_bytes": self.max_buffer_bytes,
+        }
+
+    def sequence_logprob(self, model: nn.Module, input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> Tensor:
+        """Log-probability of every response under the model as it is: (B, T) tensors -> (B,) nats."""
+        rows, target, cu_seqlens = pack_responses(last_hidden_state(model, input_ids, attention_mask), labels)
+        rows, weight, bias = output_head(model).operands(rows)
+        return linear_sequence_logprob(rows, weight, target, cu_seqlens, bias, **self.head_options)
+
+    def reference_logprob(
+        self, model: nn.Module, input_ids: Tensor, attention_mask: Tensor, labels: Tensor, given: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """``(first, current)`` log-probabilities (B,) under the first and the current reference, without gradient.
+
+        Raises:
+            ValueError: the batch has none and nothing is kept to compute them from.
+        """
+        first = given
+        with torch.no_grad():
+            if first is None:
+                with self.reference.first(model):
+                    first = self.sequence_logprob(model, input_ids, attention_mask, labels)
+            if not self.reference.is_lagged:
+                return first, first
+            with self.reference.lagged(model):
+                return first, self.sequence_logprob(model, input_ids, attention_mask, labels)
+
+    def __call__(
+        self,
+        model: nn.Module,
+        *,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        labels: Tensor,
+        pairs: Tensor,
+        preference: Tensor,
+        pair_weight: Tensor,
+        prompt_index: Tensor,
+        objective_weight: Tensor | None = None,
+        normalizer: Tensor | float | None = None,
+        ref_logprob: Tensor | None = None,
+        reference_only: bool = False,
+    ) -> dict[str, Tensor]:
+        """The loss of a preference batch and its statistics; the tensors are those of ``PreferenceCollator``.
+
+        Args:
+            model: the module whose forward this is.
+            objective_weight: (K,) multipliers, 1 for the primary.
+            normalizer: what the loss is divided by; None is the batch's own weight.
+            ref_logprob: (B,) log-probabilities under the first reference, when precomputed.
+            reference_only: return only the log-probabilities under the first reference.
+
+        Returns:
+            ``loss`` () and ``statistics``, the vector of ``Statistics``; or ``ref_logprob`` (B,).
+        """
+        if reference_only:
+            return {"ref_logprob": self.reference_logprob(model, input_ids, attention_mask, labels, None)[0]}
+        first, current = self.reference_logprob(model, input_ids, attention_mask, labels, ref_logprob)
+        rows, target, cu_seqlens = pack_responses(last_hidden_state(model, input_ids, attention_mask), labels)
+        rows, weight, bias = output_head(model).operands(rows)
+        length = (cu_seqlens[1:] - cu_seqlens[:-1]).clamp(min=1) if self.length_normalize else None
+        label_rate = None if self.label_rate is None else torch.tensor(self.label_rate, device=pairs.device)
+        assert objective_weight is not None
+        output = linear_mopo_loss(
+            rows,
+            weight,
+            target,
+            cu_seqlens,
+            pairs,
+            preference,
+            objective_weight,
+            bias,
+            ref_logprob=current,
+            tau=self.tau,
+            loss_type=self.loss_type,
+            pair_weight=pair_weight,
+            label_rate=label_rate,
+            length=length,
+            prompt_index=prompt_index,
+            max_ratio=self.max_ratio,
+            estimator=self.estimator,
+            normalizer=normalizer,
+            **self.head_options,
+        )
+        with torch.no_grad():
+            first_ratio = output.log_ratio
+            if self.reference.is_lagged:
+                shift = (current - first).to(first_ratio.dtype)
+                first_ratio = first_ratio + (shift if length is None else shift / length)
+            statistics = self._statistics(
+                output,
+                first_ratio,
+                cu_seqlens,
+                pairs,
+                preference,
+                pair_weight,
+                prompt_index,
+                objective_weight,
+                label_rate,
+            )
+            statistics["tokens"] = attention_mask.sum()
+            packed = self.statistics.pack(statistics.pop("value"), statistics.pop("labelled"), statistics)
+        return {"loss": output.loss, "statistics": packed}
+
+    def _statistics(
+        self,
+        output: MOPOLossOutput,
+        first_ratio: Tensor,
+        cu_seqlens: Tensor,
+        pairs: Tensor,
+        preference: Tensor,
+        pair_weight: Tensor,
+        prompt_index: Tensor,
+        objective_weight: Tensor,
+        label_rate: Tensor | None,
+    ) -> dict[str, Tensor]:
+        """The sums of one batch by name, with ``value`` and ``labelled`` (K,). Nothing here is differentiated.
+
+        Satisfaction says what the policy is worth on the data, which the first reference (or the behaviour policy near
+        it) wrote; so with a lagged reference it is measured by the ratio to the first, not to the one in the loss.
+        """
+        preference, objective_weight = preference.to(first_ratio.dtype), objective_weight.to(first_ratio.dtype)
+        pair_weight = pair_weight.to(first_ratio.dtype)
+        rho = None
+        if self.loss_type == "cloning" or self.estimator == "closed_form":
+            rho = reference.policy_ratio(preference, pairs, objective_weight, self.tau, prompt_index, self.max_ratio)
+        value, labelled = output.satisfaction, output.labelled
+        if self.reference.is_lagged:
+            value, labelled = reference.satisfaction(first_ratio, pairs, preference, pair_weight, self.estimator, rho)
+        present = cu_seqlens[1:] > cu_seqlens[:-1]
+        target = reference.pair_target(preference, objective_weight, self.tau, label_rate)
+        current_sum, current_log = importance_sums(output.log_ratio[present])
+        first_sum, first_log = importance_sums(first_ratio[present])
+        ratio = torch.exp(double(first_ratio[present]).clamp(max=MAX_LOG_IMPORTANCE)) if rho is None else rho[present]
+        return {
+            "value": value,
+            "labelled": labelled,
+            "loss": output.loss,
+            "items": present.sum() if self.loss_type == "cloning" else pair_weight.sum(),
+            "margin": (pair_weight * torch.sign(target) * output.margin).sum(),
+            "margin_weight": (pair_weight * (target != 0)).sum(),
+            "responses": present.sum(),
+            "importance": current_sum,
+            "importance_log": current_log,
+            "importance_first": first_sum,
+            "importance_first_log": first_log,
+            "ratio": ratio.sum(),
+            "ratio_square": double(ratio).square().sum(),
+            "scored_tokens": cu_seqlens[-1],
+        }
+
+
+def attach(model: nn.Module, policy: PolicyForward) -> None:
+    """Let ``model.forward`` take preference batches; every other call goes where it went before.
+
+    The new forward is a bound method that finds the policy on the module, so that a deep copy of the model gets a
+    forward of its own, and ``generate`` sees the signature it expects.
+    """
+    attached = hasattr(model, "_mopo_policy")
+    model._mopo_policy = policy  # type: ignore[assignment]
+    if attached:
+        return
+    original = model.forward
+    # A method is unbound first, so that it follows the module it is called on; anything else stands for itself.
+    unbound = getattr(original, "__func__", None)
+
+    @functools.wraps(type(model).forward)
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if "pairs" in kwargs:
+            return self._mopo_policy(self, **kwargs)  # type: ignore[operator]
+        return original(*args, **kwargs) if unbound is None else unbound(self, *args, **kwargs)
+
+    model.forward = types.MethodType(forward, model)

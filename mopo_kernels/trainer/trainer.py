@@ -1,0 +1,702 @@
+"""MOPOTrainer: transformers.Trainer with the constrained preference loss, its multipliers and its references."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, TrainOutput, rotate_checkpoints
+
+from mopo_kernels.data import PreferenceCollator, PreferenceData, PreferenceExample, summarize, win_rates
+from mopo_kernels.dual import DualAscent, LabelSolution, ThresholdError, Unmet, solve_labels
+from mopo_kernels.trainer.checkpoint import (
+    MANIFEST_FILE,
+    STATE_FILE,
+    begin_checkpoint,
+    complete_checkpoint,
+    is_complete,
+    last_complete_checkpoint,
+)
+from mopo_kernels.trainer.config import MOPOConfig
+from mopo_kernels.trainer.forward import PolicyForward, attach
+from mopo_kernels.trainer.head import check_model, find_transform, is_peft
+from mopo_kernels.trainer.precompute import reference_logprobs
+from mopo_kernels.trainer.reference_model import (
+    ReferenceModel,
+    check_adapters_cover_training,
+    copy_parameters,
+    fingerprint,
+)
+from mopo_kernels.trainer.statistics import Statistics
+
+logger = logging.getLogger(__name__)
+
+# Below this share of the responses the importance-weighted estimate rests on a handful of them.
+_COLLAPSED_SHARE = 0.1
+
+
+class TrainingInterrupted(KeyboardInterrupt):
+    """Ctrl-C during training, after the step was finished and a checkpoint written.
+
+    Attributes:
+        checkpoint: folder to resume from, or None when the run keeps no checkpoints to resume from.
+    """
+
+    def __init__(self, checkpoint: str | None) -> None:
+        self.checkpoint = checkpoint
+        where = f"resume with {checkpoint}" if checkpoint else "no checkpoint was written (save_only_model)"
+        super().__init__(f"training interrupted; {where}")
+
+
+class _StepCallback(TrainerCallback):
+    """Calls the trainer around every optimiser step."""
+
+    def __init__(self, trainer: MOPOTrainer) -> None:
+        self.trainer = trainer
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.trainer._begin_step()
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self.trainer._end_step(control)
+
+
+class MOPOTrainer(Trainer):
+    """Trains a causal language model on pairwise preferences for several objectives under thresholds.
+
+    The loss runs inside the wrapped model's forward, so DDP and FSDP reduce its gradients; one dual step follows every
+    optimiser step, on satisfaction averaged over its micro-batches and ranks. Gradient accumulation and data
+    parallelism give the gradient of the whole batch exactly: the loss is divided by the total pair weight.
+
+    Args:
+        model: a decoder-only transformers model, or a ``PeftModel`` of one.
+        args: the configuration.
+        data_collator: default ``PreferenceCollator`` over ``processing_class`` with the configured lengths.
+        train_dataset: ``PreferenceData``, or a sequence of ``PreferenceExample``, or a ``datasets.Dataset`` with the
+            canonical columns.
+        eval_dataset: the same, or a dict of them.
+        processing_class: the tokenizer.
+        callbacks, optimizers and further keywords: as in ``transformers.Trainer``.
+
+    Attributes:
+        dual: the ``DualAscent`` that holds the multipliers.
+        label_solution: what the exact solve on the training labels found, or None.
+
+    Raises:
+        ValueError: an argument that cannot work, named.
+        ThresholdError: the thresholds cannot be met on the training labels and ``on_infeasible="error"``.
+    """
+
+    args: MOPOConfig
+    model: Any
+    train_dataset: Any
+    eval_dataset: Any
+    data_collator: Any
+    _step_sums: Tensor
+    loss_is_scaled_for_ga = True
+
+    def __init__(
+        self,
+        model: nn.Module,
+        args: MOPOConfig,
+        data_collator: Any = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: Any = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[Any, Any] = (None, None),
+        **kwargs: Any,
+    ) -> None:
+        if not isinstance(args, MOPOConfig):
+            raise ValueError(f"args: expected a MOPOConfig; got {type(args).__name__}")
+        if model is None or kwargs.get("model_init") is not None:
+            raise ValueError("model: expected a model; model_init is not supported")
+        if args.n_gpu > 1:
+            raise ValueError(
+                f"args: expected one process a GPU (start with torchrun or accelerate launch); got one process that "
+                f"sees {args.n_gpu} GPUs"
+            )
+        check_model(model)
+        if is_peft(model):
+            check_adapters_cover_training(model)
+        train_dataset = None if train_dataset is None else as_preference_data(train_dataset, "train_dataset")
+        if isinstance(eval_dataset, dict):
+            eval_dataset = {name: as_preference_data(part, "eval_dataset") for name, part in eval_dataset.items()}
+        elif eval_dataset is not None:
+            eval_dataset = as_preference_data(eval_dataset, "eval_dataset")
+        self.objectives, self.primary = _resolve_objectives(args, train_dataset, eval_dataset)
+        if data_collator is None:
+            if processing_class is None:
+                raise ValueError("processing_class: expected the tokenizer; got None")
+            data_collator = PreferenceCollator(
+                processing_class,
+                self.objectives,
+                max_length=args.max_length,
+                max_response_length=args.max_response_length,
+            )
+        if args.disable_dropout:
+            _disable_dropout(model)
+
+        self.label_solution: LabelSolution | None = None
+        self._initial_multiplier = self._starting_multipliers(args, train_dataset)
+        self.dual = self._new_dual(args)
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=data_collator,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            callbacks=callbacks,
+            optimizers=optimizers,
+            **kwargs,
+        )
+        # For versions of transformers without loss_is_scaled_for_ga.
+        self.model_accepts_loss_kwargs = True
+        self._statistics = Statistics(self.objectives)
+        self._reference_fingerprint = fingerprint(model)
+        self._precompute = self._precomputes()
+        keep_copy = not is_peft(model) and args.reference == "model"
+        if self.is_fsdp_enabled and (keep_copy or args.reference_update_steps is not None):
+            raise ValueError(
+                "reference: expected 'precomputed' (or LoRA) and reference_update_steps=None under FSDP, whose shards "
+                f"cannot be swapped; got {args.reference!r} and {args.reference_update_steps}"
+            )
+        self.reference = ReferenceModel(initial=copy_parameters(model) if keep_copy else None)
+        attach(
+            model,
+            PolicyForward(
+                transform=find_transform(model),
+                reference=self.reference,
+                statistics=self._statistics,
+                tau=args.tau,
+                loss_type=args.loss_type,
+                estimator=args.estimator,
+                max_ratio=args.max_ratio,
+                label_rate=_label_rates(args, self.objectives, train_dataset),
+                length_normalize=args.length_normalize,
+                backend=args.backend,
+                max_buffer_bytes=args.max_buffer_bytes,
+            ),
+        )
+        self._interrupted = False
+        self._unmet: list[Unmet] = []
+        self._warned: set[str] = set()
+        self._eval_sums: Tensor | None = None
+        self._reset_sums()
+        self.add_callback(_StepCallback(self))
+
+    # ------------------------------------------------------------------------------------------------ multipliers
+
+    def _new_dual(self, args: MOPOConfig) -> DualAscent:
+        assert isinstance(args.thresholds, dict)
+        return DualAscent(
+            self.objectives,
+            self.primary,
+            args.thresholds,
+            lr=args.dual_lr,
+            maximum=args.dual_max,
+            warmup_steps=args.dual_warmup_steps,
+            smoothing=args.dual_smoothing,
+            initial=self._initial_multiplier,
+            patience=args.dual_patience,
+        )
+
+    def _starting_multipliers(self, args: MOPOConfig, data: PreferenceData | None) -> dict[str, float]:
+        """By constrained objective; ``label_solution`` is set on the way."""
+        assert isinstance(args.thresholds, dict)
+        if isinstance(args.initial_multiplier, dict):
+            return args.initial_multiplier
+        if args.initial_multiplier == "zero" or not args.thresholds or data is None:
+            return {}
+        rates = win_rates(data, self.objectives)
+        pairs = [(x, pair) for x, example in enumerate(data) for pair in example.pairs]
+        nan = float("nan")
+        labels = [
+            [nan if (value := pair.preference.get(name)) is None else value for name in self.objectives]
+            for _, pair in pairs
+        ]
+        solution = self.label_solution = solve_labels(
+            rates.win_rate,
+            rates.reference,
+            self.objectives,
+            self.primary,
+            args.thresholds,
+            args.tau,
+            estimator=args.estimator,
+            maximum=args.dual_max,
+            prompt=[x for x, _ in pairs],
+            i=[pair.i for _, pair in pairs],
+            j=[pair.j for _, pair in pairs],
+            preference=labels,
+            weight=[data[x].weight for x, _ in pairs],
+        )
+        if not solution.feasible:
+            if args.on_infeasible == "error":
+                raise ThresholdError(solution.unmet)
+            logger.warning("on the training labels: %s", solution.message)
+        return solution.multiplier
+
+    # -------------------------------------------------------------------------------------------------- reference
+
+    def _precomputes(self) -> bool:
+        """Whether the first reference's log-probabilities are computed before training."""
+        if self.args.reference != "auto":
+            return bool(self.args.reference == "precomputed")
+        if not is_peft(self.model) or self.train_dataset is None:
+            return True
+        planned = self.args.num_train_epochs * len(self.train_dataset)
+        if self.args.max_steps > 0:
+            planned = self.args.max_steps * self.get_total_train_batch_size(self.args)
+        return bool(planned >= len(self.train_dataset))
+
+    def _prepare_references(self) -> None:
+        """Give every data set its log-probabilities under the first reference, if they are to be computed before."""
+        if not self._precompute:
+            return
+        parts: dict[str, PreferenceData] = {}
+        if self.train_dataset is not None:
+            parts["train"] = self.train_dataset
+        if isinstance(self.eval_dataset, dict):
+            parts.update({f"eval_{name}": part for name, part in self.eval_dataset.items()})
+        elif self.eval_dataset is not None:
+            parts["eval"] = self.eval_dataset
+        missing = {name: part for name, part in parts.items() if "ref_logprob" not in part.dataset.column_names}
+        if not missing:
+            return
+        if self.reference.initial is None and not is_peft(self.model):
+            if fingerprint(self.model) != self._reference_fingerprint:
+                raise ValueError(
+                    "model: expected the weights it had when the trainer was made, which are the reference"
+                )
+            self.reference.untrained = True
+        try:
+            for name, part in missing.items():
+                values = reference_logprobs(
+                    self.model,
+                    part,
+                    self.data_collator,
+                    self.accelerator,
+                    file=self._output_dir() / f"reference_logprob_{name}.json",
+                    model_fingerprint=self._reference_fingerprint,
+                    batch_size=self.args.per_device_eval_batch_size,
+                    progress=not self.args.disable_tqdm,
+                )
+                parts[name] = part.with_ref_logprob(values)
+        finally:
+            self.reference.untrained = False
+        self.train_dataset = parts.get("train")
+        if isinstance(self.eval_dataset, dict):
+            self.eval_dataset = {name: parts[f"eval_{name}"] for name in self.eval_dataset}
+        else:
+            self.eval_dataset = parts.get("eval")
+
+    # --------------------------------------------------------------------------------------------------- training
+
+    def train(
+        self,
+        resume_from_checkpoint: str | bool | None = None,
+        trial: Any = None,
+        ignore_keys_for_eval: list[str] | None = None,
+    ) -> TrainOutput:
+        """As ``transformers.Trainer.train``; ``resume_from_checkpoint=True`` takes the newest *complete* checkpoint.
+
+        The first Ctrl-C finishes the optimiser step and writes a checkpoint, the second stops at once.
+
+        Raises:
+            ValueError: nothing complete to resume from, or a checkpoint of another reference.
+            ThresholdError: a threshold could not be met and ``on_infeasible="error"``; a checkpoint is there.
+            TrainingInterrupted: after Ctrl-C; a checkpoint is there.
+        """
+        checkpoint = self._resolve_checkpoint(resume_from_checkpoint)
+        self._prepare_references()
+        self.dual = self._new_dual(self.args)
+        self.reference.snapshot = None
+        self._reset_sums()
+        self._unmet, self._interrupted = [], False
+        if checkpoint is not None:
+            self._load_state(checkpoint)
+        with self._deferred_interrupt():
+            output = super().train(checkpoint, trial, ignore_keys_for_eval)
+        if self._interrupted:
+            raise TrainingInterrupted(last_complete_checkpoint(self._output_dir()))
+        if self._unmet and self.args.on_infeasible == "error":
+            raise ThresholdError(self._unmet)
+        return output
+
+    def _output_dir(self) -> Path:
+        """Where the run keeps its files; the Trainer has filled in a default."""
+        return Path(str(self.args.output_dir))
+
+    def _resolve_checkpoint(self, resume: str | bool | None) -> str | None:
+        if not resume:
+            return None
+        if resume is True:
+            found = last_complete_checkpoint(self._output_dir())
+            if found is None:
+                raise ValueError(
+                    "resume_from_checkpoint: expected a complete checkpoint in output_dir; "
+                    f"{self.args.output_dir} has none"
+                )
+            return found
+        if not is_complete(resume):
+            raise ValueError(
+                f"resume_from_checkpoint: expected a complete checkpoint ({MANIFEST_FILE} and every file it names); "
+                f"got {resume}"
+            )
+        return str(resume)
+
+    @contextmanager
+    def _deferred_interrupt(self) -> Iterator[None]:
+        """Ctrl-C waits for the end of the step. Only the main thread can handle signals."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+
+        def handler(signum: int, frame: Any) -> None:
+            self._interrupted = True
+            signal.signal(signal.SIGINT, previous)
+            print("\nfinishing this step and writing a checkpoint; Ctrl-C again stops at once", file=sys.stderr)
+
+        previous = signal.signal(signal.SIGINT, handler)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGINT, previous)
+
+    def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Tensor:
+        """What the loss is a mean of, over the micro-batches of an optimiser step and all ranks: () fp64.
+
+        Total pair weight, or responses for cloning.
+        """
+        total = torch.zeros((), dtype=torch.float64)
+        for batch in batch_samples:
+            if self.args.loss_type == "cloning":
+                total += (batch["labels"][:, 1:] != -100).any(dim=1).sum().cpu()
+            else:
+                total += batch["pair_weight"].to("cpu", torch.float64).sum()
+        return self._over_ranks(total.to(_fp64_device(device)))
+
+    def _over_ranks(self, sums: Tensor) -> Tensor:
+        """The sum over ranks; every rank must call it."""
+        if self.accelerator.num_processes == 1:
+            return sums
+        result: Tensor = self.accelerator.reduce(sums, reduction="sum")
+        return result
+
+    def _policy_arguments(self, normalizer: Tensor | float | None) -> dict[str, Any]:
+        device = self.args.device
+        if isinstance(normalizer, Tensor):
+            normalizer = normalizer.to(device) if device.type != "mps" else float(normalizer)
+        return {"objective_weight": self.dual.weight.to(device), "normalizer": normalizer}
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """The batch's share of the step's loss, times the ranks over which DDP and FSDP average gradients."""
+        outputs = model(**inputs, **self._policy_arguments(num_items_in_batch))
+        self._step_sums = self._step_sums + outputs["statistics"].to(self._step_sums.device)
+        loss = outputs["loss"] * self.accelerator.num_processes
+        return (loss, outputs) if return_outputs else loss
+
+    def _reset_sums(self) -> None:
+        self._step_sums = torch.zeros(self._statistics.size, dtype=torch.float64, device=_fp64_device(self.args.device))
+        self._window_sums = torch.zeros(self._statistics.size, dtype=torch.float64)
+        self._window_steps = 0
+        self._window_seconds = 0.0
+        self._step_started = time.perf_counter()
+
+    def _begin_step(self) -> None:
+        self._step_started = time.perf_counter()
+
+    def _end_step(self, control: TrainerControl) -> None:
+        """After every optimiser step: one dual step on all ranks' satisfaction, then the reference's turn."""
+        # All ranks must stop at the same step, whichever of them has seen Ctrl-C.
+        stop = self._step_sums.new_tensor([float(self._interrupted)])
+        sums = self._over_ranks(torch.cat([self._step_sums, stop])).cpu()
+        self._step_sums = torch.zeros_like(self._step_sums)
+        self._interrupted = bool(sums[-1] > 0)
+        sums = sums[:-1]
+        self._window_sums += sums
+        self._window_steps += 1
+        self._window_seconds += time.perf_counter() - self._step_started
+        self.dual.update(*self._statistics.satisfaction(sums))
+
+        args = self.args
+        if args.reference_update_steps is not None and self.state.global_step % args.reference_update_steps == 0:
+            self.reference.update(self.model)
+            if args.threshold_relaxation is not None:
+                smoothed = self.dual.smoothed
+                self.dual.set_thresholds(
+                    {
+                        name: args.threshold_relaxation * smoothed[name]
+                        for name in self.dual.threshold
+                        if name in smoothed
+                    }
+                )
+        if args.estimator == "snis":
+            share = self._statistics.summary(sums)["effective_sample_size"] / self._statistics.scalar(sums, "responses")
+            if share < _COLLAPSED_SHARE:
+                self._warn_once(
+                    "snis",
+                    f"the effective sample size of the snis estimate is {share:.1%} of the responses: satisfaction "
+                    "rests on a handful of them",
+                )
+        if unmet := self.dual.unmet():
+            self._unmet = unmet
+            if args.on_infeasible == "warn":
+                self._warn_once("unmet", "; ".join(map(str, unmet)))
+            else:
+                control.should_save = control.should_training_stop = True
+        if self._interrupted:
+            control.should_save = control.should_training_stop = True
+
+    def _warn_once(self, key: str, message: str) -> None:
+        if key not in self._warned and self.is_world_process_zero():
+            logger.warning(message)
+        self._warned.add(key)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Adds, to a training step's line, what the multipliers and the policy did since the last one."""
+        if "loss" in logs and self._window_steps:
+            logs.update(self._window_metrics())
+            self._window_sums = torch.zeros_like(self._window_sums)
+            self._window_steps, self._window_seconds = 0, 0.0
+        super().log(logs, start_time)
+
+    def _window_metrics(self) -> dict[str, float]:
+        result = self._control_metrics(self._statistics.summary(self._window_sums, self._window_steps))
+        seconds = max(self._window_seconds, 1e-9)
+        result["tokens_per_second"] = self._statistics.scalar(self._window_sums, "tokens") / seconds
+        result["scored_tokens_per_second"] = self._statistics.scalar(self._window_sums, "scored_tokens") / seconds
+        result["peak_memory_mib"] = _peak_memory_mib(self.args.device)
+        return result
+
+    def _control_metrics(self, summary: dict[str, float]) -> dict[str, float]:
+        """A summary with multiplier, threshold and slack of every constrained objective."""
+        result = dict(summary)
+        for name, multiplier in self.dual.multiplier.items():
+            result[f"multiplier/{name}"] = multiplier
+            result[f"threshold/{name}"] = self.dual.threshold[name]
+            if f"satisfaction/{name}" in summary:
+                result[f"slack/{name}"] = summary[f"satisfaction/{name}"] - self.dual.threshold[name]
+        return result
+
+    # ------------------------------------------------------------------------------------------------- evaluation
+
+    def evaluate(
+        self,
+        eval_dataset: Any = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> dict[str, float]:
+        """As ``transformers.Trainer.evaluate``, with satisfaction, slack, margin and KL among the metrics.
+
+        The loss is the one training minimises, under the multipliers of the moment: it is not comparable between steps
+        at which they differ; satisfaction is.
+        """
+        self._prepare_references()
+        if eval_dataset is not None and not isinstance(eval_dataset, (str, dict)):
+            eval_dataset = as_preference_data(eval_dataset, "eval_dataset")
+        result: dict[str, float] = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        return result
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
+        """Sums over the whole data set replace the mean of batch means."""
+        self._eval_sums = torch.zeros(self._statistics.size, dtype=torch.float64, device=_fp64_device(self.args.device))
+        output = super().evaluation_loop(*args, **kwargs)
+        sums = self._over_ranks(self._eval_sums).cpu()
+        prefix = kwargs.get("metric_key_prefix", "eval")
+        metrics = self._control_metrics(self._statistics.summary(sums))
+        if items := self._statistics.scalar(sums, "items"):
+            metrics["loss"] = self._statistics.scalar(sums, "loss") / items
+        assert output.metrics is not None
+        output.metrics.update({f"{prefix}_{name}": value for name, value in metrics.items()})
+        return output
+
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[Tensor, None, None]:
+        """Adds a batch to the sums; the loss returned is a sum, too."""
+        inputs = self._without_repeats(self._prepare_inputs(inputs))
+        with torch.no_grad(), self.compute_loss_context_manager():
+            outputs = model(**inputs, **self._policy_arguments(1.0))
+        assert self._eval_sums is not None
+        self._eval_sums += outputs["statistics"].to(self._eval_sums.device)
+        return outputs["loss"].detach(), None, None
+
+    def _without_repeats(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """The last batch with several ranks is filled up by repeating examples: those count nothing."""
+        state = self.accelerator.gradient_state
+        if self.accelerator.num_processes == 1 or not state.end_of_dataloader or state.remainder <= 0:
+            return inputs
+        first = self.accelerator.process_index * self.args.per_device_eval_batch_size
+        real = inputs["prompt_index"] < state.remainder - first
+        return {
+            **inputs,
+            "labels": inputs["labels"].masked_fill(~real[:, None], -100),
+            "pair_weight": inputs["pair_weight"] * real[inputs["pairs"][:, 0]],
+        }
+
+    # ------------------------------------------------------------------------------------------------ checkpoints
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """The Trainer's files, then ours, then the manifest; old checkpoints go only when the new one counts."""
+        run_dir = self._get_output_dir(trial=trial)
+        folder = Path(run_dir) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        if self.args.should_save:
+            begin_checkpoint(folder)
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self.args.save_total_limit = limit
+        if self.args.should_save and not self.args.save_only_model:
+            torch.save(self._state(), folder / STATE_FILE)
+        # The other ranks' random states belong to the checkpoint.
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            if not self.args.save_only_model:
+                complete_checkpoint(folder)
+            rotate_checkpoints(
+                output_dir=run_dir,
+                save_total_limit=limit,
+                best_model_checkpoint=self.state.best_model_checkpoint,
+                use_mtime=True,
+            )
+
+    def _state(self) -> dict[str, Any]:
+        snapshot = self.reference.snapshot
+        return {
+            "dual": self.dual.state_dict(),
+            "reference_fingerprint": self._reference_fingerprint,
+            "snapshot": None if snapshot is None else {name: value.cpu() for name, value in snapshot.items()},
+            "window_sums": self._window_sums,
+            "window_steps": self._window_steps,
+            "window_seconds": self._window_seconds,
+        }
+
+    def _load_state(self, checkpoint: str) -> None:
+        """What ``_state`` saved.
+
+        Raises:
+            ValueError: the checkpoint's reference was another model than this trainer's.
+        """
+        state = torch.load(os.path.join(checkpoint, STATE_FILE), map_location="cpu", weights_only=True)
+        if state["reference_fingerprint"] != self._reference_fingerprint:
+            raise ValueError(
+                f"model: expected the model that {checkpoint} started from, which is its reference; got other weights"
+            )
+        self.dual.load_state_dict(state["dual"])
+        if state["snapshot"] is not None:
+            devices = {name: parameter.device for name, parameter in self.model.named_parameters()}
+            self.reference.snapshot = {name: value.to(devices[name]) for name, value in state["snapshot"].items()}
+        self._window_sums = state["window_sums"]
+        self._window_steps, self._window_seconds = state["window_steps"], state["window_seconds"]
+
+
+def as_preference_data(data: Any, argument: str) -> PreferenceData:
+    """``PreferenceData`` from itself, a ``datasets.Dataset`` with the canonical columns, or a sequence of examples.
+
+    Raises:
+        ValueError: something else; DataError: a bad example.
+    """
+    if isinstance(data, PreferenceData):
+        return data
+    if hasattr(data, "column_names") and hasattr(data, "select_columns"):
+        return PreferenceData.from_examples(PreferenceExample.from_dict(row) for row in data)
+    if isinstance(data, Sequence) and not isinstance(data, str):
+        return PreferenceData.from_examples(
+            example if isinstance(example, PreferenceExample) else PreferenceExample.from_dict(example)
+            for example in data
+        )
+    raise ValueError(
+        f"{argument}: expected PreferenceData, a datasets.Dataset with its columns, or a sequence of "
+        f"PreferenceExample; got {type(data).__name__}"
+    )
+
+
+def _resolve_objectives(args: MOPOConfig, train: PreferenceData | None, evaluation: Any) -> tuple[tuple[str, ...], str]:
+    """Names of the objectives, in order, and the primary."""
+    data = train
+    if data is None:
+        data = next(iter(evaluation.values())) if isinstance(evaluation, dict) and evaluation else evaluation
+    known: tuple[str, ...] = () if data is None else data.objectives
+    objectives = known if args.objectives is None else tuple(args.objectives)
+    if not objectives:
+        raise ValueError("objectives: expected their names, as there is no data set to take them from; got None")
+    if known and (unknown := [name for name in objectives if name not in known]):
+        raise ValueError(f"objectives: expected names among the data's {', '.join(known)}; got {', '.join(unknown)}")
+    primary = objectives[0] if args.primary is None else args.primary
+    if primary not in objectives:
+        raise ValueError(f"primary: expected one of {', '.join(objectives)}; got {primary!r}")
+    for argument in ("thresholds", "initial_multiplier", "label_rate"):
+        value = getattr(args, argument)
+        for name in value if isinstance(value, Mapping) else ():
+            if name not in objectives:
+                raise ValueError(f"{argument}: expected objectives among {', '.join(objectives)}; got {name!r}")
+    return objectives, primary
+
+
+def _label_rates(args: MOPOConfig, objectives: Sequence[str], data: PreferenceData | None) -> list[float] | None:
+    """The share of labelled pairs per objective, in their order, or None."""
+    if args.label_rate is None:
+        return None
+    if isinstance(args.label_rate, dict):
+        return [args.label_rate.get(name, 1.0) for name in objectives]
+    if data is None:
+        raise ValueError("label_rate: expected numbers when there is no train_dataset to measure; got 'auto'")
+    coverage = {item.objective: item.coverage for item in summarize(data).objectives}
+    if empty := [name for name in objectives if not coverage[name]]:
+        raise ValueError(f"label_rate: expected every objective to be labelled somewhere; got none for {empty}")
+    return [coverage[name] for name in objectives]
+
+
+def _disable_dropout(model: nn.Module) -> None:
+    """Every dropout outside adapters, as a module or as a number of an attention layer, becomes 0."""
+    for name, module in model.named_modules():
+        if "lora_dropout" in name:
+            continue
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        elif isinstance(getattr(module, "attention_dropout", None), float):
+            module.attention_dropout = 0.0
+
+
+def _fp64_device(device: torch.device) -> torch.device:
+    """``device``, or the CPU where it has no fp64."""
+    return torch.device("cpu") if device.type == "mps" else device
+
+
+def _peak_memory_mib(device: torch.device) -> float:
+    """Most memory held so far, MiB: the allocator's on a GPU, the process's otherwise."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    try:
+        import resource
+    except ImportError:  # Windows keeps no such count.
+        return math.nan
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 2**20 if sys.platform == "darwin" else peak / 2**10
