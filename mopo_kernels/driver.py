@@ -195,8 +195,9 @@ class LinearHead:
             tile = self.tile(rows, stop - start) if products is None else products[:, start:stop]
             self.products_(hidden, tile, start, stop)
             self.backend.fold(tile, self.bias_tile(start, stop), target, start, self.head, maximum, total, picked)
-        logsumexp = maximum + torch.log(total)
-        return picked - logsumexp, logsumexp
+        log_total = torch.log(total)
+        # Not picked - logsumexp: the difference to the maximum is small, so it rounds less.
+        return (picked - maximum) - log_total, maximum + log_total
 
     def unfold(
         self,
@@ -364,6 +365,8 @@ def linear_logprob(
         logprob[chunk.rows], logsumexp[chunk.rows] = value, lse
         if frozen:
             work.unfold(chunk, lse, None, held=work.head.whole)
+    if keep:
+        products[work.count :].zero_()
     return logprob, logsumexp, unit, products
 
 

@@ -1,12 +1,13 @@
 """The custom ops, one after the other: forward, fake kernel, what is kept for backward, backward.
 
 Each op runs the driver below autograd and autocast; under ``torch.compile`` it is one opaque node whose output shapes
-the fake kernel tells. Gradients computed during forward are handed over once and scaled in place, so that they are never
-held twice; a second backward through the same graph (``retain_graph=True``) computes them again.
+the fake kernel tells. Gradients computed during forward are handed over once and scaled in place, so that they are
+never held twice; a second backward through the same graph (``retain_graph=True``) computes them again.
 """
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import torch
@@ -23,18 +24,21 @@ def _traced(tensor: Tensor) -> bool:
     return type(tensor) is not Tensor
 
 
-def _take(ctx: Any) -> tuple[Tensor, ...] | None:
+def _take(ctx: Any) -> list[Tensor] | None:
     """The gradients that forward left, once; None after that."""
-    held: tuple[Tensor, ...] | None = ctx.held
-    if held is not None and not _traced(held[0]):
-        ctx.held = None
+    held: list[Tensor] | None = ctx.held
+    if held is not None and _traced(held[0]):
+        return list(held)
+    ctx.held = None
     return held
 
 
-def _scaled(gradient: Tensor, factor: Tensor, like: Tensor) -> Tensor:
-    """``gradient * factor`` in the input's dtype, in place where nobody else can see the gradient."""
-    scaled = gradient * factor if _traced(gradient) else gradient.mul_(factor)
-    return scaled.to(like.dtype)
+def _scale(held: list[Tensor], factor: Tensor, like: Tensor) -> Tensor:
+    """The last of the held gradients times ``factor``, in the input's dtype; in place unless somebody else sees it."""
+    gradient = held.pop()
+    # Two references: the name above and the call's own argument.
+    alone = not _traced(gradient) and sys.getrefcount(gradient) == 2
+    return (gradient.mul_(factor) if alone else gradient * factor).to(like.dtype)
 
 
 # ------------------------------------------------------------------------------------------- log-probability per token
@@ -174,18 +178,19 @@ def _linear_logprob_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tenso
     ctx.mark_non_differentiable(logsumexp, unit, products)
     ctx.save_for_backward(hidden, weight, target, bias, logsumexp, products)
     ctx.options = options
-    ctx.held = (unit,) if unit.dim() == 2 else None
+    ctx.held = [unit] if unit.dim() == 2 else None
 
 
 @once_differentiable  # type: ignore[untyped-decorator]
-def _linear_logprob_backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+def _linear_logprob_backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    if grad is None:
+        return (None,) * (4 + len(ctx.options))
     hidden, weight, target, bias, logsumexp, products = ctx.saved_tensors
     need_hidden, need_weight, need_bias = ctx.options[-3:]
     held = _take(ctx)
     grad = grad.contiguous()
     if held is not None:
-        dhidden = _scaled(held[0], grad[:, None], hidden)
-        return dhidden, *(None,) * (3 + len(ctx.options))
+        return _scale(held, grad[:, None], hidden), *(None,) * (3 + len(ctx.options))
     dhidden, dweight, dbias = linear_logprob_backward(
         grad, hidden, weight, target, bias, logsumexp, products, *ctx.options
     )
@@ -320,7 +325,9 @@ def _mopo_loss_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ..
 
 
 @once_differentiable  # type: ignore[untyped-decorator]
-def _mopo_loss_backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+def _mopo_loss_backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    if grad is None:
+        return (None,) * ctx.inputs
     (coefficient,) = ctx.saved_tensors
     return grad * coefficient, *(None,) * (ctx.inputs - 1)
 
@@ -392,20 +399,22 @@ def _linear_mopo_loss_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Ten
     ctx.mark_non_differentiable(*output[1:])
     ctx.save_for_backward(*(x for x in inputs if isinstance(x, Tensor)))
     ctx.arguments = tuple(None if isinstance(x, Tensor) else (x,) for x in inputs)
-    ctx.held = tuple(output[-3:])
+    ctx.held = list(output[-3:])
 
 
 @once_differentiable  # type: ignore[untyped-decorator]
-def _linear_mopo_loss_backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+def _linear_mopo_loss_backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    if grad is None:
+        return (None,) * len(ctx.arguments)
     tensors = iter(ctx.saved_tensors)
     inputs = [next(tensors) if x is None else x[0] for x in ctx.arguments]
     held = _take(ctx)
     if held is None:
-        held = linear_mopo_loss(*inputs)[-3:]
+        held = list(linear_mopo_loss(*inputs)[-3:])
     gradients: list[Tensor | None] = [None] * len(inputs)
-    for position, gradient, needed in zip((0, 1, 4), held, inputs[-3:], strict=True):
-        if needed:
-            gradients[position] = _scaled(gradient, grad, inputs[position])
+    for position, needed in zip((4, 1, 0), reversed(inputs[-3:]), strict=True):
+        scaled = _scale(held, grad, inputs[0])
+        gradients[position] = scaled if needed else None
     return tuple(gradients)
 
 

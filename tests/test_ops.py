@@ -1,0 +1,253 @@
+"""The custom ops under opcheck and torch.compile, what they cost in products and bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from samples import Batch, make_batch
+from torch import Tensor
+
+from mopo_kernels import (
+    backends,
+    driver,
+    linear_logprob,
+    linear_mopo_loss,
+    linear_sequence_logprob,
+    mopo_loss,
+    ops,
+)
+
+FAST = [name for name, reason in backends.availability().items() if reason is None and name != "reference"]
+
+
+def head_options(limit: int, *need: bool) -> tuple[Any, ...]:
+    return (-100, 3.0, 1.0, 1.0, "torch", limit, *need)
+
+
+@pytest.mark.parametrize("limit", [1 << 20, 6_000], ids=["whole", "narrow"])
+@pytest.mark.parametrize(
+    "trained", [(), ("hidden",), ("hidden", "weight", "bias")], ids=lambda t: "+".join(t) or "none"
+)
+def test_ops_pass_opcheck(limit: int, trained: tuple[str, ...]) -> None:
+    batch = make_batch(prompts=2, responses=2, hidden=8, vocabulary=11)
+    batch.leaves(*trained)
+    options = head_options(limit, *(n in trained for n in ("hidden", "weight", "bias")))
+    pair_options = (
+        batch.pair_weight,
+        None,
+        None,
+        batch.length,
+        batch.prompt_index,
+        None,
+        0.3,
+        "regression",
+        None,
+        "snis",
+    )
+    torch.library.opcheck(ops.linear_logprob, (batch.hidden, batch.weight, batch.target, batch.bias, *options))
+    logsumexp = torch.zeros(batch.hidden.shape[0], dtype=torch.float64)
+    torch.library.opcheck(
+        ops.linear_logprob_backward,
+        (
+            logsumexp + 1.0,
+            batch.hidden.detach(),
+            batch.weight.detach(),
+            batch.target,
+            batch.bias.detach(),
+            logsumexp,
+            logsumexp[:0],
+            *options,
+        ),
+    )
+    value = torch.randn(batch.hidden.shape[0], dtype=torch.float64, requires_grad="hidden" in trained)
+    torch.library.opcheck(ops.segment_sum, (value, batch.cu_seqlens))
+    pair_arguments = (batch.pairs, torch.nan_to_num(batch.preference, nan=0.5), batch.objective_weight, *pair_options)
+    logprob = batch.ref_logprob.clone().requires_grad_("hidden" in trained)
+    torch.library.opcheck(ops.mopo_loss, (logprob, batch.ref_logprob, *pair_arguments))
+    torch.library.opcheck(
+        ops.linear_mopo_loss,
+        (
+            batch.hidden,
+            batch.weight,
+            batch.target,
+            batch.cu_seqlens,
+            batch.bias,
+            batch.ref_logprob,
+            *pair_arguments,
+            *options,
+        ),
+    )
+
+
+def fused(batch: Batch) -> Tensor:
+    return linear_mopo_loss(*batch.loss_arguments(), ref_logprob=batch.ref_logprob, tau=0.5).loss * 2.0
+
+
+def composed(batch: Batch) -> Tensor:
+    logprob = linear_sequence_logprob(batch.hidden, batch.weight, batch.target, batch.cu_seqlens, batch.bias)
+    arguments = (batch.ref_logprob, batch.pairs, batch.preference, batch.objective_weight)
+    return mopo_loss(logprob, *arguments, tau=0.5, pair_weight=batch.pair_weight).loss * 2.0
+
+
+@pytest.mark.parametrize("function", [fused, composed])
+@pytest.mark.parametrize("trained", [("hidden",), ("hidden", "weight", "bias")], ids="+".join)
+def test_compile_takes_the_full_graph_and_does_not_recompile_per_batch(
+    function: Callable[[Batch], Tensor], trained: tuple[str, ...]
+) -> None:
+    """Sizes differ from batch to batch; TRL's compaction recompiled 8 to 9 times here."""
+    torch._dynamo.reset()
+    graphs = 0
+
+    def counting(module: torch.fx.GraphModule, inputs: list[Tensor]) -> Any:
+        nonlocal graphs
+        graphs += 1
+        return torch._dynamo.lookup_backend("aot_eager")(module, inputs)
+
+    names = ("hidden", "weight", "target", "cu_seqlens", "pairs", "preference", "objective_weight", "bias")
+    names += ("ref_logprob", "pair_weight", "prompt_index", "length")
+
+    def call(*tensors: Tensor) -> Tensor:
+        return function(Batch(**dict(zip(names, tensors, strict=True))))
+
+    compiled = torch.compile(call, fullgraph=True, backend=counting)
+    for seed in range(6):
+        batch = make_batch(prompts=3 + seed, seed=seed)
+        leaves = batch.leaves(*trained)
+        tensors = [getattr(batch, name) for name in names]
+        expected, got = call(*tensors), compiled(*tensors)
+        torch.testing.assert_close(got, expected)
+        for a, b in zip(torch.autograd.grad(got, leaves), torch.autograd.grad(expected, leaves), strict=True):
+            torch.testing.assert_close(a, b)
+    # One for the first sizes, one for sizes that vary.
+    assert graphs <= 2
+
+
+def test_values_are_checked_inside_compiled_graphs_too() -> None:
+    batch = make_batch()
+    compiled = torch.compile(
+        lambda t: linear_logprob(batch.hidden, batch.weight, t), fullgraph=True, backend="aot_eager"
+    )
+    compiled(batch.target)
+    with pytest.raises(ValueError, match="target must lie in"):
+        compiled(batch.target + 100)
+
+
+def units(function: Callable[[], Tensor], batch: Batch, monkeypatch: pytest.MonkeyPatch) -> float:
+    """Products done, in units of (scored rows) x V x H."""
+    multiplications = 0
+
+    def counting(product: Callable[..., None], first: int) -> Callable[..., None]:
+        def run(*args: Tensor, **kwargs: Any) -> None:
+            nonlocal multiplications
+            a, b = args[first : first + 2]
+            multiplications += a.shape[0] * a.shape[1] * b.shape[1]
+            product(*args, **kwargs)
+
+        return run
+
+    monkeypatch.setattr(driver, "_mm", counting(driver._mm, 0))
+    monkeypatch.setattr(driver, "_addmm_", counting(driver._addmm_, 1))
+    value = function()
+    if value.requires_grad:
+        value.backward()
+    return multiplications / (int((batch.target != -100).sum()) * batch.weight.numel())
+
+
+COSTS = {
+    # what is called, what is trained, buffer in bytes -> units of products
+    "no gradient": ("logprob", (), 1 << 20, 1.0),
+    "loss without gradient": ("loss", (), 1 << 20, 1.0),
+    "frozen head, any loss": ("logprob", ("hidden",), 1 << 20, 2.0),
+    "frozen head, one pass": ("loss", ("hidden",), 1 << 20, 2.0),
+    "frozen head, cloning": ("cloning", ("hidden",), 1 << 20, 2.0),
+    "trained head, one pass": ("loss", ("hidden", "weight"), 1 << 20, 3.0),
+    "trained head, one pass in chunks": ("loss", ("hidden", "weight"), 24_000, 3.0),
+    "trained head, cloning": ("cloning", ("hidden", "weight"), 24_000, 3.0),
+    "trained head, any loss, products kept": ("logprob", ("hidden", "weight"), 1 << 20, 3.0),
+    "trained head, any loss, overflow": ("logprob", ("hidden", "weight"), 16_000, 4.0),
+    "trained head, a prompt longer than the buffer": ("loss", ("hidden", "weight"), 4_000, 4.0),
+}
+
+
+@pytest.mark.parametrize("case", COSTS)
+def test_products_are_as_few_as_the_cost_model_says(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    what, trained, limit, expected = COSTS[case]
+    batch = make_batch()
+    batch.leaves(*trained)
+    common = {"backend": "torch", "max_buffer_bytes": limit}
+    if what == "logprob":
+        got = units(
+            lambda: linear_logprob(batch.hidden, batch.weight, batch.target, batch.bias, **common).sum(),
+            batch,
+            monkeypatch,
+        )
+    else:
+        options = batch.loss_options("cloning" if what == "cloning" else "regression")
+        got = units(lambda: linear_mopo_loss(*batch.loss_arguments(), **options, **common).loss, batch, monkeypatch)
+    assert got == pytest.approx(expected)
+
+
+def peak_bytes(function: Callable[[], Any]) -> tuple[int, Any]:
+    """Peak of what is allocated while ``function`` runs, and its result, still alive at the end."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        result = function()
+    live = peak = 0
+    for event in profile.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            live += event.nbytes()
+            peak = max(peak, live)
+    return peak, result
+
+
+@pytest.mark.parametrize("backend", FAST)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("limit", [8 << 20, 2 << 20, 300_000, 60_000])
+@pytest.mark.parametrize("mode", ["none", "frozen", "trained", "loss frozen", "loss trained", "loss none", "cloning"])
+def test_memory_beyond_inputs_outputs_and_gradients_stays_within_the_buffer(
+    backend: str, dtype: torch.dtype, limit: int, mode: str
+) -> None:
+    """NeMo-RL ignored its setting in the training path. 250 rows x 2003 logits are 2 MB in fp32."""
+    batch = make_batch(prompts=12, responses=4, longest=9, hidden=64, vocabulary=2003, dtype=dtype)
+    trained = {"none": (), "loss none": (), "frozen": ("hidden",), "loss frozen": ("hidden",)}.get(
+        mode, ("hidden", "weight", "bias")
+    )
+    leaves = batch.leaves(*trained)
+    common = {"backend": backend, "max_buffer_bytes": limit}
+
+    def call() -> list[Tensor]:
+        if mode in ("none", "frozen", "trained"):
+            value = linear_logprob(batch.hidden, batch.weight, batch.target, batch.bias, **common)
+            scalar = value.sum()
+        else:
+            options = batch.loss_options("cloning" if mode == "cloning" else "regression")
+            scalar = linear_mopo_loss(*batch.loss_arguments(), **options, **common).loss
+        return list(torch.autograd.grad(scalar, leaves)) if leaves else [scalar]
+
+    call()
+    peak, _ = peak_bytes(call)
+    # Gradients accumulate in fp32 and are cast once, so that half precision holds both for a moment.
+    gradients = sum(t.numel() * (4 + (t.element_size() if t.element_size() != 4 else 0)) for t in leaves)
+    # Outputs, indices and statistics: a few dozen bytes a token, a sequence and a pair; the bias in fp32.
+    small = 96 * batch.hidden.shape[0] + 512 * batch.pairs.shape[0] + 8 * batch.bias.numel() + 4096
+    assert peak <= limit + gradients + small
+
+
+def test_the_memory_test_can_fail() -> None:
+    """Plain PyTorch on the same batch is far over the bound that the fused functions keep."""
+    batch = make_batch(prompts=12, responses=4, hidden=64, vocabulary=2003, dtype=torch.float32)
+    (hidden,) = batch.leaves("hidden")
+    peak, _ = peak_bytes(
+        lambda: torch.autograd.grad(
+            linear_logprob(hidden, batch.weight, batch.target, batch.bias, backend="reference").sum(), hidden
+        )
+    )
+    assert peak > 3 * batch.hidden.shape[0] * 2003 * 4
+
+
+def test_an_impossible_buffer_is_refused_with_the_least_that_works() -> None:
+    batch = make_batch()
+    with pytest.raises(ValueError, match=r"max_buffer_bytes must be at least \d+ for hidden size 16; got 100"):
+        linear_logprob(batch.hidden, batch.weight, batch.target, max_buffer_bytes=100)
