@@ -1,0 +1,1 @@
+"""Benchmarks: the same work, done by this library and by plain PyTorch, beside the bare matrix products."""
