@@ -133,6 +133,14 @@ def test_convert_merges_named_sources(tmp_path: Path) -> None:
     assert example.pairs[0].preference == {"helpful": 1.0, "brief": 0.0}
 
 
+def test_transcripts_can_stay_strings(tmp_path: Path) -> None:
+    start = "\n\nHuman: Tea?\n\nAssistant:"
+    path = write(tmp_path / "helpful.jsonl", [{"chosen": f"{start} Yes.", "rejected": f"{start} No."}])
+    for flag, prompt in (("--transcript", start), ("--conversational", [{"role": "user", "content": "Tea?"}])):
+        assert mopo_data("convert", path, "-o", tmp_path / "o.jsonl", flag).exit_code == 0
+        assert load_preferences(tmp_path / "o.jsonl")[0].prompt == prompt
+
+
 def test_report_prints_tables_and_writes_json(tmp_path: Path) -> None:
     rows = [canonical("p", detail=1.0, plain=0.0), canonical("q", detail=1.0, plain=1.0), BAD]
     result = mopo_data("report", write(tmp_path / "d.jsonl", rows), "--json", tmp_path / "r.json")

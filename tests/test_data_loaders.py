@@ -549,11 +549,19 @@ class TestSources:
         (tmp_path / "torn.jsonl.gz").write_bytes(gzip.compress(json.dumps(canonical()).encode())[:-9])
         with pytest.raises(DataError, match=r"torn\.jsonl\.gz:1: cannot be read"):
             load_preferences(tmp_path / "torn.jsonl.gz")
-        (tmp_path / "latin.jsonl").write_bytes(
-            json.dumps(canonical(prompt="\u00fc"), ensure_ascii=False).encode("latin-1")
-        )
-        with pytest.raises(DataError, match=r"latin\.jsonl:1: cannot be read"):
-            load_preferences(tmp_path / "latin.jsonl")
+        (tmp_path / "torn.parquet").write_bytes(b"PAR1 and nothing else")
+        with pytest.raises(DataError, match=r"torn\.parquet: cannot be read"):
+            load_preferences(tmp_path / "torn.parquet")
+
+    def test_a_line_in_another_encoding_is_a_bad_row_of_its_own(self, tmp_path: Path) -> None:
+        path = tmp_path / "latin.jsonl"
+        latin = json.dumps(canonical(prompt="\u00fc"), ensure_ascii=False).encode("latin-1")
+        path.write_bytes(b"\n".join([b"\xef\xbb\xbf" + json.dumps(canonical()).encode(), b"", latin]))
+        data = load_preferences(path, on_error="skip")
+        assert len(data) == 1
+        assert [str(error) for error in data.skipped] == [
+            f"{path}:3: not valid UTF-8: invalid start byte at byte 13",
+        ]
 
     @pytest.mark.parametrize(
         ("options", "problem"),

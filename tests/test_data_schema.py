@@ -103,6 +103,8 @@ BAD = {
     "preference-bool": (record(pairs=[pair(preference={"helpful": True})]), "pairs[0].preference.helpful", "number"),
     "unknown-objective": (record(pairs=[pair(preference={"witty": 1.0})]), "pairs[0].preference.witty", "helpful"),
     "blank-objective": (record(pairs=[pair(preference={"": 1.0})]), "pairs[0].preference", "objective name"),
+    "preference-huge": (record(pairs=[pair(preference={"helpful": 10**400})]), "pairs[0].preference.helpful", "number"),
+    "half-surrogate": (record(responses=["a", "b\ud83d"]), "responses[1]", "surrogate pair at character 1"),
     "weight-zero": (record(weight=0), "weight", "positive number"),
     "weight-text": (record(weight="2"), "weight", "positive number"),
     "weight-infinite": (record(weight=float("inf")), "weight", "positive number"),

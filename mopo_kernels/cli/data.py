@@ -42,6 +42,10 @@ Objective = Annotated[str | None, typer.Option(help="Name of the objective (hh-r
 Negative = Annotated[
     list[str] | None, typer.Option(help="Attribute of which less is better (helpsteer); may be repeated.")
 ]
+Conversational = Annotated[
+    bool | None,
+    typer.Option("--conversational/--transcript", help="Turns as messages, or the text as it is (hh-rlhf)."),
+]
 PromptChars = Annotated[int | None, typer.Option(min=1, help="Characters a prompt may have.")]
 ResponseChars = Annotated[int | None, typer.Option(min=1, help="Characters a response may have.")]
 Limit = Annotated[int | None, typer.Option(min=1, help="Read this many rows at most.")]
@@ -70,13 +74,13 @@ def _parse_sources(sources: list[str]) -> Any:
 
 
 @contextmanager
-def _progress(description: str) -> Iterator[Any]:
+def _progress(description: str, total: int | None = None) -> Iterator[Any]:
     """A bar on stderr; yields the callable that counts one row."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     console = Console(stderr=True)
     # Where nobody watches, a bar would leave stray lines in the log.
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task(description, total=None)
+        task = bar.add_task(description, total=total)
         yield lambda: bar.advance(task)
 
 
@@ -89,6 +93,7 @@ def _load(
     objectives: str | None,
     objective: str | None,
     negative: list[str] | None,
+    conversational: bool | None,
     max_prompt_chars: int | None,
     max_response_chars: int | None,
     limit: int | None,
@@ -101,6 +106,8 @@ def _load(
         options["objective"] = objective
     if negative:
         options["signs"] = dict.fromkeys(negative, -1)
+    if conversational is not None:
+        options["conversational"] = conversational
     names = [item.strip() for item in objectives.split(",")] if objectives is not None else None
     if on_error not in ("raise", "skip"):
         _fail(f"--on-error: expected raise or skip, got {on_error!r}")
@@ -174,6 +181,7 @@ def validate(
     objectives: Objectives = None,
     objective: Objective = None,
     negative: Negative = None,
+    conversational: Conversational = None,
     max_prompt_chars: PromptChars = None,
     max_response_chars: ResponseChars = None,
     limit: Limit = None,
@@ -181,8 +189,8 @@ def validate(
 ) -> None:
     """Check every row. Lists the bad ones as file:line: field: problem; exits 1 when there are any."""
     data = _load(
-        sources, format, split, name, data_dir, objectives, objective, negative, max_prompt_chars, max_response_chars,
-        limit, "skip",
+        sources, format, split, name, data_dir, objectives, objective, negative, conversational, max_prompt_chars,
+        max_response_chars, limit, "skip",
     )  # fmt: skip
     console = Console(soft_wrap=True)
     _print_skipped(data.skipped, console, shown)
@@ -205,6 +213,7 @@ def convert(
     objectives: Objectives = None,
     objective: Objective = None,
     negative: Negative = None,
+    conversational: Conversational = None,
     max_prompt_chars: PromptChars = None,
     max_response_chars: ResponseChars = None,
     limit: Limit = None,
@@ -215,8 +224,8 @@ def convert(
     if output.suffix not in (".jsonl", ".parquet"):
         _fail(f"--output: expected a name ending in .jsonl or .parquet, got {output.name!r}")
     data = _load(
-        sources, format, split, name, data_dir, objectives, objective, negative, max_prompt_chars, max_response_chars,
-        limit, on_error, group,
+        sources, format, split, name, data_dir, objectives, objective, negative, conversational, max_prompt_chars,
+        max_response_chars, limit, on_error, group,
     )  # fmt: skip
     try:
         data.save(output)
@@ -240,6 +249,7 @@ def report(
     objectives: Objectives = None,
     objective: Objective = None,
     negative: Negative = None,
+    conversational: Conversational = None,
     max_prompt_chars: PromptChars = None,
     max_response_chars: ResponseChars = None,
     limit: Limit = None,
@@ -248,10 +258,11 @@ def report(
 ) -> None:
     """Label coverage, ties, cycles, and how strongly the objectives agree within prompts."""
     data = _load(
-        sources, format, split, name, data_dir, objectives, objective, negative, max_prompt_chars, max_response_chars,
-        limit, on_error,
+        sources, format, split, name, data_dir, objectives, objective, negative, conversational, max_prompt_chars,
+        max_response_chars, limit, on_error,
     )  # fmt: skip
-    findings = summarize(data)
+    with _progress("counting", total=len(data)) as advance:
+        findings = summarize(data, progress=advance)
     _print_report(findings, Console())
     if output is not None:
         try:

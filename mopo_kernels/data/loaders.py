@@ -44,10 +44,10 @@ def _read_text(path: Path) -> Iterator[Row]:
     opener: Callable[..., Any] = gzip.open if path.suffix == ".gz" else open
     number = 0
     try:
-        with opener(path, "rt", encoding="utf-8-sig") as file:
-            first = next((line for line in file if line.strip()), "")
+        with opener(path, "rb") as file:
+            first = next((line for line in file if line.strip()), b"")
             file.seek(0)
-            if first.lstrip().startswith("["):
+            if first.lstrip().startswith(b"["):
                 yield from _table_rows(json.load(file), str(path))
                 return
             for number, line in enumerate(file, 1):
@@ -59,12 +59,14 @@ def _read_text(path: Path) -> Iterator[Row]:
         raise DataError(f"cannot be read: {error}", str(path), number + 1) from error
 
 
-def _parsed(line: str, source: str, number: int) -> Any:
+def _parsed(line: bytes, source: str, number: int) -> Any:
     """The record of a line; a broken line gives a DataError, to be counted like any other bad row."""
     try:
         return json.loads(line)
     except json.JSONDecodeError as error:
         return DataError(f"not valid JSON: {error.msg} at column {error.colno}", source, number)
+    except UnicodeDecodeError as error:
+        return DataError(f"not valid UTF-8: {error.reason} at byte {error.start + 1}", source, number)
 
 
 def _split_of(path: Path, root: Path) -> str | None:
@@ -153,7 +155,11 @@ def _file_rows(path: Path) -> Iterator[Row]:
     if _is_text(path):
         return _read_text(path)
     datasets = import_datasets()
-    return _table_rows(datasets.Dataset.from_parquet(str(path)), str(path))
+    try:
+        dataset = datasets.Dataset.from_parquet(str(path))
+    except (ValueError, OSError, datasets.exceptions.DatasetsError) as error:
+        raise DataError(f"cannot be read: {error.__cause__ or error}", str(path)) from error
+    return _table_rows(dataset, str(path))
 
 
 def _detect(record: Mapping[str, Any], source: str) -> type[Converter]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
@@ -194,6 +194,8 @@ def _cycles(examples: Iterable[PreferenceExample], objective: str) -> tuple[int,
     """(triples with three strict winners, how many of them are cyclic)."""
     triples = cycles = 0
     for example in examples:
+        if len(example.responses) < 3:
+            continue
         labels = _label_matrix(example, objective)
         wins = (labels > 0.5).astype(np.int64)
         strict = wins + wins.T
@@ -215,9 +217,18 @@ def _agreement(first: str, second: str, advantage: NDArray[np.float64]) -> Agree
     return AgreementReport(first, second, len(both), correlation, float((products < 0).mean()))
 
 
-def summarize(data: PreferenceData) -> PreferenceReport:
-    """Label coverage, ties, cycles, and how strongly the objectives agree within prompts."""
-    examples = list(data)
+def summarize(data: PreferenceData, progress: Callable[[], object] | None = None) -> PreferenceReport:
+    """Label coverage, ties, cycles, and how strongly the objectives agree within prompts.
+
+    Args:
+        data: the labelled examples.
+        progress: called once per example read.
+    """
+    examples = []
+    for example in data:
+        examples.append(example)
+        if progress is not None:
+            progress()
     pairs = [(example, pair) for example in examples for pair in example.pairs]
     values = np.array(
         [[pair.preference.get(name) for name in data.objectives] for _, pair in pairs], dtype=np.float64

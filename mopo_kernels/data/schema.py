@@ -25,8 +25,7 @@ class DataError(ValueError):
     """
 
     def __init__(self, problem: str, source: str | None = None, line: int | None = None, field: str | None = None):
-        # All four go into args, so that the error survives the trip out of a data-loading worker.
-        super().__init__(problem, source, line, field)
+        super().__init__(problem)
         self.problem, self.source, self.line, self.field = problem, source, line, field
         self.skipped: tuple[DataError, ...] = ()
 
@@ -51,7 +50,12 @@ def _shown(value: object) -> str:
 
 def is_number(value: object) -> bool:
     """True for finite real numbers; ``True`` and ``False`` are answers, not numbers."""
-    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+    if not isinstance(value, Real) or isinstance(value, bool):
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # an integer that no float can hold
+        return False
 
 
 def check_text(value: object, field: str, max_chars: int | None = None) -> str:
@@ -62,6 +66,10 @@ def check_text(value: object, field: str, max_chars: int | None = None) -> str:
         raise DataError("is empty", field=field)
     if max_chars is not None and len(value) > max_chars:
         raise DataError(f"has {len(value)} characters, more than the limit of {max_chars}", field=field)
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise DataError(f"has half of a surrogate pair at character {error.start}", field=field) from None
     return value
 
 
