@@ -34,6 +34,7 @@ _BLOCK_CELLS = 1 << 16
 _CHI_RANGE = (1e-13, 1e13)
 _NEWTON_STEPS = 200
 _ROBUST_ROUNDS = 500
+_ROBUST_CERTIFICATE_ROUNDS = 60
 
 
 def _array(name: str, value: npt.ArrayLike, shape: tuple[int | None, ...]) -> Array:
@@ -191,7 +192,8 @@ class TabularSolution:
         best_value: None when feasible; otherwise the largest attainable ``min_k (constraint_value_k - b_k)``, < 0,
             attained by ``policy``.
         best_bound: None when feasible; otherwise an upper bound on what any policy can attain, proved by
-            ``certificate``: ``best_bound - best_value`` is the error of ``best_value``.
+            ``certificate``: ``best_bound - best_value`` is the error of ``best_value``, rounding without robustness and
+            usually below 1e-4 with it.
         conflict: objectives whose thresholds cannot be met together (a positive certificate); empty when feasible.
         certificate: (K,) weights >= 0 summing to one; without robustness, ``E_x max_y sum_k certificate_k s_k(x, y) -
             sum_k certificate_k b_k == best_bound < 0`` proves infeasibility. None when feasible.
@@ -526,6 +528,114 @@ def _constraint_values(problem: TabularProblem, policy: Array) -> tuple[Array, A
     return value, constraint_value, tilts
 
 
+def _refine(
+    problem: TabularProblem, tau: float, log_ratio: Array, multiplier: Array, tilts: list[Array]
+) -> tuple[Array, Array] | None:
+    """Newton on the optimality conditions of the robust problem, from a point near the optimum.
+
+    With ``e_k = exp(alpha_k - ratio s_k / chi_k)`` the worst density ratio of threshold k, the conditions are
+
+        s_primary - tau log ratio - c_x + sum_k lambda_k s_k e_k = 0      for every response
+        E_ref[ratio | x] = 1                                              for every prompt
+        E e_k = 1,  E e_k log e_k = radius,  min(lambda_k, E e_k ratio s_k - b_k) = 0      for every threshold
+
+    The first two are diagonal in ``log ratio`` and c, so a step costs one system of three unknowns per threshold.
+
+    Returns:
+        The worst density ratios times win rates (m, X, Y) and the multipliers (m,), or None if Newton fails.
+    """
+    constrained = list(problem.thresholds)
+    bounds = np.array(list(problem.thresholds.values()))
+    size = len(bounds)
+    base, score = problem.win_rate[problem.primary], problem.win_rate[constrained]
+    reference = problem.reference
+    weight = problem.prompt_weight[:, None] * reference
+    log_ratio = np.where(problem.support, log_ratio, 0.0)
+    ratio = np.exp(log_ratio) * problem.support
+    slope = np.ones(size)
+    offset = np.zeros(size)
+    for k, tilt in enumerate(tilts):
+        # log tilt is affine in ratio * score: its two coefficients are read off the cells that are furthest apart.
+        f = (ratio * score[k])[weight > 0]
+        logs = np.log(np.maximum(tilt[weight > 0], 1e-300))
+        low, high = int(np.argmin(f)), int(np.argmax(f))
+        if not f[high] > f[low] or not logs[low] > logs[high]:
+            return None
+        slope[k] = np.log((f[high] - f[low]) / (logs[low] - logs[high]))
+        offset[k] = logs[low] + f[low] / np.exp(slope[k])
+    theta = np.concatenate([multiplier, offset, slope])  # lambda, alpha, log chi
+    level = (reference * (base - tau * log_ratio + np.einsum("k,kxy,kxy->xy", multiplier, score, np.stack(tilts)))).sum(
+        1
+    )
+
+    def conditions(log_ratio: Array, level: Array, theta: Array) -> tuple[tuple[Array, ...], Array, float]:
+        ratio = np.exp(log_ratio) * problem.support
+        exponent = theta[size : 2 * size, None, None] - ratio * score / np.exp(theta[2 * size :, None, None])
+        tilt = np.exp(np.minimum(exponent, 300.0))
+        cells = (base - tau * log_ratio - level[:, None] + np.einsum("k,kxy,kxy->xy", theta[:size], score, tilt)) * (
+            problem.support
+        )
+        norm = (reference * ratio).sum(1) - 1
+        mass = weight * tilt
+        slack = (mass * ratio * score).sum((1, 2)) - bounds
+        final = np.concatenate([mass.sum((1, 2)) - 1, (mass * exponent).sum((1, 2)) - problem.robustness, slack])
+        inactive = theta[:size] < slack
+        final[2 * size :][inactive] = theta[:size][inactive]
+        size_of = float((weight * np.abs(cells)).sum() + problem.prompt_weight @ np.abs(norm) + np.abs(final).sum())
+        return (cells, norm, final, inactive), exponent, size_of
+
+    parts, exponent, error = conditions(log_ratio, level, theta)
+    for _ in range(60):
+        if error < 1e-14:
+            break
+        cells, norm, final, inactive = parts
+        ratio, tilt = np.exp(log_ratio) * problem.support, np.exp(np.minimum(exponent, 300.0))
+        scaled = ratio * score / np.exp(theta[2 * size :, None, None])
+        pull = theta[:size, None, None] * score * tilt
+        diagonal = tau + (pull * scaled).sum(0)
+        # Changes of log ratio per unit of each of the 3 m unknowns (last entry: the constant part), c_x eliminated.
+        push = np.concatenate([score * tilt, pull, pull * scaled, cells[None]]) / diagonal
+        share = reference * ratio
+        inner = (share / diagonal).sum(1)
+        shift = (share * push).sum(2) / inner
+        shift[-1] += norm / inner
+        move = push - shift[:, :, None] / diagonal
+        # The conditions of the thresholds along these changes.
+        matrix = np.zeros((3 * size, 3 * size + 1))
+        for k in range(size):
+            change = -scaled[k] * move
+            change[size + k] += 1.0
+            change[2 * size + k] += scaled[k]
+            mass = weight * tilt[k]
+            matrix[k] = (mass * change).sum((1, 2))
+            matrix[size + k] = (mass * (exponent[k] + 1) * change).sum((1, 2))
+            matrix[2 * size + k] = (mass * ratio * score[k] * (change + move)).sum((1, 2))
+            if inactive[k]:
+                matrix[2 * size + k] = 0.0
+                matrix[2 * size + k, k] = 1.0
+        try:
+            step = np.linalg.solve(matrix[:, :-1], -(final + matrix[:, -1]))
+        except np.linalg.LinAlgError:
+            return None
+        step_log = np.einsum("j,jxy->xy", np.append(step, 1.0), move) * problem.support
+        step_level = np.append(step, 1.0) @ shift
+        # Responses that are practically never chosen may move freely.
+        largest = max(float((np.abs(step_log) * (ratio > 1e-6)).max()), float(np.abs(step[size:]).max()))
+        length = 3.0 / max(largest, 3.0)
+        for _ in range(12):
+            trial = (log_ratio + length * step_log, level + length * step_level, theta + length * step)
+            trial_parts, trial_exponent, trial_error = conditions(*trial)
+            if trial_error < (1 - 0.1 * length) * error:
+                break
+            length /= 2
+        else:
+            break
+        (log_ratio, level, theta), parts, exponent, error = trial, trial_parts, trial_exponent, trial_error
+    if not error < 1e-9:
+        return None
+    return np.exp(exponent) * problem.support * score, np.maximum(theta[:size], 0.0)
+
+
 def _by_owner(owner: npt.NDArray[np.int64], value: Array, size: int) -> Array:
     """Sums of ``value`` over the rows of each of ``size`` constraints."""
     return np.asarray(np.bincount(owner, value, size), dtype=np.float64)
@@ -536,14 +646,14 @@ def _infeasible(problem: TabularProblem, rows: Array, owner: npt.NDArray[np.int6
     constrained = np.array(list(problem.thresholds))
     bounds = np.array(list(problem.thresholds.values()))
     lower, upper, policy, certificate = -np.inf, np.inf, problem.reference, np.zeros(0)
-    for _ in range(_ROBUST_ROUNDS):
+    for _ in range(_ROBUST_CERTIFICATE_ROUNDS):
         dual = _Dual(problem, rows, bounds[owner])
         _, bound, candidate, weight = _best_attainable(dual)
         if bound < upper:
             upper, certificate = bound, _by_owner(owner, weight, len(constrained))
         # A robust constraint is concave, so between the best policy so far and the new one there may be better ones.
         cuts = []
-        for share in (1.0,) if problem.robustness == 0 else (1.0, 0.5, 0.1):
+        for share in (1.0,) if problem.robustness == 0 else (1.0, 0.3):
             mixed = share * candidate + (1 - share) * policy
             _, achieved, tilts = _constraint_values(problem, mixed)
             worst = float((achieved[constrained] - bounds).min())
@@ -551,7 +661,7 @@ def _infeasible(problem: TabularProblem, rows: Array, owner: npt.NDArray[np.int6
                 lower, best = worst, mixed
             cuts += [(j, tilt * problem.win_rate[constrained[j]]) for j, tilt in enumerate(tilts)]
         policy = best
-        if problem.robustness == 0 or upper - lower < 1e-9:
+        if problem.robustness == 0 or upper - lower < 1e-6:
             break
         rows = np.concatenate([rows, np.stack([row for _, row in cuts])])
         owner = np.concatenate([owner, [j for j, _ in cuts]])
@@ -602,29 +712,49 @@ def solve(problem: TabularProblem, tolerance: float = 1e-10) -> TabularSolution:
 
     Raises:
         ValueError: ``tolerance`` is not positive.
+        ArithmeticError: a robust problem could not be solved to a residual of 1e-8.
     """
     if not tolerance > 0:
         raise ValueError(f"tolerance must be > 0, got {tolerance}")
     constrained = np.array(list(problem.thresholds), dtype=np.int64)
     bounds = np.array(list(problem.thresholds.values()))
-    rows, owner = problem.win_rate[constrained], np.arange(len(constrained))
-    start = np.zeros(len(constrained))
-    for _ in range(_ROBUST_ROUNDS):
-        dual = _Dual(problem, rows, bounds[owner])
-        found, residual, infeasible = _minimise(dual, problem.tau, tolerance, start)
-        if infeasible or (residual > tolerance and _best_attainable(dual)[1] < -tolerance):
-            return _infeasible(problem, rows, owner)
-        policy, kl = dual.policy(found, problem.tau)
-        value, achieved, tilts = _constraint_values(problem, policy)
-        total = _by_owner(owner, found, len(constrained))
-        residual = _residual(total, achieved[constrained] - bounds, np.inf)
-        if residual <= tolerance or not tilts:
-            break
-        keep = found > 0
-        fresh = np.stack([tilt * problem.win_rate[k] for k, tilt in zip(constrained, tilts, strict=True)])
-        rows = np.concatenate([rows[keep], fresh])
-        owner = np.concatenate([owner[keep], np.arange(len(constrained))])
-        start = np.concatenate([found[keep], np.zeros(len(constrained))])
+    count = len(constrained)
+    rows, owner, start = problem.win_rate[constrained], np.arange(count), np.zeros(count)
+    inner = tolerance if problem.robustness == 0 else 0.1 * tolerance
+    levels = [problem.tau]
+    while problem.robustness > 0 and levels[-1] < 0.2:
+        levels.append(2 * levels[-1])
+    for tau in reversed(levels):
+        refined = False
+        for attempt in range(_ROBUST_ROUNDS):
+            dual = _Dual(problem, rows, bounds[owner])
+            if refined:
+                found = start
+            else:
+                found, residual, infeasible = _minimise(dual, tau, inner, start)
+                if infeasible or (residual > tolerance and _best_attainable(dual)[1] < -tolerance):
+                    return _infeasible(problem, rows, owner)
+            policy, kl = dual.policy(found, tau)
+            value, achieved, tilts = _constraint_values(problem, policy)
+            total = _by_owner(owner, found, count)
+            residual = _residual(total, achieved[constrained] - bounds, np.inf)
+            if residual <= tolerance or not tilts:
+                break
+            if attempt % 4 == 0 and not refined:
+                log_ratio = np.concatenate([dual.softmax(block, found, tau)[2] for block in dual.blocks()])
+                better = _refine(problem, tau, log_ratio, total, tilts)
+                if better is not None:
+                    (rows, start), owner, refined = better, np.arange(count), True
+                    continue
+            refined = False
+            keep = found > 0
+            fresh = np.stack([tilt * problem.win_rate[k] for k, tilt in zip(constrained, tilts, strict=True)])
+            rows = np.concatenate([rows[keep], fresh])
+            owner = np.concatenate([owner[keep], np.arange(count)])
+            start = np.concatenate([found[keep], np.zeros(count)])
+        start = found
+    if problem.robustness > 0 and residual > max(1e-8, tolerance):
+        raise ArithmeticError(f"the robust problem was not solved: its residual is {residual:.1e} after all rounds")
     multiplier = np.zeros(len(value))
     multiplier[constrained] = total
     multiplier[problem.primary] = 1.0

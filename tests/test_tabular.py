@@ -6,7 +6,7 @@ import time
 
 import numpy as np
 import pytest
-from scipy.optimize import linprog, minimize
+from scipy.optimize import linprog, minimize, minimize_scalar
 
 from mopo_kernels.tabular import TabularProblem, TabularSolution, capped_multipliers, robust_value, solve
 
@@ -399,6 +399,115 @@ def test_robust_value_of_a_huge_ball_is_the_worst_outcome_and_of_none_the_mean()
     assert robust_value(np.ones((1, 3)), f, weight, 2.0)[0] == pytest.approx(0.3, abs=1e-12)
     assert robust_value(np.ones((1, 3)), f, weight, 0.0)[0] == pytest.approx(weight[0] @ f[0], abs=1e-15)
     assert robust_value(np.ones((1, 3)), np.full((1, 3), 0.4), weight, 0.1)[0] == pytest.approx(0.4, abs=1e-12)
+
+
+def robust_brute_force(problem: TabularProblem) -> tuple[float, np.ndarray]:
+    """SLSQP over the policy alone, every robust constraint evaluated by a grid-free one-dimensional scipy search."""
+    cells = np.argwhere(problem.support)
+    weight = problem.prompt_weight[cells[:, 0]] * problem.reference[tuple(cells.T)]
+    reference = problem.reference[tuple(cells.T)]
+    rate = problem.win_rate[:, cells[:, 0], cells[:, 1]]
+    total = (cells[:, 0][None] == np.arange(len(problem.prompt_weight))[:, None]).astype(float)
+
+    def worst(ratio: np.ndarray, k: int) -> float:
+        f = ratio * rate[k]
+
+        def negative(log_chi: float) -> float:
+            chi = np.exp(log_chi)
+            return chi * np.log(weight @ np.exp(-(f - f.min()) / chi)) + chi * problem.robustness - f.min()
+
+        return -float(
+            minimize_scalar(
+                negative, bounds=(np.log(1e-6), np.log(1e6)), method="bounded", options={"xatol": 1e-10}
+            ).fun
+        )
+
+    def negative_objective(ratio: np.ndarray) -> float:
+        return -float(weight @ (ratio * rate[problem.primary] - problem.tau * ratio * np.log(ratio)))
+
+    constraints = [{"type": "eq", "fun": lambda r: total @ (r * reference) - 1}]
+    for k, bound in problem.thresholds.items():
+        constraints.append({"type": "ineq", "fun": lambda r, k=k, b=bound: worst(r, k) - b})
+    found = minimize(
+        negative_objective,
+        np.ones(len(cells)),
+        bounds=[(1e-9, None)] * len(cells),
+        constraints=constraints,
+        method="SLSQP",
+        options={"ftol": 1e-12, "maxiter": 500},
+    )
+    policy = np.zeros_like(problem.reference)
+    policy[tuple(cells.T)] = found.x * reference
+    return -float(found.fun), policy
+
+
+@pytest.mark.parametrize("radius", [0.01, 0.1])
+@pytest.mark.parametrize("tau", [0.1, 0.5])
+@pytest.mark.parametrize("seed", range(3))
+def test_robust_problem_agrees_with_a_general_optimiser(seed: int, tau: float, radius: float) -> None:
+    problem = random_problem(seed, tau=tau, robustness=radius)
+    solution = solve(problem)
+    assert solution.feasible
+    assert solution.kkt_residual < 1e-9
+    assert abs(solution.gap) < 1e-9
+    best, policy = robust_brute_force(problem)
+    assert solution.primal == pytest.approx(best, abs=2e-6)
+    assert solution.policy == pytest.approx(policy, abs=1e-2)
+    for k in problem.thresholds:
+        assert solution.constraint_value[k] < solution.value[k]
+    # Were the ball ignored, the policy would be another: the robust thresholds do bind here.
+    plain = TabularProblem(
+        win_rate=problem.win_rate,
+        reference=problem.reference,
+        tau=tau,
+        thresholds=problem.thresholds,
+        prompt_weight=problem.prompt_weight,
+    )
+    assert solve(plain).primal > solution.primal + 1e-4
+
+
+@pytest.mark.parametrize("tau", [1e-3, 1e-2, 10.0])
+def test_robust_problem_is_solved_at_extreme_temperatures(tau: float) -> None:
+    for seed in range(3):
+        problem = random_problem(seed, 4, 30, 8, tau, robustness=0.05)
+        solution = solve(problem)
+        assert solution.feasible
+        assert solution.kkt_residual < 1e-9
+        assert abs(solution.gap) < 1e-9
+        mass = problem.prompt_weight[:, None] * problem.reference
+        ratio = np.divide(solution.policy, problem.reference, out=np.zeros_like(mass), where=problem.support)
+        for k, bound in problem.thresholds.items():
+            achieved = robust_value(ratio, problem.win_rate[k], mass, 0.05)[0]
+            assert achieved >= bound - 1e-9
+            assert solution.multiplier[k] * (achieved - bound) < 1e-9
+
+
+def test_vanishing_ball_gives_the_plain_problem() -> None:
+    plain = random_problem(1)
+    tiny = TabularProblem(
+        win_rate=plain.win_rate,
+        reference=plain.reference,
+        tau=plain.tau,
+        thresholds=plain.thresholds,
+        prompt_weight=plain.prompt_weight,
+        robustness=1e-12,
+    )
+    assert solve(tiny).policy == pytest.approx(solve(plain).policy, abs=1e-4)
+
+
+def test_radius_of_the_paper_is_infeasible_near_parity_on_eight_candidates() -> None:
+    rng = np.random.default_rng(0)
+    half = rng.random((2, 4, 8, 8))
+    preference = (half + 1 - half.swapaxes(2, 3)) / 2
+    uniform = np.full((4, 8), 1 / 8)
+    solution = solve(TabularProblem(preference, uniform, uniform, 0.1, {1: 0.6}, robustness=0.15))
+    assert not solution.feasible
+    assert solution.best_value is not None
+    assert solution.best_bound is not None
+    assert solution.best_value <= solution.best_bound < 0
+    slack = solution.constraint_value[1] - 0.6
+    assert slack == pytest.approx(solution.best_value, abs=1e-12)
+    assert solve(TabularProblem(preference, uniform, uniform, 0.1, {1: 0.6})).best_value != solution.best_value
 
 
 @pytest.mark.parametrize(
