@@ -143,18 +143,39 @@ def test_greedy_responses_match_a_plain_loop_in_input_order_whatever_the_batch(p
 
 
 def test_samples_follow_the_policy_and_not_the_generation_config(policy):
-    """First tokens of 4000 draws against softmax(logits): a top-k of 1 left in the model's config must play no part."""
+    """First words of 4000 draws against softmax(logits), with a config that would forbid the likeliest word."""
     with policy.active() as model:
         probability = model(torch.tensor([policy.tokenizer("w1 w2")["input_ids"]])).logits[0, -1].softmax(-1)
-        model.generation_config.top_k = 1
-        model.generation_config.repetition_penalty = 5.0
+        likeliest = [6 + int(probability[6:].argmax())]
+        model.generation_config.suppress_tokens = likeliest
         drawn = draw(policy, ["w1 w2"], samples_per_prompt=4000, max_new_tokens=1, batch_size=500)[0]
-        assert model.generation_config.top_k == 1
-        assert model.generation_config.repetition_penalty == 5.0
+        assert model.generation_config.suppress_tokens == likeliest
     frequency = np.array([drawn.count(word) for word in WORDS]) / len(drawn)
     expected = probability[6:].detach().numpy()
-    assert (expected > 0.01).sum() > 10
+    assert expected.max() > 0.1
     assert np.abs(frequency - expected).max() < 5 * math.sqrt(0.25 / len(drawn))
+
+
+def test_no_word_is_cut_off_however_unlikely(policy):
+    """Nearly uniform at temperature 100: a top-k of 50, the default of transformers, would leave 50 of the 58 words."""
+    options = {"samples_per_prompt": 2000, "max_new_tokens": 1, "batch_size": 500, "temperature": 100.0}
+    assert set(WORDS) <= set(draw(policy, ["w1 w2"], **options)[0])
+
+
+def test_a_response_ends_before_any_stop_token_of_the_generation_config(policy):
+    drawn = draw(policy, PROMPTS, samples_per_prompt=20, max_new_tokens=10, temperature=5.0)
+    words = [word for row in drawn for text in row for word in text.split()]
+    stop = max(set(words), key=words.count)
+    with policy.active() as model:
+        model.generation_config.eos_token_id = [1, policy.tokenizer.convert_tokens_to_ids(stop)]
+        stopped = draw(policy, PROMPTS, samples_per_prompt=20, max_new_tokens=10, temperature=5.0)
+    assert not any(stop in text.split() for row in stopped for text in row)
+    assert sum(len(text.split()) for row in stopped for text in row) < len(words)
+
+
+def test_the_progress_bar_shows_a_description_as_it_is(policy, capsys):
+    draw(policy, ["w1"], progress=True, description="sampling [bold]a[/]")
+    assert "sampling [bold]a[/]" in capsys.readouterr().err
 
 
 def test_sampling_puts_a_training_model_back_in_training_mode(policy):
@@ -258,7 +279,11 @@ def test_a_model_in_memory_is_a_policy_and_its_adapter_can_be_switched_off(folde
     tuned = evaluation.Policy.from_model(model, loaded.tokenizer, adapter="default")
     assert draw(tuned.base(), PROMPTS) == draw(loaded, PROMPTS)
     assert draw(tuned, PROMPTS) != draw(loaded, PROMPTS)
-    with pytest.raises(ValueError, match=r"adapters \['default'\], got 'other'"):
+    model.load_adapter(str(adapters[1]), adapter_name="second")
+    second = evaluation.Policy.from_model(model, loaded.tokenizer, adapter="second")
+    assert draw(second, PROMPTS) != draw(tuned, PROMPTS)
+    assert model.active_adapter == "default"  # a trainer's own adapter stays switched on
+    with pytest.raises(ValueError, match=r"adapters \['default', 'second'\], got 'other'"):
         evaluation.Policy.from_model(model, loaded.tokenizer, adapter="other")
 
 
