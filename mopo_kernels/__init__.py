@@ -58,7 +58,10 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name not in _LAZY:
         raise AttributeError(f"module 'mopo_kernels' has no attribute {name!r}")
-    module = import_module(_LAZY[name])
+    try:
+        module = import_module(_LAZY[name])
+    except ModuleNotFoundError as error:
+        raise ImportError(f"{name} needs {error.name}: pip install 'mopo-kernels[train]'", name=error.name) from error
     return module if name == "tabular" else getattr(module, name)
 
 

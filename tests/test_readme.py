@@ -1,0 +1,74 @@
+"""The README's code blocks, as printed, and its commands."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from trainer_samples import make_model, make_tokenizer
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+
+
+@pytest.fixture
+def reader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder as the README assumes it: a model of the reader's own and ``pairs.jsonl``."""
+    make_model().save_pretrained(tmp_path / "my-model")
+    make_tokenizer().save_pretrained(tmp_path / "my-model")
+    (row,) = blocks("json")
+    rows = [json.loads(row) for _ in range(8)]
+    for number, item in enumerate(rows):
+        item["prompt"] += " " * number + str(number)
+        item["pairs"][0]["preference"] = {"helpful": float(number % 2), "harmless": float(number % 3 == 0)}
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(item) + "\n" for item in rows))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_python_blocks_run_as_printed(reader: Path) -> None:
+    assert len(blocks("python")) >= 4
+    namespace: dict[str, Any] = {}
+    for number, block in enumerate(blocks("python")):
+        exec(compile(block, f"README.md, python block {number}", "exec"), namespace)
+    assert namespace["after"].loss.item() == pytest.approx(namespace["before"].item(), rel=1e-5)
+    assert namespace["trainer"].state.global_step == 2
+    assert (reader / "runs/mine/final").is_dir()
+
+
+def test_commands_run_as_printed(reader: Path) -> None:
+    lines = [line for block in blocks("bash") for line in block.splitlines()]
+    commands = [line for line in lines if line.startswith("mopo ")]
+    assert len(commands) >= 3
+    for command in commands:
+        arguments = [sys.executable, "-m", "mopo_kernels.cli", *shlex.split(command, comments=True)[1:]]
+        done = subprocess.run(arguments, cwd=reader, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
+    targets = re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    made = [line.split()[1] for line in lines if line.startswith("make ")]
+    assert {"demo", "test"} <= set(made) <= set(targets)
+
+
+def test_the_json_block_is_a_row_of_the_schema() -> None:
+    from mopo_kernels import PreferenceExample
+
+    (row,) = blocks("json")
+    assert PreferenceExample.from_dict(json.loads(row)).responses == ("An apple.", "Go away.")
+
+
+def test_names_in_the_readme_exist() -> None:
+    import mopo_kernels
+
+    for name in re.findall(r"`([A-Za-z_]+)`", README):
+        if name.startswith(("linear_", "MOPO", "Linear", "Dual", "mopo_loss", "load_", "Preference", "pack_")):
+            assert hasattr(mopo_kernels, name), f"README names {name}, which does not exist"
