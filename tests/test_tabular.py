@@ -443,9 +443,9 @@ def robust_brute_force(problem: TabularProblem) -> tuple[float, np.ndarray]:
 
 @pytest.mark.parametrize("radius", [0.01, 0.1])
 @pytest.mark.parametrize("tau", [0.1, 0.5])
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(2))
 def test_robust_problem_agrees_with_a_general_optimiser(seed: int, tau: float, radius: float) -> None:
-    problem = random_problem(seed, tau=tau, robustness=radius)
+    problem = random_problem(seed, prompts=2, tau=tau, robustness=radius)
     solution = solve(problem)
     assert solution.feasible
     assert solution.kkt_residual < 1e-9
