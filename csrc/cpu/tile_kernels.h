@@ -1,0 +1,179 @@
+// The two kernels, compiled once for each instruction set by tile_default.cpp, tile_avx2.cpp and tile_avx512.cpp, which
+// define MOPO_VECTOR_BYTES and MOPO_KERNELS, the table's name. No library header but <cstdint>: an inline function of
+// the standard library compiled here for AVX-512 could otherwise be the copy that the linker keeps for everybody.
+#include <cstdint>
+
+#include "simd.h"
+#include "tile_args.h"
+
+namespace {
+
+using mopo::FoldArgs;
+using mopo::GradientArgs;
+using mopo::TileArgs;
+
+// Columns whose logits are held in the first-level cache between finding their maximum and summing their exponentials.
+constexpr int64_t block_columns = 2048;
+
+// Independent chains of additions, enough to hide the latency of one.
+constexpr int chains = 4;
+
+template <class T, bool biased>
+MOPO_INLINE typename Simd<T>::F load_product(const TileArgs<T>& a, const T* row, int64_t column) {
+  using M = SimdMath<T>;
+  if constexpr (biased) {
+    return M::load(row + column) + M::load(a.bias + column);
+  } else {
+    return M::load(row + column);
+  }
+}
+
+// One element in every lane, so that it is rounded exactly as it is in the middle of a row.
+template <class T, bool biased>
+MOPO_INLINE typename Simd<T>::F splat_product(const TileArgs<T>& a, const T* row, int64_t column) {
+  using F = typename Simd<T>::F;
+  if constexpr (biased) {
+    return (F{} + row[column]) + (F{} + a.bias[column]);
+  } else {
+    return F{} + row[column];
+  }
+}
+
+// Writes the logits of columns first .. first + count to z, then -infinity up to a multiple of a group; returns the
+// largest. A NaN is written but is not the largest.
+template <class T, bool biased, bool capped>
+MOPO_INLINE T block_logits(const TileArgs<T>& a, const T* row, int64_t first, int64_t count, T* z) {
+  using M = SimdMath<T>;
+  using F = typename M::F;
+  constexpr int group = chains * M::lanes;
+  const F bottom = F{} - T(__builtin_inf());
+  F top[chains];
+  for (int k = 0; k < chains; ++k) top[k] = bottom;
+  int64_t column = 0;
+  for (; column + group <= count; column += group) {
+    for (int k = 0; k < chains; ++k) {
+      const int64_t at = column + k * M::lanes;
+      const F logit = mopo::make_logit<M, capped>(load_product<T, biased>(a, row, first + at), a.head).value;
+      M::store(z + at, logit);
+      top[k] = M::max(logit, top[k]);
+    }
+  }
+  for (; column + M::lanes <= count; column += M::lanes) {
+    const F logit = mopo::make_logit<M, capped>(load_product<T, biased>(a, row, first + column), a.head).value;
+    M::store(z + column, logit);
+    top[0] = M::max(logit, top[0]);
+  }
+  T largest = -T(__builtin_inf());
+  for (int k = 0; k < chains; ++k) {
+    for (int lane = 0; lane < M::lanes; ++lane) largest = top[k][lane] > largest ? top[k][lane] : largest;
+  }
+  for (; column < count; ++column) {
+    z[column] = mopo::make_logit<M, capped>(splat_product<T, biased>(a, row, first + column), a.head).value[0];
+    largest = z[column] > largest ? z[column] : largest;
+  }
+  for (; column % group != 0; ++column) z[column] = -T(__builtin_inf());
+  return largest;
+}
+
+// sum exp(z - shift) over count columns; block_logits filled the last group.
+template <class T>
+MOPO_INLINE double block_sum(const T* z, int64_t count, T shift) {
+  using M = SimdMath<T>;
+  using F = typename M::F;
+  constexpr int group = chains * M::lanes;
+  F sum[chains] = {};
+  for (int64_t column = 0; column < count; column += group) {
+    for (int k = 0; k < chains; ++k) sum[k] += M::exp(M::load(z + column + k * M::lanes) - shift);
+  }
+  const F folded = (sum[0] + sum[1]) + (sum[2] + sum[3]);
+  double total = 0.0;
+  for (int lane = 0; lane < M::lanes; ++lane) total += double(folded[lane]);
+  return total;
+}
+
+template <class T, bool biased, bool capped>
+void fold_rows(const FoldArgs<T>& a, int64_t begin, int64_t end) {
+  using M = SimdMath<T>;
+  alignas(64) T z[block_columns];
+  for (int64_t r = begin; r < end; ++r) {
+    const T* row = a.tile + r * a.row_stride;
+    T top = a.maximum[r];
+    double total = double(a.total[r]);
+    for (int64_t first = 0; first < a.width; first += block_columns) {
+      const int64_t count = a.width - first < block_columns ? a.width - first : block_columns;
+      const T largest = block_logits<T, biased, capped>(a, row, first, count, z);
+      if (largest > top) {
+        total *= __builtin_exp(double(top) - double(largest));
+        top = largest;
+      }
+      // While every logit is -infinity, exp(z - 0) = 0 where exp(z - top) would be NaN.
+      total += block_sum(z, count, top == -T(__builtin_inf()) ? T(0) : top);
+    }
+    const int64_t column = a.target[r] - a.start;
+    if (column >= 0 && column < a.width) {
+      a.picked[r] = mopo::make_logit<M, capped>(splat_product<T, biased>(a, row, column), a.head).value[0];
+    }
+    a.maximum[r] = top;
+    a.total[r] = T(total);
+  }
+}
+
+template <class T, bool biased, bool capped>
+void gradient_rows(const GradientArgs<T>& a, int64_t begin, int64_t end) {
+  using M = SimdMath<T>;
+  using F = typename M::F;
+  for (int64_t r = begin; r < end; ++r) {
+    T* row = a.tile + r * a.row_stride;
+    const mopo::Constant<T> logsumexp = mopo::Constant<T>::make(a.logsumexp[r]);
+    const T factor = a.head.slope.times(a.coefficient == nullptr ? T(1) : a.coefficient[r]);
+    const int64_t column = a.target[r] - a.start;
+    const bool inside = column >= 0 && column < a.width;
+    T at_target = T(0);
+    if (inside) {
+      const F x = splat_product<T, biased>(a, row, column);
+      at_target = mopo::target_gradient<M, capped>(x, a.head, logsumexp, factor)[0];
+    }
+    int64_t c = 0;
+    for (; c + chains * M::lanes <= a.width; c += chains * M::lanes) {
+      for (int k = 0; k < chains; ++k) {
+        const F x = load_product<T, biased>(a, row, c + k * M::lanes);
+        M::store(row + c + k * M::lanes, mopo::other_gradient<M, capped>(x, a.head, logsumexp, factor));
+      }
+    }
+    for (; c + M::lanes <= a.width; c += M::lanes) {
+      const F x = load_product<T, biased>(a, row, c);
+      M::store(row + c, mopo::other_gradient<M, capped>(x, a.head, logsumexp, factor));
+    }
+    for (; c < a.width; ++c) {
+      const F x = splat_product<T, biased>(a, row, c);
+      row[c] = mopo::other_gradient<M, capped>(x, a.head, logsumexp, factor)[0];
+    }
+    if (inside) row[column] = at_target;
+  }
+}
+
+template <class T>
+void fold(const FoldArgs<T>& a, int64_t begin, int64_t end) {
+  if (a.bias != nullptr) {
+    a.capped ? fold_rows<T, true, true>(a, begin, end) : fold_rows<T, true, false>(a, begin, end);
+  } else {
+    a.capped ? fold_rows<T, false, true>(a, begin, end) : fold_rows<T, false, false>(a, begin, end);
+  }
+}
+
+template <class T>
+void gradient(const GradientArgs<T>& a, int64_t begin, int64_t end) {
+  if (a.bias != nullptr) {
+    a.capped ? gradient_rows<T, true, true>(a, begin, end) : gradient_rows<T, true, false>(a, begin, end);
+  } else {
+    a.capped ? gradient_rows<T, false, true>(a, begin, end) : gradient_rows<T, false, false>(a, begin, end);
+  }
+}
+
+}  // namespace
+
+namespace mopo {
+
+const Kernels MOPO_KERNELS = {{fold<float>, gradient<float>}, {fold<double>, gradient<double>}};
+
+}  // namespace mopo

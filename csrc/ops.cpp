@@ -1,0 +1,19 @@
+// The operators' schemas, the same for every device; each device's file implements them with TORCH_LIBRARY_IMPL.
+// Meaning of the arguments: TileBackend in mopo_kernels/backends/__init__.py.
+#include <Python.h>
+#include <torch/library.h>
+
+TORCH_LIBRARY(mopo_tile, m) {
+  m.def(
+      "fold(Tensor tile, Tensor? bias, Tensor target, int start, float? softcap, float logit_scale, float temperature, "
+      "Tensor(a!) maximum, Tensor(b!) total, Tensor(c!) picked) -> ()");
+  m.def(
+      "gradient_(Tensor(a!) tile, Tensor? bias, Tensor target, int start, float? softcap, float logit_scale, "
+      "float temperature, Tensor logsumexp, Tensor? coefficient) -> ()");
+}
+
+// Importing mopo_kernels._C loads this library, and with it the registrations; the module itself is empty.
+PyMODINIT_FUNC PyInit__C() {
+  static PyModuleDef module = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr, nullptr, nullptr, nullptr, nullptr};
+  return PyModule_Create(&module);
+}

@@ -1,0 +1,414 @@
+"""Tile work: every backend available here against plain PyTorch in fp64, and the C++ extension's build."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+
+from mopo_kernels.backends import Head, TileBackend, availability, cpp, tile_backend
+from mopo_kernels.backends.torch_ops import TorchBackend
+
+ROOT = Path(__file__).resolve().parent.parent
+BACKENDS = [name for name, reason in availability().items() if reason is None and name != "reference"]
+START = 1000
+# Empty, one row, an odd few, more than one block of rows; widths below, at and beyond a vector, a group of vectors and
+# the C++ kernel's block of 2048 columns, none of them a multiple of all.
+SHAPES = [(r, w) for r in (0, 1, 3, 130) for w in (1, 7, 64, 1000, 4099)]
+PLAIN = Head(None, 1.0, 1.0)
+EVERYTHING = Head(5.0, 0.7, 1.3)
+# Each part of the head alone, then all; (head, with a bias). A softcap of 5 bends logits of standard deviation 3.
+HEADS = [
+    pytest.param(PLAIN, False, id="plain"),
+    pytest.param(PLAIN, True, id="bias"),
+    pytest.param(Head(5.0, 1.0, 1.0), False, id="softcap"),
+    pytest.param(Head(None, 0.7, 1.0), False, id="scale"),
+    pytest.param(Head(None, 1.0, 1.3), False, id="temperature"),
+    pytest.param(EVERYTHING, True, id="everything"),
+]
+
+
+class Case(NamedTuple):
+    tile: Tensor
+    bias: Tensor | None
+    target: Tensor
+    coefficient: Tensor
+
+
+def make_case(rows: int, width: int, bias: bool, dtype: torch.dtype = torch.float32, spread: float = 3.0) -> Case:
+    """A tile inside a larger NaN-filled block (row stride > width); targets in the tile, below and above it."""
+    g = torch.Generator().manual_seed(1000 * rows + width)
+    block = torch.full((rows + 2, width + 5), torch.nan, dtype=dtype)
+    tile = block[1 : rows + 1, 3 : 3 + width]
+    tile.copy_(spread * torch.randn(rows, width, generator=g))
+    target = START + torch.randint(0, width, (rows,), generator=g)
+    target[1::4] = START - 1
+    target[2::4] = START + width
+    b = torch.randn(width, generator=g).to(dtype) if bias else None
+    return Case(tile, b, target, torch.randn(rows, generator=g).to(dtype))
+
+
+def logits(x: Tensor, bias: Tensor | None, head: Head) -> Tensor:
+    z = (x if bias is None else x + bias) * head.logit_scale
+    if head.softcap is not None:
+        z = head.softcap * torch.tanh(z / head.softcap)
+    return z / head.temperature
+
+
+class Answer(NamedTuple):
+    logsumexp: Tensor
+    logprob: Tensor
+    picked: Tensor
+    gradient: Tensor
+
+
+def plain(case: Case, head: Head, dtype: torch.dtype) -> Answer:
+    """What plain PyTorch answers in ``dtype``. A target outside the tile has logprob 0 and no one-hot."""
+    x = case.tile.to(dtype).requires_grad_()
+    column = case.target - START
+    inside = (column >= 0) & (column < x.shape[1])
+    at = column.clamp(0, x.shape[1] - 1)[:, None]
+    z = logits(x, None if case.bias is None else case.bias.to(dtype), head)
+    logprob = torch.log_softmax(z.detach(), dim=1)
+    onehot = torch.zeros_like(logprob).scatter(1, at, inside[:, None].to(dtype))
+    # The backward formula of log_softmax, which also says what a row contributes whose target lies in another tile.
+    (gradient,) = torch.autograd.grad(z, x, (onehot - logprob.exp()) * case.coefficient.to(dtype)[:, None])
+    return Answer(
+        torch.logsumexp(z.detach(), dim=1),
+        logprob.gather(1, at)[:, 0].where(inside, 0.0),
+        z.detach().gather(1, at)[:, 0].where(inside, 0.0),
+        gradient,
+    )
+
+
+def fold(backend: TileBackend, case: Case, head: Head, cuts: tuple[int, ...] = ()) -> tuple[Tensor, Tensor, Tensor]:
+    """(maximum, total, picked) after folding the tile in pieces, cut at the given columns."""
+    rows, width = case.tile.shape
+    maximum = case.tile.new_full((rows,), -torch.inf)
+    total, picked = torch.zeros_like(maximum), torch.zeros_like(maximum)
+    edges = (0, *cuts, width)
+    for a, b in itertools.pairwise(edges):
+        bias = None if case.bias is None else case.bias[a:b]
+        backend.fold(case.tile[:, a:b], bias, case.target, START + a, head, maximum, total, picked)
+    return maximum, total, picked
+
+
+def answer(backend: TileBackend, case: Case, head: Head, cuts: tuple[int, ...] = ()) -> Answer:
+    """The backend's answers, combined as the driver combines them; leaves the case as it was."""
+    maximum, total, picked = fold(backend, case, head, cuts)
+    logsumexp = maximum.double() + torch.log(total.double())
+    column = case.target - START
+    inside = (column >= 0) & (column < case.tile.shape[1])
+    logprob = torch.where(inside, (picked - maximum) - torch.log(total), 0.0)
+    gradient = case.tile.clone()
+    edges = (0, *cuts, case.tile.shape[1])
+    for a, b in itertools.pairwise(edges):
+        bias = None if case.bias is None else case.bias[a:b]
+        backend.gradient_(gradient[:, a:b], bias, case.target, START + a, head, logsumexp, case.coefficient)
+    return Answer(logsumexp.to(maximum), logprob, picked, gradient)
+
+
+def rms(x: Tensor) -> float:
+    return x.double().square().mean().sqrt().item() if x.numel() else 0.0
+
+
+def errors(got: Answer, case: Case, head: Head) -> dict[str, tuple[float, float, float]]:
+    """For each field: error against the fp64 truth, plain PyTorch's error in the tile's dtype, and the truth's size."""
+    truth, reference = plain(case, head, torch.float64), plain(case, head, case.tile.dtype)
+    return {
+        name: (rms(g.double() - t), rms(p.double() - t), rms(t))
+        for name, g, p, t in zip(Answer._fields, got, reference, truth, strict=True)
+    }
+
+
+def check_within_budget(got: Answer, case: Case, head: Head, floor: float, factor: float = 1.1) -> None:
+    """RMS error at most ``factor`` times plain PyTorch's, or ``floor`` machine epsilons of the truth's size
+    where that is more: on few elements plain PyTorch is exact by chance, in fp64 it is the truth itself."""
+    epsilon = torch.finfo(case.tile.dtype).eps
+    for name, (error, budget, size) in errors(got, case, head).items():
+        allowed = max(factor * budget, floor * epsilon * size)
+        assert error <= allowed, f"{name}: error {error:.3g} against fp64, allowed {allowed:.3g}"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["fp32", "fp64"])
+@pytest.mark.parametrize(("rows", "width"), SHAPES, ids=[f"{r}x{w}" for r, w in SHAPES])
+@pytest.mark.parametrize("name", BACKENDS)
+def test_every_shape_matches_fp64(name: str, rows: int, width: int, dtype: torch.dtype) -> None:
+    case = make_case(rows, width, bias=True, dtype=dtype)
+    check_within_budget(answer(tile_backend(name), case, EVERYTHING), case, EVERYTHING, floor=3.0)
+
+
+@pytest.mark.parametrize(("head", "bias"), HEADS)
+@pytest.mark.parametrize("name", BACKENDS)
+def test_error_is_within_plain_pytorchs_for_every_head(name: str, head: Head, bias: bool) -> None:
+    # 130 rows are enough for a fair comparison; half an epsilon is what rounding the exact answer costs.
+    case = make_case(130, 4099, bias)
+    check_within_budget(answer(tile_backend(name), case, head), case, head, floor=0.5)
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+def test_tiles_in_sequence_are_one_wide_tile(name: str) -> None:
+    case = make_case(130, 4099, bias=True)
+    # A single column, a ragged few, and a boundary inside the C++ kernel's second block.
+    got = answer(tile_backend(name), case, EVERYTHING, cuts=(1, 66, 2900))
+    check_within_budget(got, case, EVERYTHING, floor=0.5)
+
+
+@pytest.mark.parametrize("head", [PLAIN, Head(30.0, 1.0, 1.0)], ids=["plain", "softcap"])
+@pytest.mark.parametrize("name", BACKENDS)
+def test_extreme_logits_stay_exact(name: str, head: Head) -> None:
+    case = make_case(130, 1000, bias=False, spread=1e4)
+    got = answer(tile_backend(name), case, head)
+    assert all(torch.isfinite(part).all() for part in got)
+    # At the cap the slope 1 - tanh^2 is 0 up to rounding, so that plain PyTorch's gradient is itself mostly rounding.
+    check_within_budget(got, case, head, floor=0.5, factor=2.0)
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+def test_nothing_outside_the_tile_is_touched(name: str) -> None:
+    case = make_case(5, 70, bias=True)
+    block = case.tile._base
+    assert block is not None
+    before = block.clone()
+    fold(tile_backend(name), case, EVERYTHING)
+    assert torch.equal(block.view(torch.int32), before.view(torch.int32)), "fold changed the tile"
+
+    logsumexp = torch.zeros(5, dtype=torch.float64)
+    tile_backend(name).gradient_(case.tile, case.bias, case.target, START, EVERYTHING, logsumexp, case.coefficient)
+    assert torch.isfinite(case.tile).all()
+    before[1:6, 3:73] = case.tile
+    assert torch.equal(block.view(torch.int32), before.view(torch.int32)), "gradient_ wrote outside the tile"
+
+
+@pytest.mark.parametrize(("rows", "width"), [(1, 50_000), (130, 4099)], ids=["fewer_rows_than_threads", "many_rows"])
+@pytest.mark.parametrize("name", BACKENDS)
+def test_results_are_bitwise_the_same_for_any_number_of_threads(name: str, rows: int, width: int) -> None:
+    case = make_case(rows, width, bias=True)
+    threads = torch.get_num_threads()
+    try:
+        answers = []
+        for count in (1, 2, 2, 5):
+            torch.set_num_threads(count)
+            answers.append(answer(tile_backend(name), case, EVERYTHING))
+    finally:
+        torch.set_num_threads(threads)
+    for other in answers[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(answers[0], other, strict=True))
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+def test_no_coefficient_stands_for_one(name: str) -> None:
+    case = make_case(5, 70, bias=False)
+    backend, logsumexp = tile_backend(name), torch.full((5,), 9.0)
+    without, ones = case.tile.clone(), case.tile.clone()
+    backend.gradient_(without, None, case.target, START, PLAIN, logsumexp, None)
+    backend.gradient_(ones, None, case.target, START, PLAIN, logsumexp, torch.ones(5))
+    assert torch.equal(without, ones)
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+def test_a_nan_logit_is_not_lost(name: str) -> None:
+    case = make_case(3, 70, bias=False)
+    case.tile[1, 69] = torch.nan
+    _, total, _ = fold(tile_backend(name), case, PLAIN)
+    assert total.isnan().tolist() == [False, True, False]
+
+
+class DropsLastColumn(TorchBackend):
+    def fold(self, tile, bias, target, start, head, maximum, total, picked):  # type: ignore[no-untyped-def]
+        bias = None if bias is None else bias[:-1]
+        super().fold(tile[:, :-1], bias, target, start, head, maximum, total, picked)
+
+
+class ForgetsTheSoftcapsSlope(TorchBackend):
+    def gradient_(self, tile, bias, target, start, head, logsumexp, coefficient):  # type: ignore[no-untyped-def]
+        z = logits(tile, bias, head)
+        tile.copy_(z)
+        super().gradient_(tile, None, target, start, PLAIN, logsumexp, coefficient)
+
+
+@pytest.mark.parametrize("broken", [DropsLastColumn(), ForgetsTheSoftcapsSlope()], ids=lambda b: type(b).__name__)
+def test_negative_control_a_wrong_backend_exceeds_the_budget(broken: TileBackend) -> None:
+    case = make_case(130, 4099, bias=True)
+    with pytest.raises(AssertionError, match=r"error .* against fp64"):
+        check_within_budget(answer(broken, case, EVERYTHING), case, EVERYTHING, floor=3.0)
+
+
+# What only the C++ backend promises.
+
+needs_cpp = pytest.mark.parametrize("name", [name for name in BACKENDS if name == "cpp"])
+
+
+@needs_cpp
+def test_cpp_takes_a_tile_whose_logits_are_all_minus_infinity(name: str) -> None:
+    case = make_case(3, 70, bias=True)
+    assert case.bias is not None
+    case.bias[:40] = -torch.inf
+    wide, parts = fold(tile_backend(name), case, PLAIN), fold(tile_backend(name), case, PLAIN, cuts=(40,))
+    truth = plain(case, PLAIN, torch.float64).logsumexp
+    for maximum, total, _ in (wide, parts):
+        torch.testing.assert_close((maximum + total.log()).double(), truth, rtol=1e-6, atol=0)
+
+
+@needs_cpp
+@pytest.mark.parametrize("capability", ["default", "avx2", "avx512"])
+def test_cpp_is_within_budget_on_every_instruction_set(name: str, capability: str, tmp_path: Path) -> None:
+    # A processor without an instruction set takes the best one it has. Without fused multiply-add ("default") the
+    # corrections inside tanh are themselves rounded: one epsilon of a logit instead of a half.
+    script = (
+        "import test_backends as t\n"
+        "for mark in t.HEADS:\n"
+        "    head, bias = mark.values\n"
+        "    case = t.make_case(130, 4099, bias)\n"
+        "    t.check_within_budget(t.answer(t.tile_backend('cpp'), case, head), case, head, floor=1.0)\n"
+        "print('capability', t.torch.backends.cpu.get_cpu_capability())\n"
+    )
+    best = ["DEFAULT", "AVX2", "AVX512"].index(torch.backends.cpu.get_cpu_capability())
+    wanted = min(best, ["default", "avx2", "avx512"].index(capability))
+    env = {**os.environ, "ATEN_CPU_CAPABILITY": ["default", "avx2", "avx512"][wanted]}
+    env["PYTHONPATH"] = os.pathsep.join([str(ROOT / "tests"), str(ROOT)])
+    done = subprocess.run([sys.executable, "-c", script], env=env, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["capability", ["DEFAULT", "AVX2", "AVX512"][wanted]]
+
+
+@needs_cpp
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"tile": torch.zeros(3, 4, dtype=torch.bfloat16)}, "tile must be float32 or float64; got BFloat16"),
+        ({"tile": torch.zeros(4, 3).T}, r"column stride 1 .* got shape \[3, 4\], strides \[1, 3\]"),
+        ({"tile": torch.zeros(3)}, r"tile must be a CPU tensor of shape \(rows, columns\); got shape \[3\]"),
+        ({"bias": torch.zeros(5)}, r"bias must be a CPU tensor of shape \(4,\) .* got shape \[5\]"),
+        ({"target": torch.zeros(2, dtype=torch.int64)}, r"target must be .* shape \(3,\) .* got shape \[2\]"),
+        ({"target": torch.zeros(3)}, "target must be .* dtype Long .* dtype Float"),
+        ({"total": torch.zeros(6)[::2]}, r"total must be a contiguous .* strides \[2\]"),
+        ({"maximum": torch.zeros(3, dtype=torch.float64)}, "maximum must be .* dtype Float .* dtype Double"),
+        ({"head": Head(-1.0, 1.0, 1.0)}, "softcap must be positive and finite; got -1"),
+        ({"head": Head(None, float("nan"), 1.0)}, "logit_scale must be finite; got nan"),
+        ({"head": Head(None, 1.0, 0.0)}, "temperature must be positive and finite; got 0"),
+    ],
+)
+def test_cpp_errors_name_the_argument_and_the_value(name: str, change: dict[str, object], message: str) -> None:
+    arguments: dict[str, object] = {
+        "tile": torch.zeros(3, 4),
+        "bias": None,
+        "target": torch.zeros(3, dtype=torch.int64),
+        "start": 0,
+        "head": PLAIN,
+        "maximum": torch.zeros(3),
+        "total": torch.zeros(3),
+        "picked": torch.zeros(3),
+    }
+    with pytest.raises(ValueError, match=message):
+        tile_backend(name).fold(**{**arguments, **change})  # type: ignore[arg-type]
+
+
+# The build: a package without the extension works and says why.
+
+
+# A compiler that tells its version and compiles nothing.
+BROKEN = "broken-c++"
+
+
+def build(tmp_path: Path, **env: str) -> subprocess.CompletedProcess[str]:
+    """Runs setup.py as an install would, with the package going to ``tmp_path``."""
+    package = tmp_path / "mopo_kernels"
+    shutil.copytree(ROOT / "mopo_kernels", package, ignore=shutil.ignore_patterns("*.so", "_build.json", "__pycache__"))
+    if env.get("CXX") == BROKEN:
+        compiler = tmp_path / BROKEN
+        compiler.write_text(
+            '#!/bin/sh\ncase "$*" in *-c\\ *) echo "no such header" >&2; exit 1;; esac\nexec c++ "$@"\n'
+        )
+        compiler.chmod(0o755)
+        env["CXX"] = str(compiler)
+    clean = {k: v for k, v in os.environ.items() if k not in ("CXX", "MOPO_BUILD")}
+    command = [
+        sys.executable,
+        "setup.py",
+        "build_ext",
+        "--build-lib",
+        str(tmp_path),
+        "--build-temp",
+        str(tmp_path / "t"),
+    ]
+    return subprocess.run(command, env={**clean, **env}, cwd=ROOT, capture_output=True, text=True)
+
+
+def reason_in(tmp_path: Path) -> str:
+    script = (
+        "import torch, mopo_kernels.backends as b\n"
+        "assert b.resolve('auto', torch.device('cpu')) == 'torch'\n"
+        "print(b.__file__)\n"
+        "print(b.availability()['cpp'])\n"
+    )
+    env = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", script], env=env, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    file, *reason = done.stdout.splitlines()
+    assert file.startswith(str(tmp_path))
+    assert len(reason) == 1
+    return reason[0]
+
+
+@pytest.mark.parametrize(
+    ("env", "expected"),
+    [
+        ({"MOPO_BUILD": "0"}, "MOPO_BUILD=0 was set at install time; reinstall with MOPO_BUILD=cpu"),
+        (
+            {"PATH": "/nowhere"},
+            "no C++ compiler was found at install time (looked for 'c++'); install one and reinstall",
+        ),
+        ({"CXX": BROKEN}, "the build failed at install time (Error compiling objects for extension)"),
+    ],
+    ids=["switched_off", "no_compiler", "broken_compiler"],
+)
+def test_a_package_without_the_extension_works_and_says_why(tmp_path: Path, env: dict[str, str], expected: str) -> None:
+    done = build(tmp_path, **env)
+    assert done.returncode == 0, done.stderr
+    assert f"mopo_kernels: installing without the C++ extension: {expected}" in done.stderr
+    reason = reason_in(tmp_path)
+    assert reason.startswith(f"the C++ extension was not built: {expected}")
+    assert "reinstall with MOPO_BUILD=cpu" in reason
+
+
+@pytest.mark.parametrize(
+    ("env", "expected"),
+    [
+        ({"PATH": "/nowhere", "MOPO_BUILD": "cpu"}, "MOPO_BUILD=cpu, but no C++ compiler was found"),
+        ({"CXX": BROKEN, "MOPO_BUILD": "cpu"}, "Error compiling objects for extension"),
+        ({"MOPO_BUILD": "gpu"}, "MOPO_BUILD must be one of auto, cpu, 0; got 'gpu'"),
+    ],
+    ids=["no_compiler", "broken_compiler", "unknown_mode"],
+)
+def test_a_build_that_was_asked_for_and_fails_stops_the_install(
+    tmp_path: Path, env: dict[str, str], expected: str
+) -> None:
+    done = build(tmp_path, **env)
+    assert done.returncode != 0
+    assert expected in done.stderr
+
+
+def test_an_extension_of_another_torch_says_so(tmp_path: Path) -> None:
+    build(tmp_path, MOPO_BUILD="0")
+    package = tmp_path / "mopo_kernels"
+    (package / "_build.json").write_text(json.dumps({"reason": None, "torch": "1.0"}))
+    (package / "_C.py").write_text("raise ImportError('undefined symbol:\\n_ZN3c10')")
+    reason = reason_in(tmp_path)
+    assert reason.startswith("the C++ extension was built with torch 1.0 and does not load with torch ")
+    assert "(undefined symbol: _ZN3c10)" in reason
+
+
+def test_the_extension_loads_where_it_was_built() -> None:
+    record = Path(cpp.__file__).parent.parent / "_build.json"
+    built = record.exists() and json.loads(record.read_text())["reason"] is None
+    assert (cpp.unavailable_reason() is None) == built
