@@ -476,6 +476,15 @@ class TestSources:
         assert again.objectives == data.objectives == ("a", "b")
         assert [path.name for path in tmp_path.iterdir()] == [f"out{suffix}"]
 
+    def test_a_save_that_fails_leaves_the_old_file(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        path = write(tmp_path / "out.jsonl", ["old"])
+        data = load_preferences([canonical()])
+        monkeypatch.setattr(PreferenceExample, "to_dict", lambda self: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            data.save(path)
+        assert [item.name for item in tmp_path.iterdir()] == ["out.jsonl"]
+        assert path.read_text(encoding="utf-8") == "old\n"
+
     def test_save_refuses_another_suffix(self, tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=r"\.jsonl or \.parquet, got 'out.csv'"):
             load_preferences([canonical()]).save(tmp_path / "out.csv")
@@ -676,7 +685,11 @@ class TestMerge:
         assert labels(example) == {(1, 2): {"k": 1.0}}
 
     def test_a_string_prompt_equals_one_user_turn(self) -> None:
-        assert len(load_preferences([canonical(prompt="p"), canonical(prompt=[turn("user", "p")])], group=True)) == 1
+        strings, messages = (
+            load_preferences([canonical(prompt="p")]),
+            load_preferences([canonical(prompt=[turn("user", "p")])]),
+        )
+        assert len(merge_preferences([strings, messages])) == 1
 
     def test_reference_log_probabilities_follow_their_responses(self) -> None:
         one = canonical(responses=["a", "b"]) | {"ref_logprob": [-1.0, -2.0]}
