@@ -147,8 +147,8 @@ def test_threshold_error_says_what_cannot_be_met() -> None:
 
 
 def test_set_thresholds_replaces_and_starts_the_divergence_count_afresh() -> None:
-    dual = make(lr=10.0, patience=2)
-    feed(dual, 0.1, 0.1)
+    dual = make(lr=100.0, patience=2)
+    feed(dual, 0.3, 0.3)
     assert dual.unmet()
     dual.set_thresholds({"plain": 0.55})
     assert dual.unmet() == []

@@ -245,6 +245,14 @@ def test_responses_outside_the_reference_are_never_chosen_however_good() -> None
     assert solution.policy[0] == pytest.approx([1.0, 0.0, 0.0], abs=1e-12)
 
 
+def test_best_policy_avoids_padding_even_where_every_response_always_loses() -> None:
+    solution = solve(
+        TabularProblem(win_rate=np.zeros((2, 1, 3)), reference=[[0.0, 0.5, 0.5]], tau=0.1, thresholds={1: 0.2})
+    )
+    assert solution.best_value == pytest.approx(-0.2, abs=1e-12)
+    assert solution.policy[0, 0] == 0
+
+
 @pytest.mark.parametrize("difference", [0.0, 0.01])
 def test_identical_objectives(difference: float) -> None:
     base = random_problem(1, objectives=2, tau=0.2)
