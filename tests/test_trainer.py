@@ -1,0 +1,590 @@
+"""The training loop: exact accumulation, references, multipliers, logs, evaluation, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+import torch
+from trainer_samples import lora, make_config, make_data, make_model, make_tokenizer, make_trainer
+from transformers import TrainerCallback
+
+from mopo_kernels import reference
+from mopo_kernels.data import DataError, PreferenceCollator, PreferenceData
+from mopo_kernels.dual import ThresholdError
+from mopo_kernels.trainer import MOPOConfig, MOPOTrainer
+
+DOUBLE = torch.float64
+
+
+class Recorder(TrainerCallback):
+    """The gradients just before each optimiser step, and the multipliers after it."""
+
+    def __init__(self):
+        self.gradients = []
+        self.multipliers = []
+        self.trainer = None
+
+    def on_pre_optimizer_step(self, args, state, control, model, **kwargs):
+        self.gradients.append({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.multipliers.append(self.trainer.dual.multiplier)
+
+
+def record(trainer):
+    recorder = Recorder()
+    recorder.trainer = trainer
+    trainer.add_callback(recorder)
+    trainer.train()
+    return recorder
+
+
+@pytest.mark.parametrize("loss_type", ["regression", "cloning", "sigmoid"])
+def test_accumulated_micro_batches_give_the_gradient_of_the_whole_batch(loss_type, tmp_path):
+    """4 x 1 prompt, 2 x 2 and 1 x 4: prompts differ in pairs, tokens and weights. In fp64, to ask for 1e-12."""
+    data = make_data(4)
+    assert len({len(example.pairs) for example in data}) > 1
+    runs = []
+    for batch, steps in ((4, 1), (2, 2), (1, 4)):
+        trainer = make_trainer(
+            tmp_path / f"{batch}",
+            make_model(dtype=DOUBLE),
+            data,
+            loss_type=loss_type,
+            per_device_train_batch_size=batch,
+            gradient_accumulation_steps=steps,
+            max_steps=2,
+            max_grad_norm=0.0,
+            optim="sgd",
+            thresholds={"brief": 0.49},
+            initial_multiplier={"brief": 0.3},
+            reference="model",
+        )
+        runs.append((record(trainer), trainer.state.log_history))
+    whole, logs = runs[0]
+    for recorder, history in runs[1:]:
+        for expected, found in zip(whole.gradients, recorder.gradients, strict=True):
+            scale = max(float(value.abs().max()) for value in expected.values())
+            for name, value in expected.items():
+                assert float((found[name] - value).abs().max()) <= 1e-12 * scale, name
+        # Multipliers see the same satisfaction, up to the order of its sums.
+        assert [m["brief"] for m in recorder.multipliers] == pytest.approx(
+            [m["brief"] for m in whole.multipliers], rel=1e-9
+        )
+        for key in ("loss", "satisfaction/helpful", "margin", "kl", "effective_sample_size"):
+            assert history[1][key] == pytest.approx(logs[1][key], rel=1e-6), key
+
+
+def test_a_step_short_of_micro_batches_is_normalised_by_what_it_has(tmp_path):
+    """5 prompts, 2 a step by accumulation: the last step of the epoch has one."""
+    data = make_data(5)
+    trainer = make_trainer(
+        tmp_path,
+        make_model(dtype=DOUBLE),
+        data,
+        per_device_train_batch_size=1,
+        gradient_accumulation_steps=2,
+        max_steps=3,
+        learning_rate=0.0,
+        max_grad_norm=0.0,
+        train_sampling_strategy="sequential",
+        reference="model",
+        initial_multiplier="zero",
+        dual_warmup_steps=100,
+    )
+    recorder = record(trainer)
+    collator = trainer.data_collator
+    for part, found in zip(([0, 1], [2, 3], [4]), recorder.gradients, strict=True):
+        trainer.model.zero_grad()
+        batch = collator([data[i] for i in part])
+        trainer.model(**batch, objective_weight=trainer.dual.weight)["loss"].backward()
+        for name, parameter in trainer.model.named_parameters():
+            torch.testing.assert_close(found[name], parameter.grad, rtol=1e-9, atol=1e-10, msg=name)
+
+
+def test_one_dual_step_follows_each_optimiser_step_on_the_satisfaction_of_its_whole_batch(tmp_path):
+    trainer = make_trainer(
+        tmp_path,
+        data=make_data(4),
+        per_device_train_batch_size=1,
+        gradient_accumulation_steps=4,
+        max_steps=3,
+        dual_smoothing=0.0,
+        dual_lr=0.5,
+        thresholds={"brief": 0.6},
+        initial_multiplier="zero",
+    )
+    recorder = record(trainer)
+    expected, logged = 0.0, [line for line in trainer.state.log_history if "loss" in line]
+    assert logged[0]["satisfaction/brief"] == pytest.approx(0.5, abs=1e-6), "the policy starts at the reference"
+    for line, multiplier in zip(logged, recorder.multipliers, strict=True):
+        expected = max(0.0, expected + 0.5 * (0.6 - line["satisfaction/brief"]))
+        assert multiplier["brief"] == pytest.approx(expected, rel=1e-6)
+        assert line["multiplier/brief"] == multiplier["brief"]
+        assert line["slack/brief"] == pytest.approx(line["satisfaction/brief"] - 0.6)
+        assert line["threshold/brief"] == 0.6
+    assert expected > 0
+
+
+def test_the_constraint_moves_the_policy(tmp_path):
+    """Unconstrained, brevity falls well below parity; under a threshold it ends near it and helpfulness pays for it."""
+    values = {}
+    for name, thresholds in (("free", None), ("held", {"brief": 0.5})):
+        trainer = make_trainer(
+            tmp_path / name,
+            data=make_data(8),
+            thresholds=thresholds,
+            max_steps=60,
+            per_device_train_batch_size=8,
+            dual_lr=0.3,
+            dual_smoothing=0.5,
+            learning_rate=3e-3,
+            logging_steps=60,
+        )
+        trainer.train()
+        values[name] = trainer.dual.smoothed
+    assert values["free"]["brief"] < 0.45
+    assert values["held"]["brief"] > 0.48
+    assert values["free"]["helpful"] > values["held"]["helpful"] > 0.5
+
+
+def test_training_starts_at_the_exact_multipliers_of_the_labels(tmp_path):
+    trainer = make_trainer(tmp_path, thresholds={"brief": 0.5})
+    solution = trainer.label_solution
+    assert solution is not None
+    assert solution.feasible
+    assert 0 < solution.multiplier["brief"] < 10
+    assert trainer.dual.multiplier == solution.multiplier
+    assert make_trainer(tmp_path, initial_multiplier="zero").dual.multiplier == {"brief": 0.0}
+    assert make_trainer(tmp_path, initial_multiplier="brief=0.25").dual.multiplier == {"brief": 0.25}
+
+
+def test_thresholds_that_the_labels_cannot_meet_are_reported_before_training(tmp_path, caplog):
+    with pytest.raises(ThresholdError, match=r"threshold brief >= 0\.99 cannot be met: best seen 0\.\d+"):
+        make_trainer(tmp_path, thresholds={"brief": 0.99})
+    trainer = make_trainer(tmp_path, thresholds={"brief": 0.99}, on_infeasible="warn")
+    assert "threshold brief >= 0.99 cannot be met" in caplog.text
+    assert trainer.dual.multiplier["brief"] == pytest.approx(10.0, rel=0.1)
+
+
+def test_a_threshold_that_stays_unmet_at_the_largest_multiplier_stops_training_with_a_checkpoint(tmp_path):
+    settings = {
+        "thresholds": {"brief": 0.95},
+        "initial_multiplier": "zero",
+        "dual_max": 0.1,
+        "dual_lr": 1.0,
+        "dual_patience": 3,
+        "max_steps": 20,
+    }
+    trainer = make_trainer(tmp_path / "error", **settings)
+    with pytest.raises(ThresholdError, match=r"threshold brief >= 0\.95 cannot be met: best seen 0\.\d+"):
+        trainer.train()
+    assert trainer.state.global_step < 20
+    assert (tmp_path / "error" / f"checkpoint-{trainer.state.global_step}" / "mopo_manifest.json").is_file()
+    trainer = make_trainer(tmp_path / "warn", on_infeasible="warn", **settings)
+    trainer.train()
+    assert trainer.state.global_step == 20
+
+
+@pytest.mark.parametrize("kind", ["full", "lora"])
+def test_precomputed_and_live_references_are_the_same_policy(kind, tmp_path):
+    """Log-probabilities of the starting weights, computed before training or during it, give the same run."""
+    finals = []
+    for name in ("precomputed", "model"):
+        model = make_model()
+        if kind == "lora":
+            model = lora(model)
+        trainer = make_trainer(
+            tmp_path / name, model, reference=name, optim="sgd", max_steps=4, eval_dataset=make_data(3, seed=9)
+        )
+        trainer.train()
+        finals.append((trainer, trainer.evaluate()))
+    for (name, first), (_, second) in zip(
+        finals[0][0].model.named_parameters(), finals[1][0].model.named_parameters(), strict=True
+    ):
+        torch.testing.assert_close(first, second, rtol=1e-3, atol=1e-5, msg=name)
+    assert finals[0][1]["eval_kl"] == pytest.approx(finals[1][1]["eval_kl"], rel=1e-3)
+    assert finals[0][1]["eval_kl"] > 1e-4
+    assert "ref_logprob" in finals[0][0].train_dataset.dataset.column_names
+    assert "ref_logprob" not in finals[1][0].train_dataset.dataset.column_names
+
+
+def test_reference_log_probabilities_are_the_models_own(tmp_path):
+    model = make_model()
+    trainer = make_trainer(tmp_path, model, reference="precomputed")
+    plain = make_data()
+    trainer._prepare_references()
+    collator = PreferenceCollator(make_tokenizer(), plain.objectives)
+    for example in trainer.train_dataset:
+        batch = collator([example])
+        with torch.no_grad():
+            logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1]
+        labels = batch["labels"][:, 1:]
+        token = torch.log_softmax(logits, -1).gather(-1, labels.clamp(min=0)[..., None])[..., 0]
+        torch.testing.assert_close(batch["ref_logprob"], (token * (labels != -100)).sum(1), rtol=1e-5, atol=1e-4)
+
+
+def test_precomputed_log_probabilities_are_kept_and_refused_for_another_model_or_data(tmp_path):
+    trainer = make_trainer(tmp_path, reference="precomputed")
+    trainer.train()
+    file = tmp_path / "reference_logprob_train.json"
+    stored = json.loads(file.read_text())
+    stored["logprob"][0][0] -= 1.0
+    file.write_text(json.dumps(stored))
+    again = make_trainer(tmp_path, reference="precomputed")
+    again._prepare_references()
+    kept = again.train_dataset[0].ref_logprob[0]
+    assert kept == stored["logprob"][0][0], "the file was not reused"
+    with pytest.raises(ValueError, match=r"reference_logprob_train\.json holds .* other model"):
+        make_trainer(tmp_path, make_model(seed=1), reference="precomputed").train()
+    with pytest.raises(ValueError, match="other data"):
+        make_trainer(tmp_path, data=make_data(seed=1), reference="precomputed").train()
+    with pytest.raises(ValueError, match="other data"):
+        make_trainer(tmp_path, reference="precomputed", max_length=64).train()
+
+
+def test_a_live_copy_evaluates_data_that_came_later_and_precomputed_refuses_it(tmp_path):
+    later = make_data(2, seed=4)
+    trainer = make_trainer(tmp_path / "model", reference="model")
+    trainer.train()
+    assert trainer.evaluate(later)["eval_kl"] > 0
+    trainer = make_trainer(tmp_path / "precomputed", reference="precomputed")
+    trainer.train()
+    with pytest.raises(ValueError, match="full fine-tuning keeps no reference model"):
+        trainer.evaluate(later)
+
+
+def test_weights_changed_before_the_reference_pass_are_noticed(tmp_path):
+    trainer = make_trainer(tmp_path, reference="precomputed")
+    with torch.no_grad():
+        trainer.model.lm_head.weight.add_(1.0)
+    with pytest.raises(ValueError, match="the weights it had when the trainer was made"):
+        trainer.train()
+
+
+@pytest.mark.parametrize(("max_steps", "expected"), [(1, False), (4, True)])
+def test_auto_computes_before_training_only_what_lora_training_will_use(max_steps, expected, tmp_path):
+    trainer = make_trainer(tmp_path, lora(make_model()), data=make_data(8), max_steps=max_steps)
+    trainer.train()
+    assert ("ref_logprob" in trainer.train_dataset.dataset.column_names) is expected
+    full = make_trainer(tmp_path / "full", max_steps=1)
+    full.train()
+    assert "ref_logprob" in full.train_dataset.dataset.column_names
+
+
+@pytest.mark.parametrize("kind", ["full", "lora"])
+def test_a_lagged_reference_is_the_policy_as_it_was_and_thresholds_follow(kind, tmp_path):
+    model = make_model() if kind == "full" else lora(make_model())
+    trainer = make_trainer(
+        tmp_path,
+        model,
+        reference="model",
+        reference_update_steps=2,
+        threshold_relaxation=0.9,
+        max_steps=5,
+        dual_smoothing=0.0,
+    )
+    start = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
+    seen = []
+
+    class Watch(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            weights = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
+            snapshot = trainer.reference.snapshot
+            seen.append(
+                (
+                    weights,
+                    None if snapshot is None else {n: v.clone() for n, v in snapshot.items()},
+                    trainer.dual.threshold["brief"],
+                    trainer.dual.smoothed["brief"],
+                )
+            )
+
+    trainer.add_callback(Watch())
+    trainer.train()
+    assert seen[0][1] is None
+    for step, source in ((2, 2), (3, 2), (4, 4), (5, 4)):
+        _, snapshot, threshold, _ = seen[step - 1]
+        weights, _, _, smoothed = seen[source - 1]
+        assert all(torch.equal(snapshot[name], value) for name, value in weights.items())
+        assert threshold == 0.9 * smoothed
+    assert seen[0][2] == 0.4
+    # KL to the current reference starts afresh, to the first it goes on from the start.
+    lines = [line for line in trainer.state.log_history if "loss" in line]
+    assert lines[2]["kl"] < 1e-6 < lines[2]["kl_first"]
+    assert lines[1]["kl"] == lines[1]["kl_first"]
+    batch = trainer.data_collator([make_data()[0]])
+    arguments = (model, batch["input_ids"], batch["attention_mask"], batch["labels"])
+    with torch.no_grad():
+        first, current = model._mopo_policy.reference_logprob(*arguments, None)
+        live = {n: p.data for n, p in model.named_parameters() if p.requires_grad}
+        for weights, expected in ((start, first), (seen[3][0], current)):
+            for name, parameter in model.named_parameters():
+                if name in weights:
+                    parameter.data = weights[name].clone()
+            if kind == "lora" and expected is first:
+                with model.disable_adapter():
+                    found = model._mopo_policy.sequence_logprob(*arguments)
+            else:
+                found = model._mopo_policy.sequence_logprob(*arguments)
+            torch.testing.assert_close(found, expected)
+        for name, value in live.items():
+            dict(model.named_parameters())[name].data = value
+
+
+def test_under_a_lagged_reference_satisfaction_is_measured_from_the_first(tmp_path):
+    trainer = make_trainer(tmp_path, reference="model", reference_update_steps=1, max_steps=3, dual_smoothing=0.0)
+    trainer.train()
+    model = trainer.model
+    batch = trainer.data_collator([make_data()[i] for i in range(4)])
+    policy = model._mopo_policy
+    with torch.no_grad():
+        output = model(**batch, objective_weight=trainer.dual.weight)
+        logprob = policy.sequence_logprob(model, batch["input_ids"], batch["attention_mask"], batch["labels"])
+        first, current = policy.reference_logprob(
+            model, batch["input_ids"], batch["attention_mask"], batch["labels"], None
+        )
+    expected, _ = reference.satisfaction(logprob - first, batch["pairs"], batch["preference"], batch["pair_weight"])
+    found, _ = trainer._statistics.satisfaction(output["statistics"])
+    torch.testing.assert_close(found.float(), expected, rtol=1e-5, atol=1e-6)
+    other, _ = reference.satisfaction(logprob - current, batch["pairs"], batch["preference"], batch["pair_weight"])
+    assert not torch.allclose(other, expected, atol=1e-3)
+
+
+@pytest.mark.parametrize("estimator", ["pair", "snis", "closed_form"])
+def test_logged_numbers_are_those_of_the_oracle(estimator, tmp_path):
+    """One batch that is the whole data set, evaluated after training, against reference.py in fp64."""
+    data = make_data(6)
+    trainer = make_trainer(tmp_path, data=data, reference="model", estimator=estimator, max_steps=6, tau=0.3)
+    trainer.train()
+    metrics = trainer.evaluate(data)
+    model, batch = trainer.model, trainer.data_collator(list(data))
+    policy = model._mopo_policy
+    arguments = (model, batch["input_ids"], batch["attention_mask"], batch["labels"])
+    with torch.no_grad():
+        r = (policy.sequence_logprob(*arguments) - policy.reference_logprob(*arguments, None)[0]).double()
+    weight, preference = batch["pair_weight"].double(), batch["preference"].double()
+    expected = reference.mopo_loss(
+        r,
+        torch.zeros_like(r),
+        batch["pairs"],
+        preference,
+        trainer.dual.weight.double(),
+        tau=0.3,
+        pair_weight=weight,
+        estimator=estimator,
+        prompt_index=batch["prompt_index"],
+    )
+    target = reference.pair_target(preference, trainer.dual.weight.double(), 0.3)
+    oriented = (weight * target.sign() * expected.margin).sum() / weight[target != 0].sum()
+    share = torch.softmax(r, 0)
+    kl = (share * (share * len(r)).log()).sum()
+    for key, value in {
+        "loss": expected.loss,
+        "satisfaction/helpful": expected.satisfaction[0],
+        "satisfaction/brief": expected.satisfaction[1],
+        "slack/brief": expected.satisfaction[1] - trainer.dual.threshold["brief"],
+        "margin": oriented,
+        "kl": kl,
+        "kl_first": kl,
+    }.items():
+        assert metrics[f"eval_{key}"] == pytest.approx(float(value), rel=1e-4, abs=1e-6), key
+    # Batches of 3 prompts are summed, not averaged; so the size is that of all of them.
+    assert metrics["eval_effective_sample_size"] == pytest.approx(float(expected.effective_sample_size), rel=1e-4)
+
+
+def test_the_kl_estimate_is_that_of_the_policy_when_the_responses_are_samples_of_the_reference(tmp_path):
+    """200,000 draws from a known reference: the estimate against the closed form."""
+    from mopo_kernels.trainer.statistics import importance_sums
+
+    generator = torch.Generator().manual_seed(0)
+    ref = torch.softmax(torch.randn(12, generator=generator, dtype=DOUBLE), 0)
+    policy = torch.softmax(ref.log() + torch.randn(12, generator=generator, dtype=DOUBLE), 0)
+    exact = float((policy * (policy / ref).log()).sum())
+    draws = torch.multinomial(ref, 200_000, replacement=True, generator=generator)
+    total, log = importance_sums((policy / ref).log()[draws])
+    assert float(log / total) - math.log(float(total) / len(draws)) == pytest.approx(exact, rel=0.02)
+
+
+def test_every_promised_number_is_logged(tmp_path):
+    trainer = make_trainer(tmp_path, max_steps=4, logging_steps=2, eval_dataset=make_data(3, seed=9))
+    trainer.train()
+    lines = [line for line in trainer.state.log_history if "loss" in line]
+    assert [line["step"] for line in lines] == [2, 4]
+    for line in lines:
+        for key in (
+            "multiplier/brief",
+            "threshold/brief",
+            "satisfaction/brief",
+            "satisfaction/helpful",
+            "slack/brief",
+            "margin",
+            "kl",
+            "kl_first",
+            "effective_sample_size",
+            "tokens_per_second",
+            "scored_tokens_per_second",
+            "peak_memory_mib",
+        ):
+            assert math.isfinite(line[key]), key
+        assert line["tokens_per_second"] > line["scored_tokens_per_second"] > 0
+        assert 10 < line["peak_memory_mib"] < 1e5
+
+
+def test_held_out_satisfaction_can_choose_the_best_checkpoint(tmp_path):
+    trainer = make_trainer(
+        tmp_path,
+        eval_dataset=make_data(4, seed=9),
+        max_steps=6,
+        eval_strategy="steps",
+        eval_steps=2,
+        save_strategy="steps",
+        save_steps=2,
+        load_best_model_at_end=True,
+        metric_for_best_model="satisfaction/helpful",
+        greater_is_better=True,
+    )
+    trainer.train()
+    seen = {
+        line["step"]: line["eval_satisfaction/helpful"]
+        for line in trainer.state.log_history
+        if "eval_satisfaction/helpful" in line
+    }
+    assert set(seen) == {2, 4, 6}
+    assert trainer.state.best_metric == max(seen.values())
+    assert trainer.evaluate()["eval_satisfaction/helpful"] == pytest.approx(max(seen.values()), abs=1e-5)
+
+
+def test_several_held_out_sets_are_told_apart(tmp_path):
+    trainer = make_trainer(tmp_path, eval_dataset={"one": make_data(3, seed=2), "two": make_data(3, seed=3)})
+    trainer.train()
+    metrics = trainer.evaluate()
+    assert metrics["eval_one_satisfaction/brief"] != metrics["eval_two_satisfaction/brief"]
+
+
+def test_an_unconstrained_third_objective_is_measured_and_does_not_act(tmp_path):
+    trainer = make_trainer(tmp_path, thresholds=None)
+    trainer.train()
+    line = trainer.state.log_history[0]
+    assert trainer.dual.weight.tolist() == [1.0, 0.0]
+    assert "satisfaction/brief" in line
+    assert "multiplier/brief" not in line
+
+
+def test_label_rates_are_measured_on_the_training_data(tmp_path):
+    data = make_data(20)
+    trainer = make_trainer(tmp_path, data=data, label_rate="auto")
+    pairs = [pair for example in data for pair in example.pairs]
+    expected = [sum(pair.preference[name] is not None for pair in pairs) / len(pairs) for name in data.objectives]
+    assert trainer.model._mopo_policy.label_rate == pytest.approx(expected)
+    assert max(expected) < 1
+    trainer.train()
+
+
+def test_bf16_autocast_trains_and_starts_at_the_reference(tmp_path):
+    trainer = make_trainer(tmp_path, reference="precomputed", bf16=True, max_steps=3)
+    trainer.train()
+    line = trainer.state.log_history[0]
+    assert line["satisfaction/helpful"] == pytest.approx(0.5, abs=0.02)
+    assert line["kl"] < 1e-2
+    assert all(parameter.dtype == torch.float32 for parameter in trainer.model.parameters())
+
+
+def test_a_collapsed_importance_estimate_is_told_once(tmp_path, caplog):
+    trainer = make_trainer(
+        tmp_path,
+        data=make_data(12),
+        estimator="snis",
+        per_device_train_batch_size=12,
+        learning_rate=0.3,
+        max_steps=8,
+        tau=0.02,
+        thresholds=None,
+    )
+    trainer.train()
+    assert caplog.text.count("the effective sample size of the snis estimate") == 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"tau": 0.0}, r"tau: expected a number in \(0, inf\); got 0\.0"),
+        ({"dual_smoothing": 1.0}, r"dual_smoothing: expected a number in \[0, 1\); got 1\.0"),
+        ({"dual_lr": -1.0}, r"dual_lr: .*got -1\.0"),
+        ({"loss_type": "dpo"}, "loss_type: expected one of regression, cloning, sigmoid; got 'dpo'"),
+        ({"estimator": "exact"}, "estimator: expected one of pair, snis, closed_form; got 'exact'"),
+        ({"reference": "none"}, "reference: expected one of auto, precomputed, model; got 'none'"),
+        ({"thresholds": "brief:0.4"}, r"thresholds: expected a mapping .*'brief:0\.4'"),
+        ({"thresholds": "brief=high"}, "thresholds: .*got 'high' for 'brief'"),
+        ({"thresholds": [0.4]}, r"thresholds: .*got \[0\.4\]"),
+        ({"thresholds": {"brief": math.nan}}, r"thresholds\['brief'\]: expected a finite number"),
+        ({"initial_multiplier": "brief=-1"}, r"initial_multiplier\['brief'\]: .*got -1\.0"),
+        ({"initial_multiplier": {"brief": 11}}, r"from 0 to dual_max \(10\.0\); got 11\.0"),
+        ({"label_rate": {"brief": 0.0}}, r"label_rate\['brief'\]: expected a share in \(0, 1\]"),
+        ({"label_rate": "auto", "loss_type": "cloning"}, "label_rate: expected None with loss_type 'cloning'"),
+        ({"threshold_relaxation": 0.9}, "threshold_relaxation: expected reference_update_steps with it"),
+        ({"reference_update_steps": 0}, r"reference_update_steps: expected a number in \[1, inf\); got 0"),
+        ({"max_ratio": 0.5}, r"max_ratio: expected a number in \[1, inf\)"),
+        ({"objectives": []}, "objectives: expected at least one name"),
+        ({"objectives": "helpful,helpful"}, "objectives: expected at least one name, each once"),
+        ({"objectives": ["brief"], "primary": "helpful"}, "primary: expected one of brief; got 'helpful'"),
+        ({"remove_unused_columns": True}, "remove_unused_columns: expected False"),
+        ({"on_infeasible": "ignore"}, "on_infeasible: expected one of error, warn"),
+        ({"label_smoothing_factor": 0.1}, "label_smoothing_factor: expected 0"),
+    ],
+)
+def test_bad_settings_are_refused_by_name(changes, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        make_config(tmp_path, **changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"primary": "kind"}, "primary: expected one of helpful, brief; got 'kind'"),
+        ({"thresholds": {"kind": 0.4}}, "thresholds: expected objectives among helpful, brief; got 'kind'"),
+        ({"thresholds": {"helpful": 0.4}}, "must not include the primary objective 'helpful'"),
+        ({"objectives": ["helpful", "kind"]}, "objectives: expected names among the data's helpful, brief; got kind"),
+    ],
+)
+def test_objectives_the_data_does_not_have_are_refused(changes, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        make_trainer(tmp_path, **changes)
+
+
+def test_wrong_arguments_are_refused(tmp_path):
+    from transformers import TrainingArguments
+
+    with pytest.raises(ValueError, match="args: expected a MOPOConfig; got TrainingArguments"):
+        MOPOTrainer(make_model(), TrainingArguments(output_dir=str(tmp_path), use_cpu=True))
+    with pytest.raises(ValueError, match="model: expected a model"):
+        MOPOTrainer(None, make_config(tmp_path), train_dataset=make_data())
+    with pytest.raises(ValueError, match="processing_class: expected the tokenizer"):
+        MOPOTrainer(make_model(), make_config(tmp_path), train_dataset=make_data())
+    with pytest.raises(ValueError, match=r"train_dataset: expected PreferenceData.*got int"):
+        make_trainer(tmp_path, data=3)
+    with pytest.raises(ValueError, match="objectives: expected their names"):
+        MOPOTrainer(make_model(), make_config(tmp_path), processing_class=make_tokenizer())
+
+
+def test_examples_rows_and_tables_are_taken_as_they_come(tmp_path):
+    data = make_data(4)
+    losses = []
+    for form in (data, list(data), [example.to_dict() for example in data], data.dataset):
+        trainer = make_trainer(tmp_path, data=form, max_steps=1, reference="model")
+        assert isinstance(trainer.train_dataset, PreferenceData)
+        trainer.train()
+        losses.append(trainer.state.log_history[0]["loss"])
+    assert len(set(losses)) == 1
+
+
+def test_over_long_examples_are_refused_with_their_name(tmp_path):
+    with pytest.raises(DataError, match="more than the"):
+        make_trainer(tmp_path, max_response_length=3).train()
+
+
+def test_thresholds_come_as_mapping_text_or_json(tmp_path):
+    for value in ({"a": 0.25, "b": 0.5}, "a=0.25, b=0.5", '{"a": 0.25, "b": 0.5}'):
+        assert MOPOConfig(output_dir=str(tmp_path), use_cpu=True, thresholds=value).thresholds == {"a": 0.25, "b": 0.5}

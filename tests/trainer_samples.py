@@ -1,0 +1,142 @@
+"""A tiny tokenizer, tiny models and tiny data for the trainer's tests: seconds on one core."""
+
+from __future__ import annotations
+
+import copy
+import random
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import (
+    AutoModelForCausalLM,
+    CohereConfig,
+    Gemma2Config,
+    GPT2Config,
+    GraniteConfig,
+    LlamaConfig,
+    OPTConfig,
+    PreTrainedTokenizerFast,
+)
+
+from mopo_kernels.data import PreferenceData, PreferenceExample, PreferencePair
+from mopo_kernels.trainer import MOPOConfig, MOPOTrainer
+
+WORDS = [f"w{i}" for i in range(60)]
+VOCABULARY = 64
+
+_SMALL = {"vocab_size": VOCABULARY, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
+_HEADS = {"num_attention_heads": 2, "num_key_value_heads": 2}
+
+CONFIGS = {
+    "llama": LlamaConfig(**_SMALL, **_HEADS, tie_word_embeddings=False),
+    "llama-tied": LlamaConfig(**_SMALL, **_HEADS, tie_word_embeddings=True),
+    "gpt2": GPT2Config(vocab_size=VOCABULARY, n_embd=16, n_layer=2, n_head=2, n_positions=64),
+    "opt": OPTConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=16,
+        word_embed_proj_dim=12,
+        ffn_dim=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=64,
+        dropout=0.0,
+    ),
+    # Caps and scales far from 1, so that leaving one out shows.
+    "gemma2": Gemma2Config(**_SMALL, **_HEADS, head_dim=8, final_logit_softcapping=2.0),
+    "cohere": CohereConfig(**_SMALL, **_HEADS, logit_scale=0.25, bos_token_id=1, eos_token_id=1),
+    "granite": GraniteConfig(**_SMALL, **_HEADS, logits_scaling=4.0),
+}
+
+
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    vocabulary = {"<pad>": 0, "<eos>": 1, "<unk>": 2, **{word: i + 3 for i, word in enumerate(WORDS)}}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>")
+
+
+def make_model(name: str = "llama", seed: int = 0, dtype: torch.dtype = torch.float32) -> Any:
+    """A random model whose logits spread over a few nats."""
+    torch.manual_seed(seed)
+    # A copy: the Trainer writes the tokenizer's padding token into a model's configuration.
+    model = AutoModelForCausalLM.from_config(copy.deepcopy(CONFIGS[name])).to(dtype)
+    with torch.no_grad():
+        model.get_output_embeddings().weight.mul_(20)
+    return model
+
+
+def make_data(prompts: int = 8, seed: int = 0) -> PreferenceData:
+    """Prompts with 2 to 4 responses of unequal length, every pair; ``helpful`` and ``brief`` partly conflict.
+
+    ``helpful`` prefers the longer response, ``brief`` the shorter on three pairs of four; one label of each in ten is
+    missing. Weights differ between prompts.
+    """
+    rng = random.Random(seed)
+    examples = []
+    for _ in range(prompts):
+        lengths = [rng.randint(1, 8) for _ in range(rng.randint(2, 4))]
+        responses = tuple(" ".join(rng.choice(WORDS) for _ in range(length)) for length in lengths)
+        pairs = []
+        for i in range(len(lengths)):
+            for j in range(i):
+                longer = 0.5 + 0.5 * ((lengths[i] > lengths[j]) - (lengths[i] < lengths[j]))
+                brief = 1 - longer if rng.random() < 0.75 else longer
+                pairs.append(
+                    PreferencePair(
+                        i,
+                        j,
+                        {
+                            "helpful": None if rng.random() < 0.1 else longer,
+                            "brief": None if rng.random() < 0.1 else brief,
+                        },
+                    )
+                )
+        prompt = " ".join(rng.choice(WORDS) for _ in range(rng.randint(1, 4)))
+        examples.append(PreferenceExample(prompt, responses, tuple(pairs), weight=rng.choice([0.7, 1.0, 1.3])))
+    return PreferenceData.from_examples(examples, ["helpful", "brief"])
+
+
+def make_config(folder: Path, **changes: Any) -> MOPOConfig:
+    settings: dict[str, Any] = {
+        "output_dir": str(folder),
+        "use_cpu": True,
+        "max_steps": 2,
+        "per_device_train_batch_size": 2,
+        "per_device_eval_batch_size": 3,
+        "learning_rate": 1e-2,
+        "logging_steps": 1,
+        "report_to": "none",
+        "disable_tqdm": True,
+        "tau": 0.5,
+        "primary": "helpful",
+        "thresholds": {"brief": 0.4},
+        "save_strategy": "no",
+    }
+    return MOPOConfig(**{**settings, **changes})
+
+
+def make_trainer(folder: Path, model: Any = None, data: PreferenceData | None = None, **changes: Any) -> MOPOTrainer:
+    evaluation = changes.pop("eval_dataset", None)
+    return MOPOTrainer(
+        make_model() if model is None else model,
+        make_config(folder, **changes),
+        train_dataset=make_data() if data is None else data,
+        eval_dataset=evaluation,
+        processing_class=make_tokenizer(),
+    )
+
+
+def lora(model: Any, **changes: Any) -> Any:
+    """``model`` under LoRA whose B is not 0, so that every adapter weight has a gradient."""
+    from peft import LoraConfig, get_peft_model
+
+    settings: dict[str, Any] = {"r": 3, "lora_alpha": 5, "target_modules": ["q_proj", "v_proj"], "lora_dropout": 0.0}
+    torch.manual_seed(1)
+    wrapped = get_peft_model(model, LoraConfig(**{**settings, **changes}))
+    with torch.no_grad():
+        for name, parameter in wrapped.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(0.0, 0.1)
+    return wrapped
