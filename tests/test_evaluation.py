@@ -281,7 +281,7 @@ def test_a_model_in_memory_is_a_policy_and_its_adapter_can_be_switched_off(folde
     assert draw(tuned, PROMPTS) != draw(loaded, PROMPTS)
     model.load_adapter(str(adapters[1]), adapter_name="second")
     second = evaluation.Policy.from_model(model, loaded.tokenizer, adapter="second")
-    assert draw(second, PROMPTS) != draw(tuned, PROMPTS)
+    assert draw(tuned, PROMPTS) != draw(second, PROMPTS)
     assert model.active_adapter == "default"  # a trainer's own adapter stays switched on
     with pytest.raises(ValueError, match=r"adapters \['default', 'second'\], got 'other'"):
         evaluation.Policy.from_model(model, loaded.tokenizer, adapter="other")
