@@ -1,0 +1,278 @@
+"""``mopo train``: a configuration file, overridden by ``--key value``, to a trained policy."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import dataclass, field, fields
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+import yaml
+from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, set_seed
+
+from mopo_kernels.data import PreferenceCollator, PreferenceData, load_preferences, summarize
+from mopo_kernels.dual import ThresholdError
+from mopo_kernels.trainer import MOPOConfig, MOPOTrainer, TrainingInterrupted, last_complete_checkpoint
+from mopo_kernels.trainer.checkpoint import write_atomically
+
+SUMMARY_FILE = "training_summary.json"
+
+
+@dataclass
+class ModelArguments:
+    """What is trained."""
+
+    model_name_or_path: str = field(default="", metadata={"help": "Folder or hub name of a causal language model."})
+    model_revision: str | None = field(default=None, metadata={"help": "Revision on the hub."})
+    dtype: str = field(default="auto", metadata={"help": "auto, float32, bfloat16 or float16."})
+    attn_implementation: str | None = field(default=None, metadata={"help": "eager, sdpa, flash_attention_2, ..."})
+    lora_r: int | None = field(default=None, metadata={"help": "Rank of LoRA adapters; default: full fine-tuning."})
+    lora_alpha: int | None = field(default=None, metadata={"help": "LoRA scale; default: twice the rank."})
+    lora_dropout: float = field(default=0.0, metadata={"help": "Dropout inside the adapters."})
+    lora_target_modules: list[str] | None = field(
+        default=None, metadata={"help": "Names of modules that get an adapter; default: every linear one but the head."}
+    )
+    lora_modules_to_save: list[str] | None = field(default=None, metadata={"help": "Modules trained in full."})
+
+    def __post_init__(self) -> None:
+        if not self.model_name_or_path:
+            raise ValueError("model_name_or_path: expected a folder or hub name; got none")
+        if self.dtype not in ("auto", "float32", "bfloat16", "float16"):
+            raise ValueError(f"dtype: expected auto, float32, bfloat16 or float16; got {self.dtype!r}")
+        if self.lora_r is not None and self.lora_r < 1:
+            raise ValueError(f"lora_r: expected a positive rank, or none; got {self.lora_r}")
+
+
+@dataclass
+class DataArguments:
+    """What it is trained on."""
+
+    train_file: str | None = field(default=None, metadata={"help": "JSON Lines or parquet file, or a folder of them."})
+    eval_file: str | None = field(default=None, metadata={"help": "The same, held out for evaluation."})
+    dataset_name: str | None = field(default=None, metadata={"help": "Hub name, instead of train_file."})
+    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of the hub data set."})
+    dataset_dir: str | None = field(default=None, metadata={"help": "Sub-folder of the hub data set."})
+    train_split: str | None = field(default=None, metadata={"help": "Split to train on, when there are several."})
+    eval_split: str | None = field(default=None, metadata={"help": "Split of dataset_name to evaluate on."})
+    data_format: str = field(default="auto", metadata={"help": "auto, canonical, trl, hh-rlhf, ..."})
+    data_options: dict | str | None = field(
+        default=None, metadata={"help": "Further options of load_preferences, as JSON or a mapping."}
+    )
+    on_data_error: str = field(default="raise", metadata={"help": "raise, or skip bad rows and count them."})
+    skip_overlong: bool = field(default=False, metadata={"help": "Leave out examples longer than max_length allows."})
+    eval_fraction: float = field(default=0.0, metadata={"help": "Share of prompts to hold out of the training data."})
+    split_seed: int = field(default=0, metadata={"help": "Seed of that choice."})
+    max_examples: int | None = field(default=None, metadata={"help": "Read this many rows at most."})
+
+    def __post_init__(self) -> None:
+        if (self.train_file is None) == (self.dataset_name is None):
+            raise ValueError(
+                "train_file: expected it or dataset_name, not both; got " + ("both" if self.train_file else "neither")
+            )
+        if self.eval_split is not None and self.dataset_name is None:
+            raise ValueError(f"eval_split: expected dataset_name with it; got {self.eval_split!r} without")
+        held = [name for name in ("eval_file", "eval_split") if getattr(self, name)] + ["eval_fraction"] * (
+            self.eval_fraction != 0
+        )
+        if len(held) > 1:
+            raise ValueError(f"{held[0]}: expected one way to hold data out; got also {held[1]}")
+        if not 0 <= self.eval_fraction < 1:
+            raise ValueError(f"eval_fraction: expected a share in [0, 1); got {self.eval_fraction}")
+        if isinstance(self.data_options, str):
+            try:
+                self.data_options = json.loads(self.data_options)
+            except json.JSONDecodeError as error:
+                raise ValueError(f"data_options: expected a JSON object; got {self.data_options!r}") from error
+        if not isinstance(self.data_options, (dict, type(None))):
+            raise ValueError(f"data_options: expected a mapping; got {self.data_options!r}")
+
+
+class _Parser(HfArgumentParser):
+    """Raises what argparse would print with pages of usage."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(message)
+
+
+def parse(argv: list[str]) -> tuple[ModelArguments, DataArguments, MOPOConfig]:
+    """The three groups of arguments from ``[--config FILE.yaml] [--key value ...]``; the command line wins.
+
+    Raises:
+        ValueError: an unknown key, or a value that does not fit, by name.
+        OSError: the file cannot be read.
+    """
+    parser = _Parser(
+        (ModelArguments, DataArguments, MOPOConfig),  # type: ignore[arg-type]
+        prog="mopo train",
+        description="Train a policy under thresholds. Every key can stand in the file or on the command line.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--config", metavar="FILE.yaml", help="Keys and values; the command line overrides them.")
+    known = {item.name for group in (ModelArguments, DataArguments, MOPOConfig) for item in fields(group) if item.init}
+    config, _ = parser.parse_known_args(argv)
+    if config.config is not None:
+        try:
+            values = yaml.safe_load(Path(config.config).read_text(encoding="utf-8"))
+        except yaml.YAMLError as error:
+            raise ValueError(f"config: {config.config} is not YAML: {error}") from error
+        if not isinstance(values, dict):
+            raise ValueError(f"config: expected keys and values in {config.config}; got {type(values).__name__}")
+        if unknown := sorted(str(key) for key in values if key not in known):
+            raise ValueError(f"config: unknown key {', '.join(unknown)} in {config.config}")
+        parser.set_defaults(**values)
+    *groups, _, rest = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True, look_for_args_file=False)
+    if rest:
+        raise ValueError(f"unknown argument {' '.join(rest)}")
+    model, data, training = groups
+    return model, data, training
+
+
+def load_data(
+    arguments: DataArguments, config: MOPOConfig, tokenizer: Any
+) -> tuple[PreferenceData, PreferenceData | None]:
+    """(training data, held-out data or None)."""
+
+    def load(source: str, split: str | None) -> PreferenceData:
+        data = load_preferences(
+            source,
+            format=arguments.data_format,
+            objectives=config.objectives,
+            split=split,
+            on_error=arguments.on_data_error,  # type: ignore[arg-type]
+            name=arguments.dataset_config,
+            data_dir=arguments.dataset_dir,
+            limit=arguments.max_examples,
+            **(arguments.data_options or {}),
+        )
+        if arguments.skip_overlong:
+            data = data.drop_overlong(
+                PreferenceCollator(
+                    tokenizer,
+                    data.objectives,
+                    max_length=config.max_length,
+                    max_response_length=config.max_response_length,
+                )
+            )
+        return data
+
+    source = arguments.train_file or arguments.dataset_name
+    assert source is not None
+    train = load(source, arguments.train_split)
+    if arguments.eval_file is not None:
+        return train, load(arguments.eval_file, None)
+    if arguments.eval_split is not None:
+        return train, load(source, arguments.eval_split)
+    if arguments.eval_fraction:
+        return train.split(arguments.eval_fraction, arguments.split_seed)
+    return train, None
+
+
+def load_model(arguments: ModelArguments) -> Any:
+    """The model, with fresh LoRA adapters when asked for."""
+    options: dict[str, Any] = {"dtype": arguments.dtype, "revision": arguments.model_revision}
+    if arguments.attn_implementation is not None:
+        options["attn_implementation"] = arguments.attn_implementation
+    model = AutoModelForCausalLM.from_pretrained(arguments.model_name_or_path, **options)
+    if arguments.lora_r is None:
+        return model
+    from peft import LoraConfig, get_peft_model
+
+    targets: Any = arguments.lora_target_modules or "all-linear"
+    return get_peft_model(
+        model,
+        LoraConfig(
+            r=arguments.lora_r,
+            lora_alpha=2 * arguments.lora_r if arguments.lora_alpha is None else arguments.lora_alpha,
+            lora_dropout=arguments.lora_dropout,
+            target_modules="all-linear" if targets == ["all-linear"] else targets,
+            modules_to_save=arguments.lora_modules_to_save,
+            task_type="CAUSAL_LM",
+        ),
+    )
+
+
+def _resume(config: MOPOConfig) -> str | bool | None:
+    """``true``: the newest complete checkpoint, which must exist; ``auto``: if there is one; else a folder."""
+    value = config.resume_from_checkpoint
+    if isinstance(value, str) and value.lower() in ("true", "false"):
+        return value.lower() == "true"
+    if value == "auto":
+        return last_complete_checkpoint(str(config.output_dir))
+    return value
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def train(argv: list[str]) -> None:
+    """Run ``mopo train``: saves the model (or adapters) and ``training_summary.json`` in ``output_dir``.
+
+    Args:
+        argv: the arguments after ``train``.
+
+    Raises:
+        ValueError: a bad argument or value, thresholds that the training labels cannot meet, or bad data.
+        SystemExit: 130 after Ctrl-C, 1 when a threshold turned out impossible during training; a checkpoint is there.
+    """
+    model_arguments, data_arguments, config = parse(argv)
+    set_seed(config.seed)
+    tokenizer = AutoTokenizer.from_pretrained(
+        model_arguments.model_name_or_path, revision=model_arguments.model_revision
+    )
+    train_data, eval_data = load_data(data_arguments, config, tokenizer)
+    main_process = config.process_index == 0
+    report = summarize(train_data)
+    if main_process:
+        print(f"{report.examples} examples, {report.pairs} pairs, objectives {', '.join(train_data.objectives)}")
+        for message in report.messages:
+            print(f"note: {message}")
+    try:
+        trainer = MOPOTrainer(
+            load_model(model_arguments),
+            config,
+            train_dataset=train_data,
+            eval_dataset=eval_data,
+            processing_class=tokenizer,
+        )
+    except ThresholdError as error:
+        raise ValueError(f"thresholds: {error}") from error
+    try:
+        output = trainer.train(resume_from_checkpoint=_resume(config))
+    except TrainingInterrupted as error:
+        if main_process:
+            print(f"mopo: {error}", file=sys.stderr)
+        raise SystemExit(130) from None
+    except ThresholdError as error:
+        if main_process:
+            checkpoint = last_complete_checkpoint(str(config.output_dir))
+            print(f"mopo: error: {error}; the policy as it was is in {checkpoint}", file=sys.stderr)
+        raise SystemExit(1) from None
+    metrics = trainer.evaluate() if eval_data is not None else {}
+    trainer.save_model()
+    if main_process:
+        solution = trainer.label_solution
+        summary = {
+            "model": model_arguments.model_name_or_path,
+            "objectives": list(trainer.objectives),
+            "primary": trainer.primary,
+            "steps": output.global_step,
+            "multiplier": trainer.dual.multiplier,
+            "threshold": trainer.dual.threshold,
+            "satisfaction": trainer.dual.smoothed,
+            "multiplier_on_labels": None if solution is None else solution.multiplier,
+            "train": output.metrics,
+            "eval": metrics,
+            "versions": {name: _version(name) for name in ("mopo-kernels", "torch", "transformers", "peft")},
+            "device": str(config.device),
+            "threads": torch.get_num_threads(),
+        }
+        path = Path(str(config.output_dir)) / SUMMARY_FILE
+        write_atomically(path, json.dumps(summary, indent=2, default=str) + "\n")
+        print(f"saved {config.output_dir} and {path}")

@@ -1,0 +1,230 @@
+"""mopo train: a file and overrides in, a policy and a summary out; one clear line for what is wrong."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from trainer_samples import make_data, make_model, make_tokenizer
+
+from mopo_kernels import cli
+from mopo_kernels.cli.train import parse, train
+from mopo_kernels.trainer import last_complete_checkpoint
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("files")
+    make_model().save_pretrained(folder / "model")
+    make_tokenizer().save_pretrained(folder / "model")
+    make_data(12).save(folder / "train.jsonl")
+    make_data(4, seed=7).save(folder / "eval.jsonl")
+    settings = {
+        "model_name_or_path": str(folder / "model"),
+        "train_file": str(folder / "train.jsonl"),
+        "objectives": ["helpful", "brief"],
+        "thresholds": {"brief": 0.45},
+        "tau": 0.5,
+        "lora_r": 2,
+        "max_steps": 3,
+        "per_device_train_batch_size": 2,
+        "learning_rate": "1e-3",
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "use_cpu": True,
+        "disable_tqdm": True,
+    }
+    (folder / "config.yaml").write_text(yaml.safe_dump(settings))
+    return folder
+
+
+def arguments(files, *more):
+    return ["--config", str(files / "config.yaml"), *more]
+
+
+def test_the_command_line_overrides_the_file(files):
+    model, data, config = parse(arguments(files, "--tau", "0.25", "--max-steps", "7", "--thresholds", "brief=0.4"))
+    assert (config.tau, config.max_steps, config.thresholds) == (0.25, 7, {"brief": 0.4})
+    assert (config.learning_rate, config.objectives, model.lora_r) == (1e-3, ["helpful", "brief"], 2)
+    assert data.train_file == str(files / "train.jsonl")
+    assert config.use_cpu is True
+
+
+def test_objectives_can_be_listed_with_commas_or_spaces(files):
+    for form in (["helpful,brief"], ["helpful", "brief"]):
+        assert parse(arguments(files, "--objectives", *form))[2].objectives == ["helpful", "brief"]
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--taau", "0.1"], "unknown argument --taau 0.1"),
+        (["--ta", "0.1"], "unknown argument --ta 0.1"),
+        (["--tau", "big"], "argument --tau: invalid float value: 'big'"),
+        (["--tau", "-1"], "tau: expected a number in (0, inf); got -1.0"),
+        (["--thresholds", "brief"], "thresholds: expected a mapping"),
+        (["--primary", "kind"], "primary: expected one of helpful, brief; got 'kind'"),
+        (["--train_file", "nowhere.jsonl"], "nowhere.jsonl"),
+        (["--model_name_or_path", ""], "model_name_or_path: expected a folder or hub name"),
+        (["--dataset_name", "some/set"], "train_file: expected it or dataset_name, not both; got both"),
+        (["--eval_split", "test"], "eval_split: expected dataset_name with it"),
+        (["--eval_fraction", "1.5"], "eval_fraction: expected a share in [0, 1); got 1.5"),
+        (["--eval_file", "x.jsonl", "--eval_fraction", "0.1"], "eval_file: expected one way to hold data out"),
+        (["--data_options", "[1]"], "data_options: expected a mapping"),
+        (["--dtype", "int8"], "dtype: expected auto, float32, bfloat16 or float16; got 'int8'"),
+        (["--lora_r", "0"], "lora_r: expected a positive rank"),
+        (["--thresholds", "brief=0.99"], "thresholds: threshold brief >= 0.99 cannot be met: best seen"),
+        (["--config", "nowhere.yaml"], "nowhere.yaml"),
+        (["--resume_from_checkpoint", "true"], "resume_from_checkpoint: expected a complete checkpoint in output_dir"),
+    ],
+)
+def test_bad_arguments_exit_2_with_one_line_that_names_them(more, message, files, capsys, tmp_path):
+    assert cli.main(["train", *arguments(files, "--output_dir", str(tmp_path), *more)]) == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert message in lines[-1]
+    assert lines[-1].startswith("mopo: error: ")
+
+
+def test_unknown_and_malformed_files_are_refused(tmp_path):
+    file = tmp_path / "config.yaml"
+    for text, message in (
+        ("taau: 0.1\ntau: 0.1", "config: unknown key taau in"),
+        ("- 1", "config: expected keys and values in"),
+        ("a: [1", "is not YAML"),
+        ("tau: big", "argument --tau: invalid float value: 'big'"),
+    ):
+        file.write_text(text)
+        with pytest.raises(ValueError, match=message):
+            parse(["--config", str(file)])
+
+
+def test_a_run_saves_adapters_and_a_summary(files, tmp_path, capsys):
+    train(arguments(files, "--output_dir", str(tmp_path), "--eval_fraction", "0.25", "--split_seed", "3"))
+    assert (tmp_path / "adapter_model.safetensors").is_file()
+    assert (tmp_path / "tokenizer.json").is_file()
+    summary = json.loads((tmp_path / "training_summary.json").read_text())
+    assert summary["objectives"] == ["helpful", "brief"]
+    assert summary["primary"] == "helpful"
+    assert summary["steps"] == 3
+    assert summary["threshold"] == {"brief": 0.45}
+    assert set(summary["multiplier"]) == {"brief"}
+    assert 0 < summary["eval"]["eval_satisfaction/brief"] < 1
+    assert summary["versions"]["torch"] == version("torch")
+    output = capsys.readouterr().out
+    assert "objectives helpful, brief" in output
+    assert f"saved {tmp_path}" in output
+
+
+def test_full_fine_tuning_with_a_held_out_file_changes_the_weights(files, tmp_path):
+    from safetensors.torch import load_file
+
+    config = yaml.safe_load((files / "config.yaml").read_text())
+    del config["lora_r"]
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    train(
+        [
+            *("--config", str(tmp_path / "config.yaml"), "--output_dir", str(tmp_path / "out")),
+            *("--eval_file", str(files / "eval.jsonl")),
+        ]
+    )
+    before, after = (load_file(folder / "model.safetensors") for folder in (files / "model", tmp_path / "out"))
+    assert before.keys() == after.keys()
+    assert any(not torch.equal(before[name], after[name]) for name in before)
+
+
+def test_over_long_examples_can_be_left_out(files, tmp_path, capsys):
+    more = ["--output_dir", str(tmp_path), "--max_response_length", "6"]
+    assert cli.main(["train", *arguments(files, *more)]) == 2
+    assert "more than the 6" in capsys.readouterr().err
+    train(arguments(files, *more, "--skip_overlong"))
+    assert "bad rows were left out" in capsys.readouterr().out
+
+
+def test_resume_auto_starts_where_there_is_nothing_and_goes_on_where_there_is(files, tmp_path):
+    more = [
+        "--output_dir",
+        str(tmp_path),
+        "--resume_from_checkpoint",
+        "auto",
+        "--save_strategy",
+        "steps",
+        "--save_steps",
+        "2",
+    ]
+    train(arguments(files, *more))
+    assert last_complete_checkpoint(tmp_path) == str(tmp_path / "checkpoint-3")
+    train(arguments(files, *more, "--max_steps", "5"))
+    assert json.loads((tmp_path / "training_summary.json").read_text())["steps"] == 5
+    state = json.loads((tmp_path / "checkpoint-5" / "trainer_state.json").read_text())
+    assert [line["step"] for line in state["log_history"]] == [1, 2, 3, 4, 5]
+
+
+def test_ctrl_c_exits_130_with_one_line_and_a_checkpoint(files, tmp_path):
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+    child = subprocess.Popen(
+        [
+            *(sys.executable, "-m", "mopo_kernels.cli", "train"),
+            *arguments(files, "--output_dir", str(tmp_path), "--max_steps", "100000"),
+        ],
+        env={**environment, "PYTHONUNBUFFERED": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        # The first log line tells that training has begun.
+        while "'loss'" not in (line := child.stdout.readline()):
+            assert line or child.poll() is None, child.stderr.read()
+            time.sleep(0.001)
+        child.send_signal(signal.SIGINT)
+        _, errors = child.communicate(timeout=120)
+    finally:
+        child.kill()
+    assert child.returncode == 130, errors
+    assert "Traceback" not in errors
+    checkpoint = last_complete_checkpoint(tmp_path)
+    assert checkpoint is not None
+    assert errors.strip().splitlines()[-1] == f"mopo: training interrupted; resume with {checkpoint}"
+
+
+def test_an_impossible_threshold_found_in_training_exits_1_and_names_the_checkpoint(files, tmp_path, capsys):
+    more = ["--thresholds", "brief=0.95", "--initial_multiplier", "zero", "--dual_max", "0.1", "--dual_lr", "1.0"]
+    with pytest.raises(SystemExit) as caught:
+        train(arguments(files, "--output_dir", str(tmp_path), *more, "--dual_patience", "2", "--max_steps", "9"))
+    assert caught.value.code == 1
+    line = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "threshold brief >= 0.95 cannot be met: best seen" in line
+    assert str(last_complete_checkpoint(tmp_path)) in line
+
+
+def test_help_lists_the_keys(capsys):
+    with pytest.raises(SystemExit) as caught:
+        train(["--help"])
+    assert caught.value.code == 0
+    text = capsys.readouterr().out
+    assert all(f"--{key}" in text for key in ("thresholds", "tau", "lora_r", "train_file", "config"))
+
+
+def test_the_example_configuration_is_accepted(files, tmp_path):
+    model, data, config = parse(
+        [
+            *("--config", str(ROOT / "configs" / "two_objectives.yaml"), "--output_dir", str(tmp_path)),
+            *("--model_name_or_path", str(files / "model"), "--train_file", str(files / "train.jsonl"), "--use_cpu"),
+        ]
+    )
+    assert config.thresholds == {"harmless": 0.48}
+    assert config.learning_rate == 1e-4
+    assert model.lora_target_modules == "all-linear"
+    assert data.skip_overlong is True
