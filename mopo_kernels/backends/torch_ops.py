@@ -1,7 +1,7 @@
 """Backend "torch": tile work in plain torch operations, on any device.
 
-Rows are taken a block at a time: the temporaries of an elementwise chain stay in cache, and within an eighth of the tile
-(or one row), which is what the driver's budget allows a backend.
+Rows are taken a block at a time: the temporaries of an elementwise chain stay in cache, and within an eighth of the
+tile (or one row), which is what the driver's budget allows a backend.
 """
 
 from __future__ import annotations
