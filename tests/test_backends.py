@@ -174,19 +174,23 @@ def test_extreme_logits_stay_exact(name: str, head: Head) -> None:
 
 
 @pytest.mark.parametrize("name", BACKENDS)
-def test_nothing_outside_the_tile_is_touched(name: str) -> None:
-    case = make_case(5, 70, bias=True)
-    block = case.tile._base
-    assert block is not None
-    before = block.clone()
-    fold(tile_backend(name), case, EVERYTHING)
-    assert torch.equal(block.view(torch.int32), before.view(torch.int32)), "fold changed the tile"
-
-    logsumexp = torch.zeros(5, dtype=torch.float64)
-    tile_backend(name).gradient_(case.tile, case.bias, case.target, START, EVERYTHING, logsumexp, case.coefficient)
-    assert torch.isfinite(case.tile).all()
-    before[1:6, 3:73] = case.tile
-    assert torch.equal(block.view(torch.int32), before.view(torch.int32)), "gradient_ wrote outside the tile"
+def test_nothing_outside_the_tile_is_read_or_written(name: str) -> None:
+    backend, logsumexp = tile_backend(name), torch.zeros(5, dtype=torch.float64)
+    results = []
+    # NaN shows what is read, a number what is overwritten by something computed from it.
+    for around in (torch.nan, 7.0):
+        case = make_case(5, 70, bias=True)
+        block = case.tile._base
+        assert block is not None
+        block.nan_to_num_(nan=around)
+        before = block.clone()
+        statistics = fold(backend, case, EVERYTHING)
+        assert torch.equal(block.view(torch.int32), before.view(torch.int32)), "fold changed the tile"
+        backend.gradient_(case.tile, case.bias, case.target, START, EVERYTHING, logsumexp, case.coefficient)
+        before[1:6, 3:73] = case.tile
+        assert torch.equal(block.view(torch.int32), before.view(torch.int32)), "gradient_ wrote outside the tile"
+        results.append((*statistics, case.tile))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
 @pytest.mark.parametrize(("rows", "width"), [(1, 50_000), (130, 4099)], ids=["fewer_rows_than_threads", "many_rows"])

@@ -7,6 +7,8 @@
 #include <algorithm>
 #include <cmath>
 #include <optional>
+#include <string>
+#include <type_traits>
 
 #include "tile_args.h"
 
@@ -99,7 +101,8 @@ void fold(const Tensor& tile, const optional<Tensor>& bias, const Tensor& target
   check_rows(maximum, "maximum", tile, tile.scalar_type());
   check_rows(total, "total", tile, tile.scalar_type());
   check_rows(picked, "picked", tile, tile.scalar_type());
-  const auto run = [&]<class T>(T) {
+  const auto run = [&](auto element) {
+    using T = decltype(element);
     const mopo::FoldArgs<T> args = {tile_args<T>(tile, cast_bias, target, start, softcap, logit_scale, temperature),
                                     maximum.data_ptr<T>(), total.data_ptr<T>(), picked.data_ptr<T>()};
     over_rows(tile, args, kernels_for<T>().fold);
@@ -115,7 +118,8 @@ void gradient_(const Tensor& tile, const optional<Tensor>& bias, const Tensor& t
   check_rows(logsumexp, "logsumexp", tile, exact ? at::kDouble : tile.scalar_type());
   const Tensor exact_logsumexp = logsumexp.to(at::kDouble);
   if (coefficient) check_rows(*coefficient, "coefficient", tile, tile.scalar_type());
-  const auto run = [&]<class T>(T) {
+  const auto run = [&](auto element) {
+    using T = decltype(element);
     const mopo::GradientArgs<T> args = {tile_args<T>(tile, cast_bias, target, start, softcap, logit_scale, temperature),
                                         exact_logsumexp.const_data_ptr<double>(),
                                         coefficient ? coefficient->const_data_ptr<T>() : nullptr};
