@@ -32,7 +32,9 @@ _HEADS = {"num_attention_heads": 2, "num_key_value_heads": 2}
 CONFIGS = {
     "llama": LlamaConfig(**_SMALL, **_HEADS, tie_word_embeddings=False),
     "llama-tied": LlamaConfig(**_SMALL, **_HEADS, tie_word_embeddings=True),
-    "gpt2": GPT2Config(vocab_size=VOCABULARY, n_embd=16, n_layer=2, n_head=2, n_positions=64),
+    "gpt2": GPT2Config(
+        vocab_size=VOCABULARY, n_embd=16, n_layer=2, n_head=2, n_positions=64, bos_token_id=1, eos_token_id=1
+    ),
     "opt": OPTConfig(
         vocab_size=VOCABULARY,
         hidden_size=16,
