@@ -507,6 +507,20 @@ def test_a_collapsed_importance_estimate_is_told_once(tmp_path, caplog):
     assert caplog.text.count("the effective sample size of the snis estimate") == 1
 
 
+def test_a_diverged_policy_is_told_with_its_step(tmp_path):
+    trainer = make_trainer(tmp_path, max_steps=4)
+
+    class Spoil(TrainerCallback):
+        def on_step_end(self, args, state, control, model, **kwargs):
+            if state.global_step == 2:
+                with torch.no_grad():
+                    model.lm_head.weight[5, 0] = math.nan
+
+    trainer.add_callback(Spoil())
+    with pytest.raises(FloatingPointError, match="of step 3 are not finite: the policy has diverged"):
+        trainer.train()
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -533,6 +547,8 @@ def test_a_collapsed_importance_estimate_is_told_once(tmp_path, caplog):
         ({"remove_unused_columns": True}, "remove_unused_columns: expected False"),
         ({"on_infeasible": "ignore"}, "on_infeasible: expected one of error, warn"),
         ({"label_smoothing_factor": 0.1}, "label_smoothing_factor: expected 0"),
+        ({"use_liger_kernel": True}, "use_liger_kernel: expected False"),
+        ({"auto_find_batch_size": True}, "auto_find_batch_size: expected False"),
     ],
 )
 def test_bad_settings_are_refused_by_name(changes, message, tmp_path):
@@ -559,8 +575,10 @@ def test_wrong_arguments_are_refused(tmp_path):
 
     with pytest.raises(ValueError, match="args: expected a MOPOConfig; got TrainingArguments"):
         MOPOTrainer(make_model(), TrainingArguments(output_dir=str(tmp_path), use_cpu=True))
-    with pytest.raises(ValueError, match="model: expected a model"):
+    with pytest.raises(ValueError, match="model: expected a model; got None"):
         MOPOTrainer(None, make_config(tmp_path), train_dataset=make_data())
+    with pytest.raises(ValueError, match="compute_metrics: expected None"):
+        MOPOTrainer(make_model(), make_config(tmp_path), compute_metrics=len)
     with pytest.raises(ValueError, match="processing_class: expected the tokenizer"):
         MOPOTrainer(make_model(), make_config(tmp_path), train_dataset=make_data())
     with pytest.raises(ValueError, match=r"train_dataset: expected PreferenceData.*got int"):

@@ -279,7 +279,9 @@ def test_the_reference_pass_has_no_dropout_and_leaves_every_mode_and_flag_as_it_
     batch = batch_of(trainer)
     del batch["ref_logprob"]
     model.train()
+    model.get_base_model().model.layers[1].self_attn.attention_dropout = 0.5
     model.get_base_model().model.layers[0].eval()
+    model.get_base_model().model.layers[0].self_attn.q_proj.lora_A["default"].weight.requires_grad_(False)
     flags = {name: p.requires_grad for name, p in model.named_parameters()}
     modes = {name: module.training for name, module in model.named_modules()}
     policy = model._mopo_policy

@@ -219,7 +219,7 @@ def train(argv: list[str]) -> None:
 
     Raises:
         ValueError: a bad argument or value, thresholds that the training labels cannot meet, or bad data.
-        SystemExit: 130 after Ctrl-C, 1 when a threshold turned out impossible during training; a checkpoint is there.
+        SystemExit: 130 after Ctrl-C, 1 when training diverged or a threshold turned out impossible.
     """
     model_arguments, data_arguments, config = parse(argv)
     set_seed(config.seed)
@@ -249,10 +249,10 @@ def train(argv: list[str]) -> None:
         if main_process:
             print(f"mopo: {error}", file=sys.stderr)
         raise SystemExit(130) from None
-    except ThresholdError as error:
+    except (ThresholdError, FloatingPointError) as error:
         if main_process:
             checkpoint = last_complete_checkpoint(str(config.output_dir))
-            print(f"mopo: error: {error}; the policy as it was is in {checkpoint}", file=sys.stderr)
+            print(f"mopo: error: {error}; last checkpoint: {checkpoint or 'none'}", file=sys.stderr)
         raise SystemExit(1) from None
     metrics = trainer.evaluate() if eval_data is not None else {}
     trainer.save_model()

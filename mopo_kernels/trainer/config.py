@@ -206,5 +206,10 @@ class MOPOConfig(TrainingArguments):
             raise ValueError(f"primary: expected one of {', '.join(self.objectives)}; got {self.primary!r}")
         if self.deepspeed is not None:
             raise ValueError("deepspeed: expected None, DeepSpeed is not supported (DDP and FSDP are); got a config")
-        if self.label_smoothing_factor != 0:
-            raise ValueError(f"label_smoothing_factor: expected 0; got {self.label_smoothing_factor}")
+        for name, expected, why in (
+            ("label_smoothing_factor", 0.0, "the loss has soft labels of its own"),
+            ("use_liger_kernel", False, "it replaces the forward that holds the loss"),
+            ("auto_find_batch_size", False, "the multipliers would have moved before the batch was found too large"),
+        ):
+            if getattr(self, name) != expected:
+                raise ValueError(f"{name}: expected {expected}, as {why}; got {getattr(self, name)}")

@@ -56,7 +56,7 @@ class TrainingInterrupted(KeyboardInterrupt):
 
     def __init__(self, checkpoint: str | None) -> None:
         self.checkpoint = checkpoint
-        where = f"resume with {checkpoint}" if checkpoint else "no checkpoint was written (save_only_model)"
+        where = f"resume with {checkpoint}" if checkpoint else "there is no checkpoint to resume from"
         super().__init__(f"training interrupted; {where}")
 
 
@@ -123,8 +123,13 @@ class MOPOTrainer(Trainer):
     ) -> None:
         if not isinstance(args, MOPOConfig):
             raise ValueError(f"args: expected a MOPOConfig; got {type(args).__name__}")
-        if model is None or kwargs.get("model_init") is not None:
-            raise ValueError("model: expected a model; model_init is not supported")
+        if model is None:
+            raise ValueError("model: expected a model; got None")
+        for name in ("model_init", "compute_loss_func", "compute_metrics", "preprocess_logits_for_metrics"):
+            if kwargs.get(name) is not None:
+                raise ValueError(
+                    f"{name}: expected None, as the loss and its metrics are the trainer's own; got a value"
+                )
         if args.n_gpu > 1:
             raise ValueError(
                 f"args: expected one process a GPU (start with torchrun or accelerate launch); got one process that "
@@ -193,7 +198,7 @@ class MOPOTrainer(Trainer):
                 max_buffer_bytes=args.max_buffer_bytes,
             ),
         )
-        self._interrupted = False
+        self._interrupted = self._stopped = False
         self._unmet: list[Unmet] = []
         self._warned: set[str] = set()
         self._eval_sums: Tensor | None = None
@@ -327,12 +332,12 @@ class MOPOTrainer(Trainer):
         self.dual = self._new_dual(self.args)
         self.reference.snapshot = None
         self._reset_sums()
-        self._unmet, self._interrupted = [], False
+        self._unmet, self._interrupted, self._stopped = [], False, False
         if checkpoint is not None:
             self._load_state(checkpoint)
         with self._deferred_interrupt():
             output = super().train(checkpoint, trial, ignore_keys_for_eval)
-        if self._interrupted:
+        if self._stopped:
             raise TrainingInterrupted(last_complete_checkpoint(self._output_dir()))
         if self._unmet and self.args.on_infeasible == "error":
             raise ThresholdError(self._unmet)
@@ -435,6 +440,11 @@ class MOPOTrainer(Trainer):
         self._step_sums = torch.zeros_like(self._step_sums)
         self._interrupted = bool(sums[-1] > 0)
         sums = sums[:-1]
+        if not torch.isfinite(sums).all():
+            raise FloatingPointError(
+                f"the loss or the log-probabilities of step {self.state.global_step} are not finite: the policy has "
+                "diverged (a lower learning_rate, or a larger tau, keeps it nearer the reference)"
+            )
         self._window_sums += sums
         self._window_steps += 1
         self._window_seconds += time.perf_counter() - self._step_started
@@ -467,7 +477,7 @@ class MOPOTrainer(Trainer):
             else:
                 control.should_save = control.should_training_stop = True
         if self._interrupted:
-            control.should_save = control.should_training_stop = True
+            self._stopped = control.should_save = control.should_training_stop = True
 
     def _warn_once(self, key: str, message: str) -> None:
         if key not in self._warned and self.is_world_process_zero():
@@ -514,7 +524,9 @@ class MOPOTrainer(Trainer):
         at which they differ; satisfaction is.
         """
         self._prepare_references()
-        if eval_dataset is not None and not isinstance(eval_dataset, (str, dict)):
+        if isinstance(eval_dataset, dict):
+            eval_dataset = {name: as_preference_data(part, "eval_dataset") for name, part in eval_dataset.items()}
+        elif eval_dataset is not None and not isinstance(eval_dataset, str):
             eval_dataset = as_preference_data(eval_dataset, "eval_dataset")
         result: dict[str, float] = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
         return result
