@@ -1,5 +1,5 @@
 // The operators' schemas, the same for every device; each device's file implements them with TORCH_LIBRARY_IMPL.
-// Meaning of the arguments: TileBackend in mopo_kernels/backends/__init__.py.
+// Meaning of the arguments: TileBackend in mopo_kernels/backends/tile.py.
 #include <Python.h>
 #include <torch/library.h>
 

@@ -186,8 +186,8 @@ class LinearHead:
             _addmm_(dweight[start:stop], operand.T, hidden)
 
     def fold(self, hidden: Tensor, target: Tensor, products: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Log-probability of the target and log-sum-exp, both (R,). The products stay in the tile if ``whole``; with
-        ``products`` (R, V) they are written there."""
+        """Log-probability of the target and log-sum-exp (fp64), both (R,). The products stay in the tile if ``whole``;
+        with ``products`` (R, V) they are written there."""
         rows = hidden.shape[0]
         maximum = hidden.new_full((rows,), -torch.inf, dtype=self.layout.accumulate)
         total, picked = torch.zeros_like(maximum), torch.zeros_like(maximum)
@@ -195,9 +195,9 @@ class LinearHead:
             tile = self.tile(rows, stop - start) if products is None else products[:, start:stop]
             self.products_(hidden, tile, start, stop)
             self.backend.fold(tile, self.bias_tile(start, stop), target, start, self.head, maximum, total, picked)
-        log_total = torch.log(total)
-        # Not picked - logsumexp: the difference to the maximum is small, so it rounds less.
-        return (picked - maximum) - log_total, maximum + log_total
+        # Not picked - logsumexp: the difference to the maximum is small, so it rounds less. The log-sum-exp itself is
+        # in fp64, since its rounding would tilt the gradient of the whole row.
+        return (picked - maximum) - torch.log(total), maximum.double() + torch.log(total.double())
 
     def unfold(
         self,
@@ -304,7 +304,7 @@ class _Pass:
         if coefficient is not None:
             coefficient = coefficient.where(chunk.scored, 0)
         elif chunk.rows.device.type != "cpu":
-            coefficient = chunk.scored.to(logsumexp.dtype)
+            coefficient = chunk.scored.to(self.head.layout.accumulate)
         dhidden = None
         if self.dhidden is not None:
             dhidden = chunk.hidden.new_zeros(chunk.hidden.shape, dtype=self.head.layout.accumulate)
@@ -346,14 +346,14 @@ def linear_logprob(
     need_weight: bool,
     need_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Per-token log-probability (N,), log-sum-exp (N,), and what makes backward cheap:
+    """Per-token log-probability (N,), log-sum-exp (N,) in fp64, and what makes backward cheap:
 
     * head frozen: the rows ``d logprob / d hidden`` (N, H), so that backward only scales them (2 products in all);
     * head trained: the products (N, V), scored rows first, if they fit the buffer (3 products in all), else none (4).
     """
     dtype = accumulation_dtype(hidden.dtype)
     logprob = hidden.new_zeros(hidden.shape[0], dtype=dtype)
-    logsumexp = torch.zeros_like(logprob)
+    logsumexp = hidden.new_zeros(hidden.shape[0], dtype=torch.float64)
     frozen = need_hidden and not (need_weight or need_bias)
     keep = (need_weight or need_bias) and keeps_products(hidden.shape[0], weight, max_buffer_bytes)
     products = weight.new_empty((hidden.shape[0], weight.shape[0]) if keep else (0,), dtype=dtype)
@@ -565,7 +565,7 @@ def linear_mopo_loss(
     for group in closed_groups(data.pairs.tolist(), lengths, work.head.plan.rows if work.head.whole else 0):
         positions = torch.cat([torch.arange(first[s], first[s + 1]) for s in group.sequences]).to(owner.device)
         pairs = torch.tensor(group.pairs, dtype=torch.int64, device=owner.device)
-        logsumexp = logprob.new_empty(positions.shape[0])
+        logsumexp = logprob.new_empty(positions.shape[0], dtype=torch.float64)
         for chunk in work.chunks(positions):
             value, logsumexp[chunk.start : chunk.stop] = work.fold(chunk)
             logprob.index_add_(0, owner[positions[chunk.start : chunk.stop]], value)

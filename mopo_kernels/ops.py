@@ -106,7 +106,7 @@ def _(
     keep = trained and driver.keeps_products(tokens, weight, max_buffer_bytes)
     return (
         hidden.new_empty(tokens, dtype=dtype),
-        hidden.new_empty(tokens, dtype=dtype),
+        hidden.new_empty(tokens, dtype=torch.float64),
         hidden.new_empty(hidden.shape if need_hidden and not trained else (0,), dtype=dtype),
         weight.new_empty((tokens, weight.shape[0]) if keep else (0,), dtype=dtype),
     )
@@ -181,7 +181,7 @@ def _linear_logprob_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tenso
     ctx.held = [unit] if unit.dim() == 2 else None
 
 
-@once_differentiable  # type: ignore[untyped-decorator]
+@once_differentiable
 def _linear_logprob_backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
     if grad is None:
         return (None,) * (4 + len(ctx.options))
@@ -324,7 +324,7 @@ def _mopo_loss_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ..
     ctx.inputs = len(inputs)
 
 
-@once_differentiable  # type: ignore[untyped-decorator]
+@once_differentiable
 def _mopo_loss_backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
     if grad is None:
         return (None,) * ctx.inputs
@@ -402,7 +402,7 @@ def _linear_mopo_loss_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Ten
     ctx.held = list(output[-3:])
 
 
-@once_differentiable  # type: ignore[untyped-decorator]
+@once_differentiable
 def _linear_mopo_loss_backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
     if grad is None:
         return (None,) * len(ctx.arguments)

@@ -1,59 +1,13 @@
-"""Backends: who does the tile work of the driver.
-
-A *tile* is an (R, W) block of ``hidden @ weight.T`` (rows: scored tokens, columns: vocabulary entries ``start`` to
-``start + W``) in the accumulation dtype: fp32, or fp64 for fp64 input. A backend folds a tile into running statistics
-and turns a tile into its gradient in place; products, chunking and the order of accumulation belong to
-:mod:`mopo_kernels.driver`.
-"""
+"""Backends: who does the tile work of the driver, and whether they can here."""
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol
-
 import torch
-from torch import Tensor
 
+from mopo_kernels.backends import cpp, torch_ops
+from mopo_kernels.backends.tile import Head, TileBackend
 
-class Head(NamedTuple):
-    """From products to logits: ``z = softcap * tanh(logit_scale * (product + bias) / softcap) / temperature``."""
-
-    softcap: float | None
-    logit_scale: float
-    temperature: float
-
-
-class TileBackend(Protocol):
-    """Tile work. ``tile`` (R, W), ``bias`` (W,) or None, ``target`` (R,) int64 in 0 .. V - 1; the rest (R,)."""
-
-    def fold(
-        self,
-        tile: Tensor,
-        bias: Tensor | None,
-        target: Tensor,
-        start: int,
-        head: Head,
-        maximum: Tensor,
-        total: Tensor,
-        picked: Tensor,
-    ) -> None:
-        """Fold the tile's logits z into ``maximum``, ``total = sum exp(z - maximum)`` and, where the target lies in the
-        tile, ``picked = z[target]``. The tile is left as it was. First call: maximum -inf, total 0."""
-
-    def gradient_(
-        self,
-        tile: Tensor,
-        bias: Tensor | None,
-        target: Tensor,
-        start: int,
-        head: Head,
-        logsumexp: Tensor,
-        coefficient: Tensor | None,
-    ) -> None:
-        """Overwrite the tile with ``coefficient * d logprob / d product``, i.e. with
-        ``coefficient * (onehot(target) - exp(z - logsumexp)) * dz/dproduct``; ``coefficient`` None stands for 1."""
-
-
-from mopo_kernels.backends import cpp, torch_ops  # noqa: E402  (they need the names above)
+__all__ = ["NAMES", "Head", "TileBackend", "availability", "resolve", "tile_backend"]
 
 _BACKENDS: dict[str, TileBackend] = {"cpp": cpp.BACKEND, "torch": torch_ops.BACKEND}
 _REASONS: dict[str, str | None] = {

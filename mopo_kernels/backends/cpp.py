@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from mopo_kernels.backends import Head
+from mopo_kernels.backends.tile import Head
 
 # Written by setup.py next to the extension: {"reason": why it was not built or null, "torch": the version built with}.
 _RECORD = Path(__file__).resolve().parent.parent / "_build.json"

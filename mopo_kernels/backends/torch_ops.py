@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from mopo_kernels.backends import Head
+from mopo_kernels.backends.tile import Head
 
 # Small enough to stay in a core's cache between the passes of one block, large enough to hide the cost of a call.
 BLOCK_BYTES = 2 << 20
@@ -28,14 +28,16 @@ def _row_blocks(tile: Tensor) -> Iterator[slice]:
         yield slice(start, min(start + rows, tile.shape[0]))
 
 
-def _logits_(block: Tensor, bias: Tensor | None, head: Head) -> Tensor:
-    """Products to logits, in place."""
+def _logits_(block: Tensor, bias: Tensor | None, head: Head, need_slope: bool = False) -> tuple[Tensor, Tensor | None]:
+    """Products to logits, in place; and, if needed and not constant, their slope ``1 - tanh^2``, scale left out."""
     if bias is not None:
         block += bias
     if head.softcap is None:
         scale = head.logit_scale / head.temperature
-        return block if scale == 1.0 else block.mul_(scale)
-    return block.mul_(head.logit_scale / head.softcap).tanh_().mul_(head.softcap / head.temperature)
+        return (block if scale == 1.0 else block.mul_(scale)), None
+    block.mul_(head.logit_scale).div_(head.softcap).tanh_()
+    slope = block.square().neg_().add_(1.0) if need_slope else None
+    return block.mul_(head.softcap).div_(head.temperature), slope
 
 
 class TorchBackend:
@@ -54,12 +56,14 @@ class TorchBackend:
         column = target - start
         inside = (column >= 0) & (column < width)
         for rows in _row_blocks(tile):
-            z = _logits_(tile[rows].clone(), bias, head)
+            z, _ = _logits_(tile[rows].clone(), bias, head)
             hit = z.gather(1, column[rows].clamp(0, width - 1)[:, None])[:, 0]
             picked[rows] = torch.where(inside[rows], hit, picked[rows])
             top = torch.maximum(maximum[rows], z.amax(dim=1))
-            total[rows] *= torch.exp(maximum[rows] - top)
-            total[rows] += z.sub_(top[:, None]).exp_().sum(dim=1)
+            # While every logit is -inf, exp(z - 0) = 0 where exp(z - top) would be NaN.
+            shift = top.where(top > -torch.inf, 0)
+            total[rows] *= torch.exp(maximum[rows] - shift)
+            total[rows] += z.sub_(shift[:, None]).exp_().sum(dim=1)
             maximum[rows] = top
 
     def gradient_(
@@ -76,16 +80,16 @@ class TorchBackend:
         column = target - start
         inside = (column >= 0) & (column < width)
         for rows in _row_blocks(tile):
-            z = _logits_(tile[rows], bias, head)
+            z, slope = _logits_(tile[rows], bias, head, need_slope=True)
+            # Two numbers stand for the fp64 log-sum-exp: rounding it to one would tilt the whole row's gradient.
+            high = logsumexp[rows].to(z.dtype)
+            low = (logsumexp[rows] - high).to(z.dtype)
             scale = torch.full_like(logsumexp[rows], head.logit_scale / head.temperature)
             if coefficient is not None:
                 scale *= coefficient[rows]
-            slope = None
-            if head.softcap is not None:
-                slope = (z * (head.temperature / head.softcap)).square_().neg_().add_(1.0)
-            z.sub_(logsumexp[rows, None]).exp_().neg_()
+            z.sub_(high[:, None]).exp_().mul_(-torch.exp(-low)[:, None])
             z.scatter_add_(1, column[rows].clamp(0, width - 1)[:, None], inside[rows, None].to(z.dtype))
-            z.mul_(scale[:, None])
+            z.mul_(scale.to(z.dtype)[:, None])
             if slope is not None:
                 z.mul_(slope)
 
