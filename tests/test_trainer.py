@@ -14,6 +14,7 @@ from mopo_kernels import reference
 from mopo_kernels.data import DataError, PreferenceCollator, PreferenceData
 from mopo_kernels.dual import ThresholdError
 from mopo_kernels.trainer import MOPOConfig, MOPOTrainer
+from mopo_kernels.trainer.statistics import Statistics, importance_sums
 
 DOUBLE = torch.float64
 
@@ -395,17 +396,28 @@ def test_logged_numbers_are_those_of_the_oracle(estimator, tmp_path):
     assert metrics["eval_effective_sample_size"] == pytest.approx(float(expected.effective_sample_size), rel=1e-4)
 
 
-def test_the_kl_estimate_is_that_of_the_policy_when_the_responses_are_samples_of_the_reference(tmp_path):
-    """200,000 draws from a known reference: the estimate against the closed form."""
-    from mopo_kernels.trainer.statistics import importance_sums
-
+def test_the_kl_estimates_are_those_of_the_policy_when_the_first_reference_wrote_the_responses():
+    """200,000 draws from a known first reference: both estimates against the closed form."""
     generator = torch.Generator().manual_seed(0)
-    ref = torch.softmax(torch.randn(12, generator=generator, dtype=DOUBLE), 0)
-    policy = torch.softmax(ref.log() + torch.randn(12, generator=generator, dtype=DOUBLE), 0)
-    exact = float((policy * (policy / ref).log()).sum())
-    draws = torch.multinomial(ref, 200_000, replacement=True, generator=generator)
-    total, log = importance_sums((policy / ref).log()[draws])
-    assert float(log / total) - math.log(float(total) / len(draws)) == pytest.approx(exact, rel=0.02)
+    noise = torch.randn(3, 12, generator=generator, dtype=DOUBLE)
+    first = torch.softmax(noise[0], 0)
+    lagged = torch.softmax(first.log() + 0.7 * noise[1], 0)
+    policy = torch.softmax(first.log() + 0.7 * noise[1] + 0.7 * noise[2], 0)
+    draws = torch.multinomial(first, 200_000, replacement=True, generator=generator)
+    statistics = Statistics(("helpful",))
+    scalars = dict.fromkeys(statistics.scalars, torch.ones(()))
+    scalars |= {"responses": torch.tensor(len(draws))}
+    scalars |= importance_sums((policy / first).log()[draws], (policy / lagged).log()[draws])
+    summary = statistics.summary(statistics.pack(torch.ones(1), torch.ones(1), scalars))
+    assert summary["kl_first"] == pytest.approx(float((policy * (policy / first).log()).sum()), rel=0.02)
+    assert summary["kl"] == pytest.approx(float((policy * (policy / lagged).log()).sum()), rel=0.02)
+    assert abs(summary["kl"] - summary["kl_first"]) > 0.1
+
+    # A policy that is the current reference has KL 0 to it, on however few responses.
+    scalars |= {"responses": torch.tensor(2)} | importance_sums(torch.tensor([-1.0, -2.0]), torch.zeros(2))
+    summary = statistics.summary(statistics.pack(torch.ones(1), torch.ones(1), scalars))
+    assert summary["kl"] == pytest.approx(0.0, abs=1e-12)
+    assert summary["kl_first"] > 0.1
 
 
 def test_every_promised_number_is_logged(tmp_path):
@@ -431,6 +443,16 @@ def test_every_promised_number_is_logged(tmp_path):
             assert math.isfinite(line[key]), key
         assert line["tokens_per_second"] > line["scored_tokens_per_second"] > 0
         assert 10 < line["peak_memory_mib"] < 1e5
+
+
+def test_the_effective_sample_size_is_that_of_a_step_however_many_a_log_line_covers(tmp_path):
+    data = make_data(8)
+    trainer = make_trainer(
+        tmp_path, data=data, learning_rate=0.0, max_steps=4, logging_steps=4, train_sampling_strategy="sequential"
+    )
+    trainer.train()
+    responses = sum(len(example.responses) for example in data)
+    assert trainer.state.log_history[0]["effective_sample_size"] == pytest.approx(responses / 4, rel=1e-6)
 
 
 def test_held_out_satisfaction_can_choose_the_best_checkpoint(tmp_path):
@@ -490,6 +512,15 @@ def test_bf16_autocast_trains_and_starts_at_the_reference(tmp_path):
     assert line["satisfaction/helpful"] == pytest.approx(0.5, abs=0.02)
     assert line["kl"] < 1e-2
     assert all(parameter.dtype == torch.float32 for parameter in trainer.model.parameters())
+
+
+def test_bf16_weights_under_fp32_adapters_train(tmp_path):
+    model = lora(make_model(dtype=torch.bfloat16), target_modules=["q_proj", "lm_head"])
+    dtypes = {"lora_" in name: parameter.dtype for name, parameter in model.named_parameters()}
+    assert dtypes == {True: torch.float32, False: torch.bfloat16}
+    before = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+    make_trainer(tmp_path, model, max_steps=2).train()
+    assert all(not torch.equal(before[name], p) for name, p in model.named_parameters() if p.requires_grad)
 
 
 def test_a_collapsed_importance_estimate_is_told_once(tmp_path, caplog):

@@ -217,14 +217,18 @@ def test_help_lists_the_keys(capsys):
     assert all(f"--{key}" in text for key in ("thresholds", "tau", "lora_r", "train_file", "config"))
 
 
-def test_the_example_configuration_is_accepted(files, tmp_path):
-    model, data, config = parse(
-        [
-            *("--config", str(ROOT / "configs" / "two_objectives.yaml"), "--output_dir", str(tmp_path)),
-            *("--model_name_or_path", str(files / "model"), "--train_file", str(files / "train.jsonl"), "--use_cpu"),
-        ]
-    )
-    assert config.thresholds == {"harmless": 0.48}
+def test_the_example_configuration_trains(files, tmp_path):
+    """As it stands, but for the names of the objectives and the length of the run."""
+    example = [
+        *("--config", str(ROOT / "configs" / "two_objectives.yaml"), "--output_dir", str(tmp_path)),
+        *("--model_name_or_path", str(files / "model"), "--train_file", str(files / "train.jsonl"), "--use_cpu"),
+    ]
+    model, data, config = parse(example)
+    assert (config.objectives, config.thresholds) == (["helpful", "harmless"], {"harmless": 0.48})
     assert config.learning_rate == 1e-4
     assert model.lora_target_modules == "all-linear"
     assert data.skip_overlong is True
+    train([*example, "--objectives", "helpful,brief", "--thresholds", "brief=0.48", "--report_to", "none"])
+    summary = json.loads((tmp_path / "training_summary.json").read_text())
+    assert summary["steps"] == 2, "11 prompts are left, 8 a step"
+    assert "eval_satisfaction/brief" in summary["eval"]

@@ -186,8 +186,6 @@ class PolicyForward:
             value, labelled = reference.satisfaction(first_ratio, pairs, preference, pair_weight, self.estimator, rho)
         present = cu_seqlens[1:] > cu_seqlens[:-1]
         target = reference.pair_target(preference, objective_weight, self.tau, label_rate)
-        current_sum, current_log = importance_sums(output.log_ratio[present])
-        first_sum, first_log = importance_sums(first_ratio[present])
         ratio = torch.exp(double(first_ratio[present]).clamp(max=MAX_LOG_IMPORTANCE)) if rho is None else rho[present]
         return {
             "value": value,
@@ -197,10 +195,7 @@ class PolicyForward:
             "margin": (pair_weight * torch.sign(target) * output.margin).sum(),
             "margin_weight": (pair_weight * (target != 0)).sum(),
             "responses": present.sum(),
-            "importance": current_sum,
-            "importance_log": current_log,
-            "importance_first": first_sum,
-            "importance_first_log": first_log,
+            **importance_sums(first_ratio[present], output.log_ratio[present]),
             "ratio": ratio.sum(),
             "ratio_square": double(ratio).square().sum(),
             "scored_tokens": cu_seqlens[-1],

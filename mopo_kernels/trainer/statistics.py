@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -17,10 +18,10 @@ _SCALARS = (
     "margin",  # sum a sign(T) h
     "margin_weight",  # sum a over pairs with T != 0
     "responses",
-    "importance",  # sum w, w = exp(log-ratio to the current reference)
-    "importance_log",  # sum w log w
-    "importance_first",  # the same to the first reference
-    "importance_first_log",
+    "importance",  # sum w, w = exp(r), r the policy's log-ratio to the first reference
+    "importance_first",  # sum w r
+    "importance_current",  # sum w r', r' the log-ratio to the current reference
+    "lagged",  # sum exp(r - r'), the current reference's own weights
     "ratio",  # sum of the weights whose effective sample size is reported
     "ratio_square",
     "scored_tokens",
@@ -34,20 +35,22 @@ class Statistics:
 
     Args:
         objectives: names of the K objectives.
+        scalars: names of the other sums, in their order.
     """
 
     objectives: Sequence[str]
+    scalars: ClassVar[tuple[str, ...]] = _SCALARS
 
     @property
     def size(self) -> int:
         """Length of the vector."""
-        return 2 * len(self.objectives) + len(_SCALARS)
+        return 2 * len(self.objectives) + len(self.scalars)
 
     def pack(self, value: Tensor, labelled: Tensor, scalars: dict[str, Tensor]) -> Tensor:
         """The vector of one batch: value (K,), NaN where labelled (K,) is 0, and every scalar."""
         mass = double(labelled)
         parts = [torch.nan_to_num(double(value), nan=0.0) * mass, mass]
-        return torch.cat([*parts, torch.stack([double(scalars[name]).reshape(()) for name in _SCALARS])])
+        return torch.cat([*parts, torch.stack([double(scalars[name]).reshape(()) for name in self.scalars])])
 
     def satisfaction(self, sums: Tensor) -> tuple[Tensor, Tensor]:
         """``(value (K,), labelled (K,))`` of the sums: value NaN where nothing is labelled."""
@@ -56,15 +59,17 @@ class Statistics:
 
     def scalar(self, sums: Tensor, name: str) -> float:
         """One of the sums by name."""
-        return float(sums[2 * len(self.objectives) + _SCALARS.index(name)])
+        return float(sums[2 * len(self.objectives) + self.scalars.index(name)])
 
     def summary(self, sums: Tensor, steps: int = 1) -> dict[str, float]:
         """Satisfaction per objective, margin (nats), both KL estimates (nats) and effective sample size a step.
 
-        The KL of the policy to a reference is estimated on the batch, whose responses the reference (or a policy near
-        it) wrote, with self-normalised importance weights w = exp(r): ``sum w r / sum w - log(mean w)``. It is never
-        negative, exact as the batch grows, and at most log of the number of responses: read it as a lower bound once
-        the effective sample size is small.
+        The KL of the policy to a reference is estimated on the data, which the first reference (or a policy near it)
+        wrote: it is the KL between the two as distributions over the responses at hand, each weighted by its ratio to
+        the first reference and normalised. With w = exp(r) that is ``sum w r / sum w - log(sum w / S)`` for the first
+        reference and ``sum w r' / sum w - log(sum w / sum exp(r - r'))`` for the current one. It is never negative and
+        exact as S grows, and for the first reference at most log S: read it as a lower bound once the effective sample
+        size is small.
         """
         values, labelled = self.satisfaction(sums)
         result = {
@@ -75,11 +80,11 @@ class Statistics:
         responses = self.scalar(sums, "responses")
         if weight := self.scalar(sums, "margin_weight"):
             result["margin"] = self.scalar(sums, "margin") / weight
-        for name, key in (("kl", "importance"), ("kl_first", "importance_first")):
-            total = self.scalar(sums, key)
-            if responses and total > 0:
-                mean_log = self.scalar(sums, f"{key}_log") / total
-                result[name] = max(0.0, mean_log - math.log(total / responses))
+        importance, lagged = self.scalar(sums, "importance"), self.scalar(sums, "lagged")
+        if importance > 0 and lagged > 0:
+            for name, key, total in (("kl", "importance_current", lagged), ("kl_first", "importance_first", responses)):
+                mean_log = self.scalar(sums, key) / importance
+                result[name] = max(0.0, mean_log - math.log(importance / total))
         if square := self.scalar(sums, "ratio_square"):
             result["effective_sample_size"] = self.scalar(sums, "ratio") ** 2 / square / steps
         return result
@@ -90,8 +95,18 @@ def double(tensor: Tensor) -> Tensor:
     return (tensor.cpu() if tensor.device.type == "mps" else tensor).to(torch.float64)
 
 
-def importance_sums(log_ratio: Tensor) -> tuple[Tensor, Tensor]:
-    """``(sum w, sum w r)`` with w = exp(r), r cut at the estimators' limit: log_ratio (S,) -> two fp64 scalars."""
-    r = double(log_ratio).clamp(max=MAX_LOG_IMPORTANCE)
-    w = torch.exp(r)
-    return w.sum(), (w * r).sum()
+def importance_sums(first_ratio: Tensor, ratio: Tensor) -> dict[str, Tensor]:
+    """The sums behind both KL estimates, log-ratios cut at the estimators' limit.
+
+    Args:
+        first_ratio: (S,) log-ratios of the policy to the first reference, nats.
+        ratio: (S,) to the current reference.
+    """
+    r, current = double(first_ratio), double(ratio)
+    w = torch.exp(r.clamp(max=MAX_LOG_IMPORTANCE))
+    return {
+        "importance": w.sum(),
+        "importance_first": (w * r).sum(),
+        "importance_current": (w * current).sum(),
+        "lagged": torch.exp((r - current).clamp(max=MAX_LOG_IMPORTANCE)).sum(),
+    }
