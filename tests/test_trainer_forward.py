@@ -241,6 +241,10 @@ REFUSED = {
         r"lora_bias=False",
     ),
     "biases trained beside LoRA": (lambda: lora(make_model(), bias="all"), r"bias='none'; got bias='all'"),
+    "nothing to train": (
+        lambda: lora(make_model()).requires_grad_(False),
+        "expected parameters to train; all are frozen",
+    ),
     "pissa": (lambda: lora(make_model(), init_lora_weights="pissa"), r"got 'pissa', which changes the base weights"),
     "a base weight trained beside LoRA": (
         lambda: extra_trained(lora(make_model())),

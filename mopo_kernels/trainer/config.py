@@ -87,7 +87,8 @@ class MOPOConfig(TrainingArguments):
         dual_smoothing: share of the old value in the running mean of satisfaction, in [0, 1). 0 is no smoothing.
         dual_patience: optimiser steps in a row that a multiplier may spend at ``dual_max`` with its threshold unmet,
             before the thresholds count as impossible to meet (see ``on_infeasible``).
-        initial_multiplier: ``"labels"`` solves the dual exactly on the training labels, ``"zero"`` starts at 0, a
+        initial_multiplier: ``"labels"`` solves the dual exactly on the training labels (for the optimum of
+            ``regression`` and ``cloning``; a starting point only for ``sigmoid``), ``"zero"`` starts at 0, a
             mapping gives numbers (in the forms of ``thresholds``).
         reference: where the first reference's log-probabilities come from. ``precomputed``: one pass before training,
             kept in ``output_dir``. ``model``: during training, from the same network with the adapter switched off

@@ -38,6 +38,7 @@ from mopo_kernels.trainer.reference_model import (
     check_adapters_cover_training,
     copy_parameters,
     fingerprint,
+    trained_parameters,
 )
 from mopo_kernels.trainer.statistics import Statistics
 
@@ -138,6 +139,11 @@ class MOPOTrainer(Trainer):
         check_model(model)
         if is_peft(model):
             check_adapters_cover_training(model)
+        if train_dataset is not None and not trained_parameters(model):
+            raise ValueError(
+                "model: expected parameters to train; all are frozen (a trained adapter is loaded so unless "
+                "is_trainable=True)"
+            )
         train_dataset = None if train_dataset is None else as_preference_data(train_dataset, "train_dataset")
         if isinstance(eval_dataset, dict):
             eval_dataset = {name: as_preference_data(part, "eval_dataset") for name, part in eval_dataset.items()}
@@ -229,7 +235,8 @@ class MOPOTrainer(Trainer):
         if args.initial_multiplier == "zero" or not args.thresholds or data is None:
             return {}
         rates = win_rates(data, self.objectives)
-        pairs = [(x, pair) for x, example in enumerate(data) for pair in example.pairs]
+        examples = list(data)
+        pairs = [(x, pair) for x, example in enumerate(examples) for pair in example.pairs]
         nan = float("nan")
         labels = [
             [nan if (value := pair.preference.get(name)) is None else value for name in self.objectives]
@@ -248,7 +255,7 @@ class MOPOTrainer(Trainer):
             i=[pair.i for _, pair in pairs],
             j=[pair.j for _, pair in pairs],
             preference=labels,
-            weight=[data[x].weight for x, _ in pairs],
+            weight=[examples[x].weight for x, _ in pairs],
         )
         if not solution.feasible:
             if args.on_infeasible == "error":
@@ -463,7 +470,8 @@ class MOPOTrainer(Trainer):
                     }
                 )
         if args.estimator == "snis":
-            share = self._statistics.summary(sums)["effective_sample_size"] / self._statistics.scalar(sums, "responses")
+            size = self._statistics.summary(sums).get("effective_sample_size", 0.0)
+            share = size / self._statistics.scalar(sums, "responses")
             if share < _COLLAPSED_SHARE:
                 self._warn_once(
                     "snis",
