@@ -12,6 +12,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from mopo_kernels.reference import ESTIMATORS, LOSS_TYPES
+
 FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
@@ -27,6 +29,25 @@ def choice(argument: str, got: str, allowed: tuple[str, ...]) -> None:
 
 def positive(argument: str, got: float) -> None:
     expect(got > 0 and got != float("inf"), argument, "be positive and finite", got)
+
+
+def loss_options(tau: float, loss_type: str, max_ratio: float | None, estimator: str) -> None:
+    """Options of :func:`mopo_kernels.mopo_loss`."""
+    choice("loss_type", loss_type, LOSS_TYPES)
+    choice("estimator", estimator, ESTIMATORS)
+    positive("tau", tau)
+    if max_ratio is not None:
+        positive("max_ratio", max_ratio)
+
+
+def head_options(softcap: float | None, logit_scale: float, temperature: float, max_buffer_bytes: int | None) -> None:
+    """Options of :func:`mopo_kernels.linear_logprob`."""
+    if softcap is not None:
+        positive("softcap", softcap)
+    expect(abs(logit_scale) < float("inf"), "logit_scale", "be finite", logit_scale)
+    positive("temperature", temperature)
+    if max_buffer_bytes is not None:
+        expect(max_buffer_bytes > 0, "max_buffer_bytes", "be positive", max_buffer_bytes)
 
 
 def shape(argument: str, tensor: Tensor, expected: tuple[int, ...], letters: str) -> None:
@@ -90,6 +111,7 @@ def pair_values(
     sequences: int,
     pair_weight: Tensor | None,
     label_rate: Tensor | None,
+    margin: Tensor | None,
     length: Tensor | None,
     normalizer: Tensor | None,
 ) -> None:
@@ -101,6 +123,8 @@ def pair_values(
         value("pair_weight", pair_weight, lambda t: (t >= 0) & torch.isfinite(t), "be finite and not negative")
     if label_rate is not None:
         value("label_rate", label_rate, lambda t: (t > 0) & (t <= 1), "lie in (0, 1]")
+    if margin is not None:
+        value("margin", margin, torch.isfinite, "be finite")
     if length is not None:
         value("length", length, lambda t: (t > 0) & torch.isfinite(t), "be positive and finite")
     if normalizer is not None:

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from mopo_kernels import backends, checks, ops, reference
 from mopo_kernels.driver import accumulation_dtype
-from mopo_kernels.reference import ESTIMATORS, LOSS_TYPES
 
 #: Default bound on the memory of one call beyond inputs, outputs and gradients, in bytes.
 DEFAULT_BUFFER_BYTES = 256 << 20
@@ -51,24 +50,45 @@ class _Linear(NamedTuple):
 def _autocast(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> _Linear:
     """Under autocast the head runs in autocast's dtype, as ``F.linear`` does; fp64 is left alone, as there."""
     kind = hidden.device.type
-    if torch.is_autocast_enabled(kind) and hidden.dtype != torch.float64:
+    if kind != "meta" and torch.is_autocast_enabled(kind) and hidden.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(kind)
         return _Linear(hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
     return _Linear(hidden, weight, bias)
 
 
-def _check_linear(hidden: Tensor, weight: Tensor, bias: Tensor | None, prefix: str = "") -> None:
+def _check_linear(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     """hidden (N, H), weight (V, H), bias (V,), one floating dtype, one device."""
-    checks.dtype(f"{prefix}hidden", hidden, checks.FLOATING)
-    checks.dimensions(f"{prefix}weight", weight, "(V, H)")
-    checks.shape(f"{prefix}weight", weight, (weight.shape[0], hidden.shape[1]), "(V, H)")
-    checks.expect(weight.shape[0] > 0, f"{prefix}weight", "have at least one row", tuple(weight.shape))
+    checks.dtype("hidden", hidden, checks.FLOATING)
+    checks.dimensions("weight", weight, "(V, H)")
+    checks.expect(weight.shape[0] > 0, "weight", "have at least one row", tuple(weight.shape))
+    _check_head(hidden, weight, bias, weight.shape[0], "H")
+
+
+def _check_head(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, vocabulary: int, letter: str, prefix: str = ""
+) -> None:
+    """The parts of a head fit each other; ``letter`` names the hidden size, ``prefix`` begins the arguments' names."""
+    checks.shape(f"{prefix}weight", weight, (vocabulary, hidden.shape[1]), f"(V, {letter})")
     checks.dtype(f"{prefix}weight", weight, (hidden.dtype,))
     checks.device(f"{prefix}weight", weight, hidden.device)
     if bias is not None:
-        checks.shape(f"{prefix}bias", bias, (weight.shape[0],), "(V,)")
+        checks.shape(f"{prefix}bias", bias, (vocabulary,), "(V,)")
         checks.dtype(f"{prefix}bias", bias, (hidden.dtype,))
         checks.device(f"{prefix}bias", bias, hidden.device)
+
+
+def _reference_head(head: _Linear, ref_hidden: Tensor, ref_weight: Tensor | None, ref_bias: Tensor | None) -> _Linear:
+    """The reference's head, checked: what is not given is the policy's, but its bias only along with its weight."""
+    checks.dimensions("ref_hidden", ref_hidden, "(N, H')")
+    if ref_weight is None:
+        ref_weight, ref_bias = head.weight, head.bias if ref_bias is None else ref_bias
+    reference_head = _autocast(ref_hidden, ref_weight, ref_bias)
+    checks.dtype("ref_hidden", reference_head.hidden, checks.FLOATING)
+    checks.device("ref_hidden", ref_hidden, head.hidden.device)
+    checks.dimensions("ref_weight", ref_weight, "(V, H')")
+    checks.shape("ref_hidden", ref_hidden, (head.hidden.shape[0], ref_weight.shape[1]), "(N, H')")
+    _check_head(*reference_head, head.weight.shape[0], "H'", prefix="ref_")
+    return reference_head
 
 
 def _check_options(
@@ -79,17 +99,11 @@ def _check_options(
     vocabulary: int,
     ignore_index: int,
 ) -> int:
-    if softcap is not None:
-        checks.positive("softcap", softcap)
-    checks.expect(abs(logit_scale) < float("inf"), "logit_scale", "be finite", logit_scale)
-    checks.positive("temperature", temperature)
+    checks.head_options(softcap, logit_scale, temperature, max_buffer_bytes)
     checks.expect(
         not 0 <= ignore_index < vocabulary, "ignore_index", f"lie outside 0 .. V - 1 = {vocabulary - 1}", ignore_index
     )
-    if max_buffer_bytes is None:
-        return DEFAULT_BUFFER_BYTES
-    checks.expect(max_buffer_bytes > 0, "max_buffer_bytes", "be positive", max_buffer_bytes)
-    return max_buffer_bytes
+    return DEFAULT_BUFFER_BYTES if max_buffer_bytes is None else max_buffer_bytes
 
 
 def _check_target(target: Tensor, hidden: Tensor) -> None:
@@ -255,9 +269,7 @@ def _check_pairs(
     max_ratio: float | None,
     estimator: str,
 ) -> None:
-    checks.choice("loss_type", loss_type, LOSS_TYPES)
-    checks.choice("estimator", estimator, ESTIMATORS)
-    checks.positive("tau", tau)
+    checks.loss_options(tau, loss_type, max_ratio, estimator)
     checks.dtype("pairs", pairs, (torch.int64,))
     checks.dimensions("pairs", pairs, "(P, 2)")
     count = pairs.shape[0]
@@ -285,8 +297,6 @@ def _check_pairs(
         checks.expect(loss_type == "sigmoid", "margin", 'be None unless loss_type is "sigmoid"', f"{loss_type!r}")
     if label_rate is not None:
         checks.expect(loss_type != "cloning", "label_rate", 'be None with loss_type "cloning"', "a tensor")
-    if max_ratio is not None:
-        checks.positive("max_ratio", max_ratio)
     if loss_type == "cloning" or estimator == "closed_form":
         reason = 'be given for loss_type "cloning" and estimator "closed_form"'
         checks.expect(prompt_index is not None, "prompt_index", reason, "None")
@@ -348,8 +358,8 @@ def mopo_loss(
         estimator: how ``satisfaction`` is measured. "pair": how often the policy, choosing between the two responses by
             its own ratio, picks the preferred one: bounded, low variance, 0.5 at the reference, but not the win rate
             P_k, so its thresholds are on its own scale. "snis": win rate by self-normalised importance weights,
-            consistent when the reference wrote the data; log-ratios above 60 nats count as 60. "closed_form": the value
-            of the frozen ratio on the labels.
+            consistent when the reference wrote the data; log-ratios beyond 60 nats either way count as 60.
+            "closed_form": the value of the frozen ratio on the labels.
         normalizer: divide by this in place of the batch's own ``sum_p a_p`` (or S for "cloning"): the total over
             micro-batches and ranks makes accumulation and data parallelism exact.
 
@@ -496,12 +506,13 @@ def linear_mopo_loss(
         "max_buffer_bytes": max_buffer_bytes,
     }
     dtype = accumulation_dtype(hidden.dtype)
-    if ref_hidden is not None:
-        ref_bias = bias if ref_weight is None else ref_bias
-        ref_weight = weight if ref_weight is None else ref_weight
-        checks.shape("ref_hidden", ref_hidden, (hidden.shape[0], ref_weight.shape[1]), "(N, H')")
+    if ref_hidden is None:
+        for argument, tensor in (("ref_weight", ref_weight), ("ref_bias", ref_bias)):
+            checks.expect(tensor is None, argument, "be None without ref_hidden", "a tensor")
+    else:
+        ref = _reference_head(_Linear(hidden, weight, bias), ref_hidden, ref_weight, ref_bias)
         with torch.no_grad():
-            ref_logprob = linear_sequence_logprob(ref_hidden, ref_weight, target, cu_seqlens, ref_bias, **linear)
+            ref_logprob = linear_sequence_logprob(ref.hidden, ref.weight, target, cu_seqlens, ref.bias, **linear)
     assert ref_logprob is not None
     checks.shape("ref_logprob", ref_logprob, (sequences,), "(S,)")
     checks.dtype("ref_logprob", ref_logprob, checks.FLOATING)

@@ -6,9 +6,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from mopo_kernels import checks
+from mopo_kernels import backends, checks
 from mopo_kernels.functional import MOPOLossOutput, linear_mopo_loss
-from mopo_kernels.reference import ESTIMATORS, LOSS_TYPES
 
 
 class LinearMOPOLoss(nn.Module):
@@ -38,9 +37,9 @@ class LinearMOPOLoss(nn.Module):
         max_buffer_bytes: int | None = None,
     ) -> None:
         super().__init__()
-        checks.choice("loss_type", loss_type, LOSS_TYPES)
-        checks.choice("estimator", estimator, ESTIMATORS)
-        checks.positive("tau", tau)
+        checks.loss_options(tau, loss_type, max_ratio, estimator)
+        checks.head_options(softcap, logit_scale, temperature, max_buffer_bytes)
+        checks.choice("backend", backend, backends.NAMES)
         self.options: dict[str, Any] = {
             "tau": tau,
             "loss_type": loss_type,

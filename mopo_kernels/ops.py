@@ -41,6 +41,12 @@ def _scale(held: list[Tensor], factor: Tensor, like: Tensor) -> Tensor:
     return (gradient.mul_(factor) if alone else gradient * factor).to(like.dtype)
 
 
+def _saved(tensor: Tensor) -> Tensor:
+    """A constant as autograd can save it: one made under ``torch.inference_mode()`` (reference log-probabilities often
+    are) as a copy. Inputs that gradients flow through get no such help, here as elsewhere in PyTorch."""
+    return tensor.clone() if tensor.is_inference() else tensor
+
+
 # ------------------------------------------------------------------------------------------- log-probability per token
 
 _HEAD = "int ignore_index, float? softcap, float logit_scale, float temperature, str backend, int max_buffer_bytes"
@@ -176,7 +182,7 @@ def _linear_logprob_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tenso
     _, logsumexp, unit, products = output
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(logsumexp, unit, products)
-    ctx.save_for_backward(hidden, weight, target, bias, logsumexp, products)
+    ctx.save_for_backward(hidden, weight, _saved(target), bias, logsumexp, products)
     ctx.options = options
     ctx.held = [unit] if unit.dim() == 2 else None
 
@@ -188,7 +194,8 @@ def _linear_logprob_backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Te
     hidden, weight, target, bias, logsumexp, products = ctx.saved_tensors
     need_hidden, need_weight, need_bias = ctx.options[-3:]
     held = _take(ctx)
-    grad = grad.contiguous()
+    # Where nothing is scored the derivative is 0 whatever comes from upstream, NaN included.
+    grad = grad.where(target != ctx.options[0], 0)
     if held is not None:
         return _scale(held, grad[:, None], hidden), *(None,) * (3 + len(ctx.options))
     dhidden, dweight, dbias = linear_logprob_backward(
@@ -221,7 +228,7 @@ def _(value: Tensor, cu_seqlens: Tensor) -> Tensor:
 
 
 def _segment_sum_setup(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
-    ctx.save_for_backward(inputs[1])
+    ctx.save_for_backward(_saved(inputs[1]))
     ctx.tokens = inputs[0].shape[0]
 
 
@@ -261,7 +268,7 @@ def _pair_data(
 ) -> PairData:
     """Checked values, in the dtype of ``ref_logprob``."""
     checks.pair_values(
-        pairs, preference, objective_weight, ref_logprob.shape[0], pair_weight, label_rate, length, normalizer
+        pairs, preference, objective_weight, ref_logprob.shape[0], pair_weight, label_rate, margin, length, normalizer
     )
 
     def cast(tensor: Tensor | None) -> Tensor | None:
@@ -397,7 +404,9 @@ def _(
 def _linear_mopo_loss_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*output[1:])
-    ctx.save_for_backward(*(x for x in inputs if isinstance(x, Tensor)))
+    # All but hidden, weight and bias are constants.
+    tensors = ((i, x) for i, x in enumerate(inputs) if isinstance(x, Tensor))
+    ctx.save_for_backward(*(x if i in (0, 1, 4) else _saved(x) for i, x in tensors))
     ctx.arguments = tuple(None if isinstance(x, Tensor) else (x,) for x in inputs)
     ctx.held = list(output[-3:])
 

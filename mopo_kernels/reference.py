@@ -19,7 +19,7 @@ LOSS_TYPES = ("regression", "cloning", "sigmoid")
 ESTIMATORS = ("pair", "snis", "closed_form")
 
 # exp(60) = 1.1e26 leaves room in fp32 for sums and squares of importance weights (largest fp32 is 3.4e38 only for the
-# weight itself; the squares are taken after dividing by the largest weight).
+# weight itself; the squares are taken after dividing by the largest weight), and exp(-60) stays above its smallest.
 MAX_LOG_IMPORTANCE = 60.0
 
 
@@ -155,7 +155,7 @@ def satisfaction(
         chosen = torch.sigmoid(log_ratio[pairs[:, 0]] - log_ratio[pairs[:, 1]])[:, None]
         unchosen = 1 - chosen
     else:
-        importance = torch.exp(log_ratio.clamp(max=MAX_LOG_IMPORTANCE)) if estimator == "snis" else rho
+        importance = torch.exp(log_ratio.clamp(-MAX_LOG_IMPORTANCE, MAX_LOG_IMPORTANCE)) if estimator == "snis" else rho
         assert importance is not None
         chosen, unchosen = importance[pairs[:, 0]][:, None], importance[pairs[:, 1]][:, None]
     mass = pair_weight[:, None] * labelled

@@ -65,6 +65,7 @@ class TorchBackend:
             total[rows] *= torch.exp(maximum[rows] - shift)
             total[rows] += z.sub_(shift[:, None]).exp_().sum(dim=1)
             maximum[rows] = top
+            del z  # before the next block's copy is made
 
     def gradient_(
         self,
@@ -92,6 +93,7 @@ class TorchBackend:
             z.mul_(scale.to(z.dtype)[:, None])
             if slope is not None:
                 z.mul_(slope)
+            del slope  # before the next block's is made
 
 
 BACKEND = TorchBackend()

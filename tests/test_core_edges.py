@@ -1,0 +1,203 @@
+"""Uses at the edge of the public functions: inference and meta tensors, upstream gradients that are not finite, the
+head of a reference, far-off importance weights, the memory of a softcap."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from typing import Any
+
+import pytest
+import torch
+from samples import Batch, make_batch
+from test_ops import peak_bytes
+from torch import Tensor
+
+from mopo_kernels import (
+    LinearMOPOLoss,
+    backends,
+    linear_logprob,
+    linear_mopo_loss,
+    linear_sequence_logprob,
+    mopo_loss,
+)
+
+FAST = [name for name, reason in backends.availability().items() if reason is None and name != "reference"]
+
+
+def loss_of(batch: Batch, **options: Any) -> Tensor:
+    return linear_mopo_loss(*batch.loss_arguments(), **({"ref_logprob": batch.ref_logprob} | options)).loss
+
+
+@pytest.mark.parametrize("backend", FAST)
+def test_labels_and_reference_made_in_inference_mode_are_as_good_as_others(backend: str) -> None:
+    """Reference log-probabilities are computed under inference_mode as often as not; only what gradients flow through
+    may not be an inference tensor, as everywhere in PyTorch."""
+    batch = make_batch()
+    leaves = batch.leaves("hidden", "weight", "bias")
+    expected = torch.autograd.grad(loss_of(batch, backend=backend), leaves)
+    with torch.inference_mode():
+        for name in ("target", "cu_seqlens", "pairs", "preference", "objective_weight", "ref_logprob"):
+            setattr(batch, name, getattr(batch, name).clone())
+    loss = loss_of(batch, backend=backend)
+    for _ in range(2):
+        for got, want in zip(torch.autograd.grad(loss, leaves, retain_graph=True), expected, strict=True):
+            assert torch.equal(got, want)
+    logprob = linear_sequence_logprob(
+        batch.hidden, batch.weight, batch.target, batch.cu_seqlens, batch.bias, backend=backend
+    )
+    output = mopo_loss(logprob, batch.ref_logprob, batch.pairs, batch.preference, batch.objective_weight)
+    for got, want in zip(torch.autograd.grad(output.loss, leaves), expected, strict=True):
+        torch.testing.assert_close(got, want)
+
+
+def test_meta_tensors_give_the_shapes() -> None:
+    batch = make_batch(dtype=torch.float32)
+    for name in vars(batch):
+        setattr(batch, name, getattr(batch, name).to("meta"))
+    batch.hidden.requires_grad_()
+    loss = loss_of(batch)
+    value = linear_sequence_logprob(batch.hidden, batch.weight, batch.target, batch.cu_seqlens, batch.bias)
+    (gradient,) = torch.autograd.grad(loss + value.sum(), batch.hidden)
+    assert value.shape == batch.ref_logprob.shape
+    assert gradient.shape == batch.hidden.shape
+    assert gradient.device.type == "meta"
+
+
+@pytest.mark.parametrize("backend", FAST)
+@pytest.mark.parametrize("limit", [1 << 20, 6_000], ids=["whole", "narrow"])
+@pytest.mark.parametrize("trained", [("hidden",), ("hidden", "weight", "bias")], ids="+".join)
+def test_an_ignored_token_gets_no_gradient_whatever_comes_from_upstream(
+    backend: str, limit: int, trained: tuple[str, ...]
+) -> None:
+    """0 x NaN: a function of the log-probabilities with no derivative at 0 must not reach the tokens not scored."""
+    batch = make_batch()
+    leaves = batch.leaves(*trained)
+    upstream = torch.where(batch.target == -100, torch.nan, 1.0).double()
+    results = []
+    for name in ("reference", backend):
+        value = linear_logprob(
+            batch.hidden, batch.weight, batch.target, batch.bias, backend=name, max_buffer_bytes=limit
+        )
+        results.append(torch.autograd.grad(value, leaves, upstream))
+    for expected, got in zip(*results, strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("backend", ["reference", *FAST])
+def test_the_bias_of_the_reference_is_used_when_its_weight_is_the_policys(backend: str) -> None:
+    batch = make_batch()
+    hidden, bias = batch.hidden + 0.1, batch.bias * 2 - 1
+    logprob = linear_sequence_logprob(hidden, batch.weight, batch.target, batch.cu_seqlens, bias, backend="reference")
+    got = loss_of(batch, ref_logprob=None, ref_hidden=hidden, ref_bias=bias, backend=backend)
+    torch.testing.assert_close(got, loss_of(batch, ref_logprob=logprob, backend=backend))
+
+
+WRONG_REFERENCE: dict[str, tuple[dict[str, Any], str]] = {
+    "weight without hidden": ({"ref_weight": torch.zeros(37, 16)}, "ref_weight must be None without ref_hidden"),
+    "bias without hidden": ({"ref_bias": torch.zeros(37)}, "ref_bias must be None without ref_hidden"),
+    "hidden dimensions": ({"ref_hidden": torch.zeros(4)}, r"ref_hidden must have shape \(N, H'\); got \(4,\)"),
+    "hidden rows": ({"ref_hidden": torch.zeros(4, 16)}, r"ref_hidden must have shape \(N, H'\) = \(59, 16\); got"),
+    "hidden dtype": ({"ref_hidden": torch.zeros(59, 16).long()}, "ref_hidden must have dtype float32.*; got int64"),
+    "weight dimensions": (
+        {"ref_hidden": torch.zeros(59, 16), "ref_weight": torch.zeros(16)},
+        r"ref_weight must have shape \(V, H'\); got \(16,\)",
+    ),
+    "weight dtype": ({"ref_hidden": torch.zeros(59, 16)}, "ref_weight must have dtype float32; got float64"),
+    "weight vocabulary": (
+        {"ref_hidden": torch.zeros(59, 16), "ref_weight": torch.zeros(30, 16)},
+        r"ref_weight must have shape \(V, H'\) = \(37, 16\); got \(30, 16\)",
+    ),
+    "bias shape": (
+        {"ref_hidden": torch.zeros(59, 8), "ref_weight": torch.zeros(37, 8), "ref_bias": torch.zeros(3)},
+        r"ref_bias must have shape \(V,\) = \(37,\); got \(3,\)",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", WRONG_REFERENCE)
+def test_a_wrong_argument_of_the_reference_is_named_as_such(case: str) -> None:
+    options, message = WRONG_REFERENCE[case]
+    batch = make_batch()
+    if "ref_hidden" in options:
+        options = options | {"ref_logprob": None}
+    with pytest.raises(ValueError, match=message):
+        loss_of(batch, **options)
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ({"max_ratio": -1.0}, "max_ratio must be positive"),
+        ({"softcap": -1.0}, "softcap must be positive"),
+        ({"logit_scale": float("nan")}, "logit_scale must be finite; got nan"),
+        ({"temperature": 0.0}, "temperature must be positive"),
+        ({"max_buffer_bytes": 0}, "max_buffer_bytes must be positive; got 0"),
+        ({"backend": "tpu"}, "backend must be one of auto, reference, torch, cpp; got 'tpu'"),
+    ],
+    ids=str,
+)
+def test_the_module_refuses_a_wrong_option_when_it_is_made(option: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        LinearMOPOLoss(**option)
+
+
+def test_a_margin_that_is_not_finite_is_refused() -> None:
+    batch = make_batch()
+    margin = torch.zeros(12)
+    margin[3] = torch.nan
+    with pytest.raises(ValueError, match="margin must be finite; got nan at index 3"):
+        loss_of(batch, loss_type="sigmoid", margin=margin)
+
+
+@pytest.mark.parametrize("shift", [-300.0, 300.0])
+def test_importance_weights_far_from_one_still_measure_every_objective(shift: float) -> None:
+    """exp(-300) is 0 in fp32: a batch whose responses have all become unlikely must not count as unlabelled."""
+    batch = make_batch(dtype=torch.float32)
+    output = mopo_loss(
+        batch.ref_logprob + shift,
+        batch.ref_logprob,
+        batch.pairs,
+        batch.preference,
+        batch.objective_weight,
+        estimator="snis",
+    )
+    at_reference = mopo_loss(
+        batch.ref_logprob, batch.ref_logprob, batch.pairs, batch.preference, batch.objective_weight, estimator="snis"
+    )
+    assert (output.labelled > 0).all()
+    torch.testing.assert_close(output.satisfaction, at_reference.satisfaction)
+
+
+@pytest.mark.parametrize("trained", [("hidden",), ("hidden", "weight", "bias")], ids="+".join)
+def test_a_graph_that_is_dropped_frees_the_gradients_it_held(trained: tuple[str, ...]) -> None:
+    """Without a garbage collection: a reference cycle would keep dweight of a dropped step alive beside the next."""
+    batch = make_batch()
+    batch.leaves(*trained)
+    gc.collect()
+    gc.disable()
+    try:
+        loss = loss_of(batch)
+        value = linear_logprob(batch.hidden, batch.weight, batch.target, batch.bias)
+        assert value.grad_fn is not None
+        nodes = [weakref.ref(node) for node in (loss.grad_fn, value.grad_fn.next_functions[0][0])]
+        del loss, value
+        assert [node() for node in nodes] == [None, None]
+    finally:
+        gc.enable()
+
+
+@pytest.mark.parametrize("backend", FAST)
+@pytest.mark.parametrize("trained", [("hidden",), ("hidden", "weight", "bias")], ids="+".join)
+def test_a_softcap_needs_no_more_memory_than_the_buffer(backend: str, trained: tuple[str, ...]) -> None:
+    """Its slope is a temporary beside the tile; the last block's must be gone before the next one's is made."""
+    batch = make_batch(prompts=12, responses=4, longest=9, hidden=64, vocabulary=2003, dtype=torch.float32)
+    leaves, limit = batch.leaves(*trained), 1_200_000
+
+    def call() -> tuple[Tensor, ...]:
+        return torch.autograd.grad(loss_of(batch, backend=backend, max_buffer_bytes=limit, softcap=3.0), leaves)
+
+    call()
+    peak, _ = peak_bytes(call)
+    small = 96 * batch.hidden.shape[0] + 512 * batch.pairs.shape[0] + 8 * batch.bias.numel() + 4096
+    assert peak <= limit + sum(4 * t.numel() for t in leaves) + small
