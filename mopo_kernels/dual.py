@@ -29,7 +29,8 @@ ESTIMATORS = ("pair", "snis", "closed_form")
 
 @dataclasses.dataclass(frozen=True)
 class Unmet:
-    """A threshold that could not be met although its multiplier is at its maximum."""
+    """A threshold that could not be met although its multiplier is at its maximum; ``best_seen`` is the largest value
+    since it was last met, if it ever was, so it lies below the threshold."""
 
     objective: str
     threshold: float
@@ -223,7 +224,10 @@ class DualAscent:
                 continue
             smoothed = self._average[name] / self._average_weight[name]
             best = self._best_seen[name]
-            self._best_seen[name] = smoothed if best is None else max(best, smoothed)
+            if smoothed >= self._threshold[name]:
+                self._best_seen[name] = None
+            else:
+                self._best_seen[name] = smoothed if best is None else max(best, smoothed)
             if self._steps <= self.warmup_steps:
                 continue
             moved = self._multiplier[name] + self.lr * (self._threshold[name] - smoothed)

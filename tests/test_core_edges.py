@@ -14,6 +14,7 @@ from test_ops import peak_bytes
 from torch import Tensor
 
 from mopo_kernels import (
+    DualAscent,
     LinearMOPOLoss,
     backends,
     linear_logprob,
@@ -201,3 +202,12 @@ def test_a_softcap_needs_no_more_memory_than_the_buffer(backend: str, trained: t
     peak, _ = peak_bytes(call)
     small = 96 * batch.hidden.shape[0] + 512 * batch.pairs.shape[0] + 8 * batch.bias.numel() + 4096
     assert peak <= limit + sum(4 * t.numel() for t in leaves) + small
+
+
+def test_a_threshold_that_was_met_once_is_not_reported_with_that_value_as_the_best_seen() -> None:
+    """ "cannot be met: best seen 0.7" about a threshold of 0.6 would contradict itself."""
+    dual = DualAscent(["helpful", "plain"], "helpful", {"plain": 0.6}, lr=100.0, maximum=2.0, patience=2)
+    for value in (0.7, 0.3, 0.4, 0.2):
+        dual.update([0.5, value], [1.0, 1.0])
+    (unmet,) = dual.unmet()
+    assert unmet.best_seen == pytest.approx(0.4)
