@@ -113,10 +113,19 @@ def pair_values(
     label_rate: Tensor | None,
     margin: Tensor | None,
     length: Tensor | None,
+    prompt_index: Tensor | None,
     normalizer: Tensor | None,
 ) -> None:
     value("pairs", pairs, lambda t: (t >= 0) & (t < sequences), f"lie in 0 .. S - 1 = {sequences - 1}")
     value("pairs", pairs, lambda t: (t[:, :1] != t[:, 1:]).expand_as(t), "name two different responses")
+    if prompt_index is not None:
+        prompt = prompt_index
+        value(
+            "pairs",
+            pairs,
+            lambda t: (prompt[t[:, :1]] == prompt[t[:, 1:]]).expand_as(t),
+            "join responses to one prompt, as prompt_index has it",
+        )
     value("preference", preference, lambda t: torch.isnan(t) | ((t >= 0) & (t <= 1)), "lie in [0, 1] or be NaN")
     value("objective_weight", objective_weight, lambda t: (t >= 0) & torch.isfinite(t), "be finite and not negative")
     if pair_weight is not None:

@@ -143,10 +143,10 @@ def linear_logprob(
     None), 0 where ``target == ignore_index``. Differentiable in hidden, weight and bias for any upstream gradient; not
     twice differentiable.
 
-    With the head frozen (neither weight nor bias requires grad) forward and backward cost two products of N x V x H;
-    with a trained head three while the logits of the batch fit three quarters of ``max_buffer_bytes``, else four;
-    without gradients one. Ignored rows are dropped before any product on the CPU; on an accelerator pack them away
-    first (:func:`pack_responses`).
+    With the head frozen (neither weight nor bias requires grad) forward and backward cost two products of N x V x H
+    while the logits of 32 rows fit ``max_buffer_bytes``, else three; with a trained head three while the logits of the
+    batch fit three quarters of it, else four; without gradients one. Ignored rows are dropped before any product on the
+    CPU; on an accelerator pack them away first (:func:`pack_responses`).
 
     Args:
         hidden: (..., H) floating, last hidden states.
@@ -349,11 +349,12 @@ def mopo_loss(
         preference: (P, K), P(i beats j) for each objective in [0, 1]; 0.5 a tie, NaN no label.
         objective_weight: (K,), 1 for the primary objective and the multipliers (>= 0) of the others.
         tau: strength of the KL regularisation, on the scale of preferences; beta of "sigmoid".
-        pair_weight: (P,) >= 0, default 1.
+        pair_weight: (P,) >= 0, default 1. "cloning" does not weigh labels by it, "satisfaction" does.
         label_rate: (K,) in (0, 1], the share of pairs labelled for each objective: labels that exist count 1 / rate.
         margin: (P,), for "sigmoid" only.
         length: (S,) tokens: use log-probabilities per token.
-        prompt_index: (S,) int: which prompt each response answers; needed by "cloning" and "closed_form".
+        prompt_index: (S,) int: which prompt each response answers; needed by "cloning" and "closed_form". Where given,
+            the two responses of a pair must answer the same prompt.
         max_ratio: cap on the frozen ratio.
         estimator: how ``satisfaction`` is measured. "pair": how often the policy, choosing between the two responses by
             its own ratio, picks the preferred one: bounded, low variance, 0.5 at the reference, but not the win rate
@@ -364,7 +365,8 @@ def mopo_loss(
             micro-batches and ranks makes accumulation and data parallelism exact.
 
     Returns:
-        :class:`MOPOLossOutput`. A batch without pairs has loss 0 and zero gradients.
+        :class:`MOPOLossOutput`. A batch without pairs has loss 0 and zero gradients, but with "cloning", whose frozen
+        ratio is then 1.
 
     Raises:
         ValueError: a shape, dtype, device or value is wrong; the message names the argument.

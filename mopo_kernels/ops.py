@@ -268,7 +268,16 @@ def _pair_data(
 ) -> PairData:
     """Checked values, in the dtype of ``ref_logprob``."""
     checks.pair_values(
-        pairs, preference, objective_weight, ref_logprob.shape[0], pair_weight, label_rate, margin, length, normalizer
+        pairs,
+        preference,
+        objective_weight,
+        ref_logprob.shape[0],
+        pair_weight,
+        label_rate,
+        margin,
+        length,
+        prompt_index,
+        normalizer,
     )
 
     def cast(tensor: Tensor | None) -> Tensor | None:

@@ -10,13 +10,14 @@ from typing import Any
 import pytest
 import torch
 from samples import Batch, make_batch
-from test_ops import peak_bytes
+from test_ops import peak_bytes, units
 from torch import Tensor
 
 from mopo_kernels import (
     DualAscent,
     LinearMOPOLoss,
     backends,
+    driver,
     linear_logprob,
     linear_mopo_loss,
     linear_sequence_logprob,
@@ -211,3 +212,74 @@ def test_a_threshold_that_was_met_once_is_not_reported_with_that_value_as_the_be
         dual.update([0.5, value], [1.0, 1.0])
     (unmet,) = dual.unmet()
     assert unmet.best_seen == pytest.approx(0.4)
+
+
+@pytest.mark.parametrize("options", [{"loss_type": "cloning"}, {"estimator": "closed_form"}, {}], ids=str)
+def test_a_pair_of_responses_to_different_prompts_is_refused_where_prompts_are_told(options: dict[str, Any]) -> None:
+    batch = make_batch()
+    batch.pairs[4, 1] = 11
+    with pytest.raises(ValueError, match=r"pairs must join responses to one prompt, as prompt_index has it; got 3 at"):
+        loss_of(batch, prompt_index=batch.prompt_index, **options)
+
+
+def test_only_what_is_longer_than_the_buffer_is_recomputed() -> None:
+    lengths = [3, 2, 9, 9, 1, 2, 3, 1]
+    pairs = [[0, 1], [3, 2], [5, 4], [6, 7]]
+    groups = driver.closed_groups(pairs, lengths, largest=7)
+    assert [(g.sequences, g.pairs, g.held) for g in groups] == [
+        ([0, 1], [0], True),
+        ([2, 3], [1], False),
+        ([4, 5, 6, 7], [2, 3], True),
+    ]
+
+
+def test_cloning_without_pairs_is_plain_cloning_of_the_data() -> None:
+    batch = make_batch()
+    logprob = batch.ref_logprob.clone().requires_grad_()
+    output = mopo_loss(
+        logprob,
+        batch.ref_logprob,
+        batch.pairs[:0],
+        batch.preference[:0],
+        batch.objective_weight,
+        loss_type="cloning",
+        prompt_index=batch.prompt_index,
+    )
+    torch.testing.assert_close(output.loss, -logprob.mean())
+
+
+def test_a_frozen_head_costs_a_third_product_only_where_a_few_rows_of_logits_do_not_fit(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    batch = make_batch(vocabulary=300)
+    batch.leaves("hidden")
+    for limit, expected in ((1 << 20, 2.0), (101_000, 2.0), (90_000, 3.0)):
+        options: dict[str, Any] = {"backend": "torch", "max_buffer_bytes": limit}
+        with monkeypatch.context() as patch:
+            got = units(
+                lambda options=options: linear_logprob(
+                    batch.hidden, batch.weight, batch.target, batch.bias, **options
+                ).sum(),
+                batch,
+                patch,
+            )
+        assert got == pytest.approx(expected), limit
+
+
+@pytest.mark.parametrize("backend", FAST)
+def test_kept_products_and_what_turns_them_into_gradients_share_the_buffer(backend: str) -> None:
+    batch = make_batch(prompts=12, responses=4, longest=9, hidden=64, vocabulary=2003, dtype=torch.float32)
+    leaves = batch.leaves("hidden", "weight", "bias")
+    limit = batch.hidden.shape[0] * 2003 * 4 * 4 // 3 + 4
+    assert driver.keeps_products(batch.hidden.shape[0], batch.weight, limit)
+
+    def call() -> tuple[Tensor, ...]:
+        value = linear_logprob(
+            batch.hidden, batch.weight, batch.target, batch.bias, backend=backend, max_buffer_bytes=limit
+        )
+        return torch.autograd.grad(value.sum(), leaves)
+
+    call()
+    peak, _ = peak_bytes(call)
+    small = 96 * batch.hidden.shape[0] + 8 * batch.bias.numel() + 4096
+    assert peak <= limit + sum(4 * t.numel() for t in leaves) + small
