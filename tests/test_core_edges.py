@@ -223,7 +223,7 @@ def test_a_pair_of_responses_to_different_prompts_is_refused_where_prompts_are_t
 
 
 def test_only_what_is_longer_than_the_buffer_is_recomputed() -> None:
-    lengths = [3, 2, 9, 9, 1, 2, 3, 1]
+    lengths = [2, 1, 9, 9, 1, 2, 3, 1]
     pairs = [[0, 1], [3, 2], [5, 4], [6, 7]]
     groups = driver.closed_groups(pairs, lengths, largest=7)
     assert [(g.sequences, g.pairs, g.held) for g in groups] == [
