@@ -283,3 +283,15 @@ def test_kept_products_and_what_turns_them_into_gradients_share_the_buffer(backe
     peak, _ = peak_bytes(call)
     small = 96 * batch.hidden.shape[0] + 8 * batch.bias.numel() + 4096
     assert peak <= limit + sum(4 * t.numel() for t in leaves) + small
+
+
+@pytest.mark.parametrize("fused", [False, True], ids=["mopo_loss", "linear_mopo_loss"])
+def test_the_losses_refuse_gradients_of_gradients_as_well(fused: bool) -> None:
+    batch = make_batch()
+    (leaf,) = batch.leaves("hidden" if fused else "ref_logprob")
+    labels = (batch.pairs, batch.preference, batch.objective_weight)
+    reference = leaf.detach() if not fused else batch.ref_logprob
+    loss = loss_of(batch) if fused else mopo_loss(leaf, reference, *labels).loss
+    (gradient,) = torch.autograd.grad(loss.square(), leaf, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.sum().backward()
