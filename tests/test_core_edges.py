@@ -22,6 +22,8 @@ from mopo_kernels import (
     linear_mopo_loss,
     linear_sequence_logprob,
     mopo_loss,
+    pack_responses,
+    reference,
 )
 
 FAST = [name for name, reason in backends.availability().items() if reason is None and name != "reference"]
@@ -290,8 +292,34 @@ def test_the_losses_refuse_gradients_of_gradients_as_well(fused: bool) -> None:
     batch = make_batch()
     (leaf,) = batch.leaves("hidden" if fused else "ref_logprob")
     labels = (batch.pairs, batch.preference, batch.objective_weight)
-    reference = leaf.detach() if not fused else batch.ref_logprob
-    loss = loss_of(batch) if fused else mopo_loss(leaf, reference, *labels).loss
+    ref_logprob = batch.ref_logprob.detach()
+    loss = loss_of(batch) if fused else mopo_loss(leaf, ref_logprob, *labels).loss
     (gradient,) = torch.autograd.grad(loss.square(), leaf, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         gradient.sum().backward()
+
+
+def test_the_frozen_ratio_is_capped_and_its_effective_sample_size_reported() -> None:
+    """Numbers by hand: two prompts of two responses, the first of each always preferred, tau 1: rho = 2 sig(+-1)."""
+    high, low = 2 / (1 + torch.e**-1), 2 / (1 + torch.e)
+    logprob = torch.tensor([-1.0, -2.0, -3.0, -4.0], dtype=torch.float64)
+    arguments = (torch.tensor([[0, 1], [2, 3]]), torch.ones(2, 1, dtype=torch.float64), torch.ones(1))
+    options: dict[str, Any] = {"loss_type": "cloning", "tau": 1.0, "prompt_index": torch.tensor([5, 5, 2, 2])}
+    for cap, top in ((None, high), (1.2, 1.2)):
+        output = mopo_loss(logprob, torch.zeros_like(logprob), *arguments, max_ratio=cap, **options)
+        assert output.loss.item() == pytest.approx((4 * top + 6 * low) / 4)
+        assert output.effective_sample_size.item() == pytest.approx(
+            (2 * top + 2 * low) ** 2 / (2 * top**2 + 2 * low**2)
+        )
+
+
+def test_a_response_without_a_label_counts_as_parity_in_the_frozen_ratio() -> None:
+    got = reference.policy_ratio(
+        torch.ones(1, 1), torch.tensor([[0, 1]]), torch.ones(1), 1.0, torch.zeros(3, dtype=torch.int64)
+    )
+    torch.testing.assert_close(got, 3 * torch.softmax(torch.tensor([1.0, 0.0, 0.5]), 0))
+
+
+def test_packing_takes_any_ignore_index() -> None:
+    rows, target, cu_seqlens = pack_responses(torch.zeros(1, 4, 2), torch.tensor([[-1, 3, -1, 5]]), ignore_index=-1)
+    assert (len(rows), target.tolist(), cu_seqlens.tolist()) == (2, [3, 5], [0, 2])
