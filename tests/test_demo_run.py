@@ -1,0 +1,72 @@
+"""The demo's verdict: it must fail when a claim does not hold. (`make demo` runs the rest.)"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+
+from mopo_kernels.evaluation import WinRate
+
+DEMO = Path(__file__).parent.parent / "examples" / "demo"
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.setattr(sys, "path", [str(DEMO), *sys.path])
+    import run as module
+
+    return module
+
+
+def comparisons(**changes: tuple[float, float]) -> Any:
+    """Win rates under which every claim holds, but for the changes: policy_objective=(mean, low)."""
+    rates = {
+        "constrained": {"detail": (0.58, 0.54), "plain": (0.47, 0.43), "brevity": (0.44, 0.40)},
+        "unconstrained": {"detail": (0.65, 0.61), "plain": (0.43, 0.40), "brevity": (0.36, 0.32)},
+    }
+    for key, value in changes.items():
+        policy, objective = key.split("_")
+        rates[policy][objective] = value
+    return {
+        policy: SimpleNamespace(
+            win_rates={name: WinRate(name, mean, low, mean + 0.04, 60, 360) for name, (mean, low) in values.items()}
+        )
+        for policy, values in rates.items()
+    }
+
+
+def test_every_claim_holds_where_it_does(run: ModuleType) -> None:
+    assert all(run.verify(run.Settings(), comparisons()).values())
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"constrained_detail": (0.55, 0.499)},
+        {"constrained_plain": (0.43, 0.40)},
+        {"constrained_brevity": (0.39, 0.35)},
+        {"unconstrained_plain": (0.46, 0.42), "unconstrained_brevity": (0.41, 0.38)},
+    ],
+    ids=["primary not above parity", "plain missed", "brevity missed", "nothing falls when free"],
+)
+def test_a_claim_that_does_not_hold_fails(run: ModuleType, changes: dict[str, tuple[float, float]]) -> None:
+    assert list(run.verify(run.Settings(), comparisons(**changes)).values()).count(False) == 1
+
+
+def test_thresholds_can_be_met_on_the_shipped_labels(run: ModuleType) -> None:
+    from mopo_kernels import load_preferences
+    from mopo_kernels.data.report import win_rates
+    from mopo_kernels.dual import solve_labels
+
+    settings, data = run.Settings(), load_preferences(run.DATA)
+    rates = win_rates(data)
+    bounds = {name: bound + settings.safety for name, bound in settings.thresholds.items()}
+    solution = solve_labels(
+        rates.win_rate, rates.reference, data.objectives, settings.primary, bounds, settings.tau, estimator="snis"
+    )
+    assert solution.feasible
+    assert all(multiplier > 0.05 for multiplier in solution.multiplier.values())
