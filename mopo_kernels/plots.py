@@ -63,6 +63,7 @@ def plot_training(
     path: str | Path,
     *,
     thresholds: Mapping[str, float] | None = None,
+    primary: str | None = None,
     title: str | None = None,
 ) -> Path:
     """Draw satisfaction, threshold and multiplier of every objective over the optimiser steps.
@@ -70,7 +71,8 @@ def plot_training(
     history: rows as in transformers' `trainer_state.json` (`log_history`), with "step", "satisfaction/<objective>",
         "multiplier/<objective>" and, where the threshold moves, "threshold/<objective>".
     path: the PNG to write. thresholds: objective -> fixed threshold, for those that have none in the history.
-    An objective with a threshold is constrained; the others, first of all the primary, are drawn without one.
+    primary: the objective that is maximised, which is drawn first and named so.
+    An objective with a threshold is held; the others are drawn without one and without a multiplier.
     Returns path. Raises ValueError if no row holds a satisfaction, ImportError without matplotlib.
     """
     prefix = "satisfaction/"
@@ -82,15 +84,17 @@ def plot_training(
     if unknown:
         raise ValueError(f"thresholds must name objectives of the history {objectives}, got {unknown}")
     bounds = {name: _series(history, f"threshold/{name}") for name in objectives}
-    objectives.sort(key=lambda name: bool(bounds[name][0]) or name in fixed)  # stable: unconstrained ones first
+    objectives.sort(key=lambda name: (name != primary, not (bounds[name][0] or name in fixed)))
 
-    figure = _figure(1.2 + 3.6 * len(objectives), 5.4)
-    grid = figure.subplots(2, len(objectives), squeeze=False, sharex=True, height_ratios=(3, 2))
+    prices = {name: _series(history, f"multiplier/{name}") for name in objectives}
+    heights = (3, 2) if any(values for _, values in prices.values()) else (3,)
+    figure = _figure(1.2 + 3.6 * len(objectives), 0.9 + 0.9 * sum(heights))
+    grid = figure.subplots(len(heights), len(objectives), squeeze=False, sharex=True, height_ratios=heights)
     for axes in grid[0][1:]:
         axes.sharey(grid[0][0])
         axes.tick_params(labelleft=False)
     for column, name in enumerate(objectives):
-        upper, lower = grid[0][column], grid[1][column]
+        upper, lower = grid[0][column], grid[-1][column]
         steps, values = _series(history, prefix + name)
         window = max(1, len(values) // 10)
         upper.plot(steps, values, color=_BLUE, alpha=0.35 if window > 1 else 1.0, linewidth=1.2, label="as logged")
@@ -103,17 +107,24 @@ def plot_training(
             bound_steps, bound = [steps[0], steps[-1]], [fixed[name]] * 2
         if bound_steps:
             upper.plot(bound_steps, bound, color=_VERMILION, linestyle="--", linewidth=1.8, label="threshold")
-        upper.set_title(f"{name} ({'constrained' if bound_steps else 'unconstrained'})", fontsize=11)
-        multiplier_steps, multiplier = _series(history, f"multiplier/{name}")
-        lower.plot(multiplier_steps, multiplier, color=_GREEN, linewidth=2.0)
-        # The primary's multiplier is 1 throughout: on a shared scale it would flatten the others.
-        lower.set_ylim(0.0, 1.1 * max([*multiplier, 0.01]))
-        lower.set_xlabel("optimiser step")
-        lower.xaxis.get_major_locator().set_params(integer=True)
+        role = "maximised" if name == primary else "held" if bound_steps else "watched"
+        upper.set_title(f"{name} ({role})", fontsize=11)
+        multiplier_steps, multiplier = prices[name]
+        upper.xaxis.get_major_locator().set_params(integer=True)
         _tidy(upper)
-        _tidy(lower)
+        if multiplier:
+            lower.plot(multiplier_steps, multiplier, color=_GREEN, linewidth=2.0)
+            # Not on a shared scale, where the largest would flatten the others.
+            lower.set_ylim(0.0, 1.1 * max([*multiplier, 0.01]))
+            lower.set_xlabel("optimiser step")
+            lower.set_ylabel("multiplier (no unit)")
+            _tidy(lower)
+        else:
+            if lower is not upper:
+                lower.set_axis_off()
+            upper.tick_params(labelbottom=True)
+            upper.set_xlabel("optimiser step")
     grid[0][0].set_ylabel("satisfaction (probability)")
-    grid[1][0].set_ylabel("multiplier (no unit)")
     labelled: dict[str, Artist] = {}
     for axes in grid[0]:
         handles, labels = axes.get_legend_handles_labels()

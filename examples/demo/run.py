@@ -65,15 +65,15 @@ class Settings:
 
     primary: str = "detail"
     thresholds: dict[str, float] = field(default_factory=lambda: {"plain": 0.44, "brevity": 0.40})
-    safety: float = 0.03
+    safety: float = 0.04
     steps: int = 22
     prompts_per_step: int = 8
     learning_rate: float = 2e-4
     lora_rank: int = 16
     tau: float = 0.15
     estimator: str = "snis"
-    dual_lr: float = 0.3
-    dual_warmup_steps: int = 8
+    dual_lr: float = 0.6
+    dual_warmup_steps: int = 6
     dual_smoothing: float = 0.8
     samples: int = 6
     max_new_tokens: int = 48
@@ -202,7 +202,7 @@ def verify(settings: Settings, comparisons: dict[str, Comparison]) -> dict[str, 
         f"{settings.primary}: win rate over the base above 0.5 (interval from {primary.low:.3f})": primary.low > 0.5
     }
     for name, bound in settings.thresholds.items():
-        claims[f"{name}: {held[name].mean:.3f} at or above its threshold {bound}"] = held[name].mean >= bound
+        claims[f"{name}: {held[name].mean:.3f} at or above its threshold {bound:.2f}"] = held[name].mean >= bound
     fallen = [name for name, bound in settings.thresholds.items() if free[name].mean < bound]
     shown = ", ".join(f"{name} {free[name].mean:.3f}" for name in settings.thresholds)
     claims[f"without constraints below a threshold: {shown}"] = bool(fallen)
@@ -216,7 +216,7 @@ def table(settings: Settings, comparisons: dict[str, Comparison]) -> Table:
         result.add_column(heading)
     for name in JUDGES:
         bound = settings.thresholds.get(name)
-        role = "primary" if name == settings.primary else "watched" if bound is None else f"hold at {bound} or more"
+        role = "primary" if name == settings.primary else "watched" if bound is None else f"hold >= {bound:.2f}"
         cells = []
         for comparison in comparisons.values():
             rate = comparison.win_rates[name]
@@ -275,7 +275,10 @@ def main() -> int:
         name: compare_responses(prompts, drawn[name], drawn["base"], JUDGES, progress=False) for name in histories
     }
     claims = verify(settings, comparisons)
-    plots = [plot_training(histories[name], out / f"training_{name}.png", title=f"{name} run") for name in histories]
+    plots = [
+        plot_training(histories[name], out / f"training_{name}.png", title=f"{name} run", primary=settings.primary)
+        for name in histories
+    ]
     plots += [
         plot_plane(
             {name: comparison.win_rates for name, comparison in comparisons.items()},
