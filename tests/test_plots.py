@@ -68,7 +68,7 @@ def assert_png_and_nothing_cut_off(figure, path) -> None:
 
 
 def test_training_shows_satisfaction_threshold_and_multiplier_of_every_objective(figures, tmp_path):
-    path = plots.plot_training(HISTORY, tmp_path / "new" / "training.png", title="a run")
+    path = plots.plot_training(HISTORY, tmp_path / "new" / "training.png", title="a run", primary="detail")
     (figure,) = figures
     assert_png_and_nothing_cut_off(figure, path)
     top_detail, top_plain, bottom_detail, bottom_plain = figure.axes
@@ -81,7 +81,7 @@ def test_training_shows_satisfaction_threshold_and_multiplier_of_every_objective
     assert bottom_plain.get_ylim()[1] > 1.5  # the whole multiplier is inside the picture
     np.testing.assert_allclose(bottom_detail.lines[0].get_ydata(), 1.0)
     assert "threshold" not in lines_of(top_detail)
-    assert [axes.get_title() for axes in (top_detail, top_plain)] == ["detail (unconstrained)", "plain (constrained)"]
+    assert [axes.get_title() for axes in (top_detail, top_plain)] == ["detail (maximised)", "plain (held)"]
 
 
 def test_training_axes_are_labelled_with_units_and_the_legend_lists_each_line_once(figures, tmp_path):
@@ -96,8 +96,22 @@ def test_training_axes_are_labelled_with_units_and_the_legend_lists_each_line_on
 
 def test_a_fixed_threshold_is_drawn_over_the_whole_run(figures, tmp_path):
     history = [{key: value for key, value in row.items() if "threshold" not in key} for row in HISTORY]
-    plots.plot_training(history, tmp_path / "training.png", thresholds={"plain": 0.45})
+    plots.plot_training(history, tmp_path / "training.png", thresholds={"plain": 0.45}, primary="detail")
     np.testing.assert_allclose(lines_of(figures[0].axes[1])["threshold"], [[1, 0.45], [30, 0.45]])
+
+
+def test_panels_without_anything_to_show_are_left_out(figures, tmp_path):
+    free = [{key: value for key, value in row.items() if "multiplier" not in key} for row in HISTORY]
+    held = [row | {"satisfaction/warmth": 0.5, "multiplier/plain": 0.1} for row in free]
+    plots.plot_training(free, tmp_path / "free.png", primary="detail")
+    plots.plot_training(held, tmp_path / "held.png", primary="detail")
+    assert len(figures[0].axes) == 2
+    assert [axes.get_title() for axes in figures[1].axes[:3]] == [
+        "detail (maximised)",
+        "plain (held)",
+        "warmth (watched)",
+    ]
+    assert [axes.axison for axes in figures[1].axes[3:]] == [False, True, False]
 
 
 def test_training_refuses_a_history_without_satisfaction_and_an_unknown_threshold(tmp_path):
