@@ -41,7 +41,7 @@ from mopo_kernels import MOPOConfig, MOPOTrainer, load_preferences
 from mopo_kernels.data import PreferenceData
 from mopo_kernels.evaluation import Comparison, compare_responses, load_policy, sample_responses
 from mopo_kernels.plots import plot_plane, plot_training
-from mopo_kernels.trainer import TrainingInterrupted, last_complete_checkpoint
+from mopo_kernels.trainer import last_complete_checkpoint
 
 # transformers warns about a deprecated name that only its own code uses.
 warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
@@ -242,7 +242,7 @@ def commit() -> str | None:
 
 
 def main() -> int:
-    """Run everything; 0 if every claim holds, 1 if one fails, 130 after Ctrl-C."""
+    """Run everything; 0 if every claim holds, 1 if one fails."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, default=Path("runs/demo"), help="folder of the results")
     parser.add_argument("--resume", action="store_true", help="go on from the checkpoints of an interrupted run")
@@ -259,14 +259,10 @@ def main() -> int:
     data = load_preferences(DATA)
     trained = {name: bound + settings.safety for name, bound in settings.thresholds.items()}
     histories = {}
-    try:
-        for name, thresholds in (("constrained", trained), ("unconstrained", {})):
-            console.rule(f"Training: {name}")
-            histories[name], data = train(name, settings, thresholds, data, model, out, arguments.resume)
-            lap(f"train {name}")
-    except TrainingInterrupted as interrupt:
-        console.print(f"{interrupt}\nGo on with: python examples/demo/run.py --resume")
-        return 130
+    for name, thresholds in (("constrained", trained), ("unconstrained", {})):
+        console.rule(f"Training: {name}")
+        histories[name], data = train(name, settings, thresholds, data, model, out, arguments.resume)
+        lap(f"train {name}")
 
     console.rule("Answers to prompts that training never saw")
     prompts, drawn = sample(settings, model, out, list(histories))
@@ -322,4 +318,9 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt as interrupt:
+        again = " ".join([sys.executable, sys.argv[0], "--resume", *(a for a in sys.argv[1:] if a != "--resume")])
+        print(f"{str(interrupt) or 'interrupted'}; go on with: {again}", file=sys.stderr)
+        sys.exit(130)
