@@ -72,3 +72,16 @@ def test_names_in_the_readme_exist() -> None:
     for name in re.findall(r"`([A-Za-z_]+)`", README):
         if name.startswith(("linear_", "MOPO", "Linear", "Dual", "mopo_loss", "load_", "Preference", "pack_")):
             assert hasattr(mopo_kernels, name), f"README names {name}, which does not exist"
+
+
+def test_figures_in_the_readme_are_those_of_the_committed_results() -> None:
+    report = json.loads((ROOT / "examples/demo/results/report.json").read_text())
+    assert all(report["claims"].values())
+    for policy in ("constrained", "unconstrained"):
+        for rate in report["win_rates"][policy]["win_rates"].values():
+            assert f"{rate['mean']:.3f} [{rate['low']:.3f}, {rate['high']:.3f}]" in README
+    bench = json.loads((ROOT / "bench/results/head_cpu.json").read_text())
+    for name, row in bench["results"].items():
+        assert f"| {name} | {row['ratio']:.2f} | {row['peak_mib']:.0f} MiB |" in README
+    assert report["versions"]["commit"] in README
+    assert bench["commit"] in README

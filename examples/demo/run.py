@@ -64,8 +64,8 @@ class Settings:
     """
 
     primary: str = "detail"
-    thresholds: dict[str, float] = field(default_factory=lambda: {"plain": 0.44, "brevity": 0.40})
-    safety: float = 0.04
+    thresholds: dict[str, float] = field(default_factory=lambda: {"plain": 0.44, "brevity": 0.39})
+    safety: float = 0.05
     steps: int = 22
     prompts_per_step: int = 8
     learning_rate: float = 2e-4
