@@ -49,7 +49,7 @@ def check(work: Workload) -> dict[str, float]:
         if name == "bare products":
             continue
         got = run(inputs)
-        errors[name] = max(float((a - b).norm() / b.norm()) for a, b in zip(got, expected, strict=True))
+        errors[name] = max(((a - b).norm() / b.norm()).item() for a, b in zip(got, expected, strict=True))
         if not errors[name] < 1e-3:
             raise SystemExit(f"{name} disagrees with plain PyTorch by {errors[name]:.1e}: nothing is reported")
     return errors
