@@ -56,7 +56,8 @@ class Settings:
 
     Attributes:
         primary: the objective that is maximised.
-        thresholds: least win rate over the base model, per constrained objective, as checked on held-out prompts.
+        thresholds: least win rate over the base model, per constrained objective, as checked on held-out prompts. They
+            and the other settings were chosen after looking at results on those same prompts (see the README).
         safety: added to the thresholds during training: a policy that sits exactly on a threshold would miss it on half
             of all held-out samples.
         steps, prompts_per_step: optimiser steps, and prompts (of 4 responses, 6 pairs each) in one.
