@@ -68,8 +68,9 @@ def dtype(argument: str, tensor: Tensor, allowed: tuple[torch.dtype, ...]) -> No
         raise ValueError(f"{argument} must have dtype {names}; got {str(tensor.dtype).removeprefix('torch.')}")
 
 
-def device(argument: str, tensor: Tensor, expected: torch.device) -> None:
-    if tensor.device != expected:
+def device(argument: str, tensor: Tensor, expected: torch.device, host: bool = False) -> None:
+    """``host``: the CPU will do as well."""
+    if tensor.device != expected and not (host and tensor.device.type == "cpu"):
         raise ValueError(f"{argument} must be on {expected}, as hidden or logprob is; got {tensor.device}")
 
 

@@ -5,13 +5,17 @@ Dimension letters: N tokens, H hidden, V vocabulary, S sequences, P pairs, K obj
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from mopo_kernels import backends, checks, ops, reference
-from mopo_kernels.driver import accumulation_dtype
+from mopo_kernels.driver import to_device
+from mopo_kernels.head import accumulation_dtype
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 #: Default bound on the memory of one call beyond inputs, outputs and gradients, in bytes.
 DEFAULT_BUFFER_BYTES = 256 << 20
@@ -116,7 +120,15 @@ def _check_cu_seqlens(cu_seqlens: Tensor, hidden: Tensor) -> None:
     checks.dtype("cu_seqlens", cu_seqlens, (torch.int64, torch.int32))
     checks.dimensions("cu_seqlens", cu_seqlens, "(S + 1,)")
     checks.expect(cu_seqlens.shape[0] >= 1, "cu_seqlens", "have shape (S + 1,)", tuple(cu_seqlens.shape))
-    checks.device("cu_seqlens", cu_seqlens, hidden.device)
+    checks.device("cu_seqlens", cu_seqlens, hidden.device, host=True)
+
+
+def _group_name(process_group: ProcessGroup | None, backend: str) -> str | None:
+    if process_group is None:
+        return None
+    checks.expect(backend != "reference", "process_group", 'be None with backend "reference"', "a group")
+    name: str = process_group.group_name
+    return name
 
 
 def _needs(tensor: Tensor | None) -> bool:
@@ -135,6 +147,7 @@ def linear_logprob(
     temperature: float = 1.0,
     backend: str = "auto",
     max_buffer_bytes: int | None = None,
+    process_group: ProcessGroup | None = None,
 ) -> Tensor:
     """Log-probability of each target token under a linear head, without materialising the logits.
 
@@ -160,6 +173,11 @@ def linear_logprob(
         backend: "auto", "reference" (the unchunked oracle), "torch" or "cpp"; only "auto" falls back.
         max_buffer_bytes: bound on the memory beyond inputs, outputs and gradients, in bytes; default 256 MiB. A few
             dozen bytes a token come on top. With "reference" it has no effect.
+        process_group: ranks that each hold some rows of one head: weight (W, H) and bias (W,) are this rank's, W may
+            differ, and rank after rank they are the V rows. Every rank passes the same hidden and target, whose ids are
+            those of the whole vocabulary, and gets the same log-probabilities and the whole gradient for hidden. All
+            ranks must make the call, with the same options; it waits for the device and the other ranks once, to
+            exchange sizes. Products are not kept for backward: four with a trained head.
 
     Returns:
         (...) log-probabilities in nats, fp32 (fp64 for fp64 input).
@@ -178,6 +196,7 @@ def linear_logprob(
     )
     name = backends.resolve(backend, hidden.device)
     flat = target.reshape(-1)
+    group_name = _group_name(process_group, name)
     if name == "reference":
         if not torch.compiler.is_compiling():
             checks.targets(flat, weight.shape[0], ignore_index)
@@ -202,6 +221,7 @@ def linear_logprob(
         temperature,
         name,
         max_buffer_bytes,
+        group_name,
         _needs(rows),
         _needs(weight),
         _needs(bias),
@@ -222,6 +242,7 @@ def linear_sequence_logprob(
     temperature: float = 1.0,
     backend: str = "auto",
     max_buffer_bytes: int | None = None,
+    process_group: ProcessGroup | None = None,
 ) -> Tensor:
     """Log-probability of each packed sequence: :func:`linear_logprob` summed over its scored tokens.
 
@@ -229,7 +250,8 @@ def linear_sequence_logprob(
         hidden: (N, H), the rows of all sequences, one after the other.
         target: (N,) int64.
         cu_seqlens: (S + 1,) int64 or int32, from 0 to N, not decreasing: sequence s has rows
-            ``cu_seqlens[s] .. cu_seqlens[s + 1]``. An empty sequence has log-probability 0.
+            ``cu_seqlens[s] .. cu_seqlens[s + 1]``. An empty sequence has log-probability 0. On hidden's device or on
+            the CPU.
         weight, bias and the options: as in :func:`linear_logprob`, with its errors and costs.
 
     Returns:
@@ -248,8 +270,12 @@ def linear_sequence_logprob(
         temperature=temperature,
         backend=backend,
         max_buffer_bytes=max_buffer_bytes,
+        process_group=process_group,
     )
-    result: Tensor = ops.segment_sum(token_logprob, cu_seqlens)
+    name = backends.resolve(backend, hidden.device)
+    result: Tensor = ops.segment_sum(
+        token_logprob, to_device(cu_seqlens, hidden.device), "torch" if name == "reference" else name
+    )
     return result
 
 
@@ -268,6 +294,7 @@ def _check_pairs(
     prompt_index: Tensor | None,
     max_ratio: float | None,
     estimator: str,
+    host_pairs: bool = False,
 ) -> None:
     checks.loss_options(tau, loss_type, max_ratio, estimator)
     checks.dtype("pairs", pairs, (torch.int64,))
@@ -289,7 +316,8 @@ def _check_pairs(
         if tensor is not None:
             checks.shape(name, tensor, (size,), letters)
             checks.device(name, tensor, device)
-    for name, tensor in (("pairs", pairs), ("preference", preference), ("objective_weight", objective_weight)):
+    checks.device("pairs", pairs, device, host=host_pairs)
+    for name, tensor in (("preference", preference), ("objective_weight", objective_weight)):
         checks.device(name, tensor, device)
     for name, tensor in (("preference", preference), ("objective_weight", objective_weight)):
         checks.dtype(name, tensor, checks.FLOATING)
@@ -304,14 +332,14 @@ def _check_pairs(
         checks.dtype("prompt_index", prompt_index, (torch.int64, torch.int32))
 
 
-def _normalizer(normalizer: float | Tensor | None, like: Tensor) -> Tensor | None:
+def _normalizer(normalizer: float | Tensor | None, dtype: torch.dtype, device: torch.device) -> Tensor | None:
     if normalizer is None:
         return None
     if isinstance(normalizer, Tensor):
         checks.expect(normalizer.numel() == 1, "normalizer", "have one element", tuple(normalizer.shape))
-        checks.device("normalizer", normalizer, like.device)
+        checks.device("normalizer", normalizer, device)
         return normalizer.detach().reshape(())
-    return torch.full((), normalizer, dtype=like.dtype, device=like.device)
+    return torch.full((), normalizer, dtype=dtype, device=device)
 
 
 def mopo_loss(
@@ -404,11 +432,12 @@ def mopo_loss(
         margin,
         length,
         prompt_index,
-        _normalizer(normalizer, logprob),
+        _normalizer(normalizer, logprob.dtype, logprob.device),
         tau,
         loss_type,
         max_ratio,
         estimator,
+        backends.resolve("auto", logprob.device),
     )
     return MOPOLossOutput(*output[:6])
 
@@ -443,6 +472,7 @@ def linear_mopo_loss(
     temperature: float = 1.0,
     backend: str = "auto",
     max_buffer_bytes: int | None = None,
+    process_group: ProcessGroup | None = None,
 ) -> MOPOLossOutput:
     """The constrained preference loss straight from hidden states, in one pass: logits are never materialised.
 
@@ -454,7 +484,9 @@ def linear_mopo_loss(
 
     Args:
         hidden, weight, target, cu_seqlens, bias: the packed policy batch, as in :func:`linear_sequence_logprob`.
-        pairs, preference, objective_weight: as in :func:`mopo_loss`, rows being sequences.
+        pairs, preference, objective_weight: as in :func:`mopo_loss`, rows being sequences. Where ``cu_seqlens`` and
+            ``pairs`` are both on the CPU, whatever the device of the rest, the chunks are planned so that pairs close
+            in them. On an accelerator without that, all pairs must close in one chunk, or every row is recomputed.
         ref_logprob: (S,) reference log-probabilities in nats; or else
         ref_hidden: (N, H') the reference's hidden states for the same rows, with
         ref_weight: (V, H'), default ``weight``, and
@@ -492,6 +524,7 @@ def linear_mopo_loss(
         prompt_index,
         max_ratio,
         estimator,
+        host_pairs=True,
     )
     checks.expect(
         (ref_logprob is None) != (ref_hidden is None),
@@ -506,28 +539,35 @@ def linear_mopo_loss(
         "temperature": temperature,
         "backend": backend,
         "max_buffer_bytes": max_buffer_bytes,
+        "process_group": process_group,
     }
+    name = backends.resolve(backend, hidden.device)
+    group_name = _group_name(process_group, name)
     dtype = accumulation_dtype(hidden.dtype)
+    shared_hidden = None
     if ref_hidden is None:
         for argument, tensor in (("ref_weight", ref_weight), ("ref_bias", ref_bias)):
             checks.expect(tensor is None, argument, "be None without ref_hidden", "a tensor")
     else:
         ref = _reference_head(_Linear(hidden, weight, bias), ref_hidden, ref_weight, ref_bias)
-        with torch.no_grad():
-            ref_logprob = linear_sequence_logprob(ref.hidden, ref.weight, target, cu_seqlens, ref.bias, **linear)
-    assert ref_logprob is not None
-    checks.shape("ref_logprob", ref_logprob, (sequences,), "(S,)")
-    checks.dtype("ref_logprob", ref_logprob, checks.FLOATING)
-    checks.device("ref_logprob", ref_logprob, hidden.device)
-    ref_logprob = ref_logprob.detach().to(dtype)
+        if name != "reference" and ref.weight is weight and ref.bias is bias:
+            shared_hidden = ref.hidden.detach()
+        else:
+            with torch.no_grad():
+                ref_logprob = linear_sequence_logprob(ref.hidden, ref.weight, target, cu_seqlens, ref.bias, **linear)
+    if ref_logprob is not None:
+        checks.shape("ref_logprob", ref_logprob, (sequences,), "(S,)")
+        checks.dtype("ref_logprob", ref_logprob, checks.FLOATING)
+        checks.device("ref_logprob", ref_logprob, hidden.device)
+        ref_logprob = ref_logprob.detach().to(dtype)
 
-    name = backends.resolve(backend, hidden.device)
     if name == "reference":
+        assert ref_logprob is not None
         logprob = linear_sequence_logprob(hidden, weight, target, cu_seqlens, bias, **linear)
         return mopo_loss(
             logprob,
             ref_logprob,
-            pairs,
+            to_device(pairs, hidden.device),
             preference,
             objective_weight,
             tau=tau,
@@ -548,6 +588,7 @@ def linear_mopo_loss(
         cu_seqlens,
         bias,
         ref_logprob,
+        shared_hidden,
         pairs,
         preference,
         objective_weight,
@@ -556,7 +597,7 @@ def linear_mopo_loss(
         margin,
         length,
         prompt_index,
-        _normalizer(normalizer, ref_logprob),
+        _normalizer(normalizer, dtype, hidden.device),
         tau,
         loss_type,
         max_ratio,
@@ -567,6 +608,7 @@ def linear_mopo_loss(
         temperature,
         name,
         max_buffer_bytes,
+        group_name,
         _needs(hidden),
         _needs(weight),
         _needs(bias),

@@ -14,9 +14,11 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from mopo_kernels import checks, driver, reference
-from mopo_kernels.backends import Head
-from mopo_kernels.driver import PairData, accumulation_dtype
+from mopo_kernels import checks, driver
+from mopo_kernels.backends import Head, tile_backend
+from mopo_kernels.coefficients import PairData
+from mopo_kernels.driver import Call
+from mopo_kernels.head import Folded, Tile, accumulation_dtype
 
 
 def _traced(tensor: Tensor) -> bool:
@@ -49,80 +51,74 @@ def _saved(tensor: Tensor) -> Tensor:
 
 # ------------------------------------------------------------------------------------------- log-probability per token
 
-_HEAD = "int ignore_index, float? softcap, float logit_scale, float temperature, str backend, int max_buffer_bytes"
-_NEED = "bool need_hidden, bool need_weight, bool need_bias"
+_CALL = (
+    "int ignore_index, float? softcap, float logit_scale, float temperature, str backend, int max_buffer_bytes, "
+    "str? process_group, bool need_hidden, bool need_weight, bool need_bias"
+)
+
+
+def _call(
+    ignore_index: int,
+    softcap: float | None,
+    logit_scale: float,
+    temperature: float,
+    backend: str,
+    max_buffer_bytes: int,
+    process_group: str | None,
+    *needs: bool,
+) -> Call:
+    """The arguments that ``_CALL`` names."""
+    need_hidden, need_weight, need_bias = needs
+    return Call(
+        ignore_index,
+        Head(softcap, logit_scale, temperature),
+        backend,
+        max_buffer_bytes,
+        process_group,
+        (need_hidden, need_weight, need_bias),
+    )
 
 
 @torch.library.custom_op(
     "mopo::linear_logprob",
     mutates_args=(),
-    schema=f"(Tensor hidden, Tensor weight, Tensor target, Tensor? bias, {_HEAD}, {_NEED})"
-    " -> (Tensor, Tensor, Tensor, Tensor)",
+    schema=f"(Tensor hidden, Tensor weight, Tensor target, Tensor? bias, {_CALL})"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 def linear_logprob(
-    hidden: Tensor,
-    weight: Tensor,
-    target: Tensor,
-    bias: Tensor | None,
-    ignore_index: int,
-    softcap: float | None,
-    logit_scale: float,
-    temperature: float,
-    backend: str,
-    max_buffer_bytes: int,
-    need_hidden: bool,
-    need_weight: bool,
-    need_bias: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    checks.targets(target, weight.shape[0], ignore_index)
+    hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None, *options: Any
+) -> tuple[Tensor, ...]:
+    call = _call(*options)
+    shard = call.shard(hidden, weight, target)
+    checks.targets(target, weight.shape[0] if shard is None else shard.vocabulary, call.ignore_index)
     with torch.autocast(hidden.device.type, enabled=False):
-        return driver.linear_logprob(
-            hidden,
-            weight,
-            target,
-            bias,
-            ignore_index,
-            Head(softcap, logit_scale, temperature),
-            backend,
-            max_buffer_bytes,
-            need_hidden,
-            need_weight,
-            need_bias,
-        )
+        return driver.linear_logprob(hidden, weight, target, bias, call, shard)
 
 
 @linear_logprob.register_fake
-def _(
-    hidden: Tensor,
-    weight: Tensor,
-    target: Tensor,
-    bias: Tensor | None,
-    ignore_index: int,
-    softcap: float | None,
-    logit_scale: float,
-    temperature: float,
-    backend: str,
-    max_buffer_bytes: int,
-    need_hidden: bool,
-    need_weight: bool,
-    need_bias: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    dtype, tokens = accumulation_dtype(hidden.dtype), hidden.shape[0]
-    trained = need_weight or need_bias
-    keep = trained and driver.keeps_products(tokens, weight, max_buffer_bytes)
-    return (
-        hidden.new_empty(tokens, dtype=dtype),
-        hidden.new_empty(tokens, dtype=torch.float64),
-        hidden.new_empty(hidden.shape if need_hidden and not trained else (0,), dtype=dtype),
-        weight.new_empty((tokens, weight.shape[0]) if keep else (0,), dtype=dtype),
-    )
+def _(hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None, *options: Any) -> tuple[Tensor, ...]:
+    call = _call(*options)
+    dtype, tokens, vocabulary = accumulation_dtype(hidden.dtype), hidden.shape[0], weight.shape[0]
+    logprob, empty = hidden.new_empty(tokens, dtype=dtype), hidden.new_empty(0, dtype=dtype)
+    logsumexp = hidden.new_empty(tokens, dtype=torch.float64)
+    if call.frozen:
+        return logprob, logsumexp, hidden.new_empty(hidden.shape, dtype=dtype), empty, torch.empty_like(empty)
+    if not call.keeps_products(tokens, weight):
+        return logprob, logsumexp, *(torch.empty_like(empty) for _ in range(3))
+    backend = tile_backend(call.backend)
+    if not backend.fuses(weight.dtype):
+        values, offsets = weight.new_empty((tokens, vocabulary), dtype=dtype), empty
+    else:
+        values = weight.new_empty((tokens, vocabulary))
+        offsets = weight.new_empty((backend.offset_blocks(vocabulary), tokens), dtype=torch.float32)
+    return logprob, logsumexp, torch.empty_like(empty), values, offsets
 
 
 @torch.library.custom_op(
     "mopo::linear_logprob_backward",
     mutates_args=(),
-    schema="(Tensor grad, Tensor hidden, Tensor weight, Tensor target, Tensor? bias, Tensor logsumexp, "
-    f"Tensor products, {_HEAD}, {_NEED}) -> (Tensor, Tensor, Tensor)",
+    schema="(Tensor grad, Tensor hidden, Tensor weight, Tensor target, Tensor? bias, Tensor logprob, Tensor logsumexp, "
+    f"Tensor products, Tensor offsets, {_CALL}) -> (Tensor, Tensor, Tensor)",
 )
 def linear_logprob_backward(
     grad: Tensor,
@@ -130,34 +126,18 @@ def linear_logprob_backward(
     weight: Tensor,
     target: Tensor,
     bias: Tensor | None,
+    logprob: Tensor,
     logsumexp: Tensor,
     products: Tensor,
-    ignore_index: int,
-    softcap: float | None,
-    logit_scale: float,
-    temperature: float,
-    backend: str,
-    max_buffer_bytes: int,
-    need_hidden: bool,
-    need_weight: bool,
-    need_bias: bool,
+    offsets: Tensor,
+    *options: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    call = _call(*options)
+    kept = Tile(products, offsets if offsets.dim() == 2 else None) if products.dim() == 2 else None
+    shard = call.shard(hidden, weight, target)
     with torch.autocast(hidden.device.type, enabled=False):
         return driver.linear_logprob_backward(
-            grad,
-            hidden,
-            weight,
-            target,
-            bias,
-            logsumexp,
-            products,
-            ignore_index,
-            Head(softcap, logit_scale, temperature),
-            backend,
-            max_buffer_bytes,
-            need_hidden,
-            need_weight,
-            need_bias,
+            grad, hidden, weight, target, bias, Folded(logprob, logsumexp), kept, call, shard
         )
 
 
@@ -179,10 +159,10 @@ def _(grad: Tensor, hidden: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor,
 
 def _linear_logprob_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     hidden, weight, target, bias, *options = inputs
-    _, logsumexp, unit, products = output
+    logprob, logsumexp, unit, products, offsets = output
     ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(logsumexp, unit, products)
-    ctx.save_for_backward(hidden, weight, _saved(target), bias, logsumexp, products)
+    ctx.mark_non_differentiable(logsumexp, unit, products, offsets)
+    ctx.save_for_backward(hidden, weight, _saved(target), bias, logprob, logsumexp, products, offsets)
     ctx.options = options
     ctx.held = [unit] if unit.dim() == 2 else None
 
@@ -191,16 +171,14 @@ def _linear_logprob_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tenso
 def _linear_logprob_backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
     if grad is None:
         return (None,) * (4 + len(ctx.options))
-    hidden, weight, target, bias, logsumexp, products = ctx.saved_tensors
+    hidden, weight, target, bias, *kept = ctx.saved_tensors
     need_hidden, need_weight, need_bias = ctx.options[-3:]
     held = _take(ctx)
     # Where nothing is scored the derivative is 0 whatever comes from upstream, NaN included.
     grad = grad.where(target != ctx.options[0], 0)
     if held is not None:
         return _scale(held, grad[:, None], hidden), *(None,) * (3 + len(ctx.options))
-    dhidden, dweight, dbias = linear_logprob_backward(
-        grad, hidden, weight, target, bias, logsumexp, products, *ctx.options
-    )
+    dhidden, dweight, dbias = linear_logprob_backward(grad, hidden, weight, target, bias, *kept, *ctx.options)
     return (
         dhidden.to(hidden.dtype) if need_hidden else None,
         dweight.to(weight.dtype) if need_weight else None,
@@ -216,26 +194,28 @@ linear_logprob.register_autograd(_linear_logprob_backward, setup_context=_linear
 # ----------------------------------------------------------------------------------------- sums over packed sequences
 
 
-@torch.library.custom_op("mopo::segment_sum", mutates_args=(), schema="(Tensor value, Tensor cu_seqlens) -> Tensor")
-def segment_sum(value: Tensor, cu_seqlens: Tensor) -> Tensor:
+@torch.library.custom_op(
+    "mopo::segment_sum", mutates_args=(), schema="(Tensor value, Tensor cu_seqlens, str backend) -> Tensor"
+)
+def segment_sum(value: Tensor, cu_seqlens: Tensor, backend: str) -> Tensor:
     checks.cu_seqlens(cu_seqlens, value.shape[0])
-    return reference.segment_sum(value, cu_seqlens)
+    return tile_backend(backend).segment_sum(value, cu_seqlens)
 
 
 @segment_sum.register_fake
-def _(value: Tensor, cu_seqlens: Tensor) -> Tensor:
+def _(value: Tensor, cu_seqlens: Tensor, backend: str) -> Tensor:
     return value.new_empty(cu_seqlens.shape[0] - 1)
 
 
-def _segment_sum_setup(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+def _segment_sum_setup(ctx: Any, inputs: tuple[Tensor, Tensor, str], output: Tensor) -> None:
     ctx.save_for_backward(_saved(inputs[1]))
     ctx.tokens = inputs[0].shape[0]
 
 
-def _segment_sum_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+def _segment_sum_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
     (cu_seqlens,) = ctx.saved_tensors
     token = torch.arange(ctx.tokens, device=grad.device, dtype=cu_seqlens.dtype)
-    return grad[torch.searchsorted(cu_seqlens[1:], token, right=True)], None
+    return grad[torch.searchsorted(cu_seqlens[1:], token, right=True)], None, None
 
 
 segment_sum.register_autograd(_segment_sum_backward, setup_context=_segment_sum_setup)
@@ -251,7 +231,8 @@ _LOSS = (
 
 
 def _pair_data(
-    ref_logprob: Tensor,
+    sequences: int,
+    dtype: torch.dtype,
     pairs: Tensor,
     preference: Tensor,
     objective_weight: Tensor,
@@ -266,12 +247,12 @@ def _pair_data(
     max_ratio: float | None,
     estimator: str,
 ) -> PairData:
-    """Checked values, in the dtype of ``ref_logprob``."""
+    """Checked values, in ``dtype``."""
     checks.pair_values(
         pairs,
         preference,
         objective_weight,
-        ref_logprob.shape[0],
+        sequences,
         pair_weight,
         label_rate,
         margin,
@@ -281,13 +262,12 @@ def _pair_data(
     )
 
     def cast(tensor: Tensor | None) -> Tensor | None:
-        return None if tensor is None else tensor.to(ref_logprob.dtype)
+        return None if tensor is None else tensor.to(dtype)
 
     return PairData(
         pairs=pairs,
-        preference=preference.to(ref_logprob.dtype),
-        objective_weight=objective_weight.to(ref_logprob.dtype),
-        ref_logprob=ref_logprob,
+        preference=preference.to(dtype),
+        objective_weight=objective_weight.to(dtype),
         tau=tau,
         loss_type=loss_type,
         pair_weight=cast(pair_weight),
@@ -304,15 +284,16 @@ def _pair_data(
 @torch.library.custom_op(
     "mopo::mopo_loss",
     mutates_args=(),
-    schema=f"(Tensor logprob, Tensor ref_logprob, {_PAIRS}, {_LOSS})"
+    schema=f"(Tensor logprob, Tensor ref_logprob, {_PAIRS}, {_LOSS}, str backend)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 def mopo_loss(
     logprob: Tensor, ref_logprob: Tensor, pairs: Tensor, preference: Tensor, objective_weight: Tensor, *rest: Any
 ) -> tuple[Tensor, ...]:
-    data = _pair_data(ref_logprob, pairs, preference, objective_weight, *rest)
-    output = driver.evaluate_loss(logprob, data)
-    return (*(t.clone() for t in output), driver.coefficient(logprob, data))
+    *arguments, backend = rest
+    data = _pair_data(ref_logprob.shape[0], ref_logprob.dtype, pairs, preference, objective_weight, *arguments)
+    output = driver.evaluate_loss(logprob, ref_logprob, data)
+    return (*(t.clone() for t in output), tile_backend(backend).pair_coefficient(logprob, ref_logprob, data))
 
 
 @mopo_loss.register_fake
@@ -357,8 +338,8 @@ mopo_loss.register_autograd(_mopo_loss_backward, setup_context=_mopo_loss_setup)
 @torch.library.custom_op(
     "mopo::linear_mopo_loss",
     mutates_args=(),
-    schema="(Tensor hidden, Tensor weight, Tensor target, Tensor cu_seqlens, Tensor? bias, Tensor ref_logprob, "
-    f"{_PAIRS}, {_LOSS}, {_HEAD}, {_NEED})"
+    schema="(Tensor hidden, Tensor weight, Tensor target, Tensor cu_seqlens, Tensor? bias, Tensor? ref_logprob, "
+    f"Tensor? ref_hidden, {_PAIRS}, {_LOSS}, {_CALL})"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 def linear_mopo_loss(
@@ -367,27 +348,20 @@ def linear_mopo_loss(
     target: Tensor,
     cu_seqlens: Tensor,
     bias: Tensor | None,
-    ref_logprob: Tensor,
+    ref_logprob: Tensor | None,
+    ref_hidden: Tensor | None,
+    pairs: Tensor,
     *rest: Any,
 ) -> tuple[Tensor, ...]:
-    pair_arguments, head_arguments, need = rest[:-9], rest[-9:-3], rest[-3:]
-    ignore_index, softcap, logit_scale, temperature, backend, max_buffer_bytes = head_arguments
-    checks.targets(target, weight.shape[0], ignore_index)
+    pair_arguments, call = rest[:-10], _call(*rest[-10:])
+    shard = call.shard(hidden, weight, target)
+    checks.targets(target, weight.shape[0] if shard is None else shard.vocabulary, call.ignore_index)
     checks.cu_seqlens(cu_seqlens, hidden.shape[0])
-    data = _pair_data(ref_logprob, *pair_arguments)
+    device_pairs = driver.to_device(pairs, hidden.device)
+    data = _pair_data(cu_seqlens.shape[0] - 1, accumulation_dtype(hidden.dtype), device_pairs, *pair_arguments)
     with torch.autocast(hidden.device.type, enabled=False):
         output, *gradients = driver.linear_mopo_loss(
-            hidden,
-            weight,
-            target,
-            cu_seqlens,
-            bias,
-            data,
-            ignore_index,
-            Head(softcap, logit_scale, temperature),
-            backend,
-            max_buffer_bytes,
-            *need,
+            hidden, weight, target, cu_seqlens, bias, ref_logprob, ref_hidden, data, pairs, call, shard
         )
     return (*(t.clone() for t in output), *gradients)
 
@@ -399,13 +373,14 @@ def _(
     target: Tensor,
     cu_seqlens: Tensor,
     bias: Tensor | None,
-    ref_logprob: Tensor,
+    ref_logprob: Tensor | None,
+    ref_hidden: Tensor | None,
     pairs: Tensor,
     preference: Tensor,
     *rest: Any,
 ) -> tuple[Tensor, ...]:
     return (
-        *_fake_outputs(hidden, ref_logprob.shape[0], pairs, preference),
+        *_fake_outputs(hidden, cu_seqlens.shape[0] - 1, pairs, preference),
         *_fake_gradients(hidden, weight, *rest[-3:]),
     )
 

@@ -55,11 +55,19 @@ def linear_logprob(
     return torch.where(scored, picked, torch.zeros_like(picked))
 
 
+def scatter_sum(start: Tensor, index: Tensor, value: Tensor) -> Tensor:
+    """``start.index_add(0, index, value)``, but in the same order in every run on every device."""
+    # CUDA's index_add adds in the order in which threads arrive, index_put sorts first; on the CPU it is the other way.
+    if start.device.type == "cpu":
+        return start.index_add(0, index, value)
+    return start.index_put((index,), value, accumulate=True)
+
+
 def segment_sum(value: Tensor, cu_seqlens: Tensor) -> Tensor:
     """``[value[a:b].sum() for a, b in zip(cu_seqlens, cu_seqlens[1:])]``: value (N,), cu_seqlens (S + 1,) -> (S,)."""
     lengths = cu_seqlens[1:] - cu_seqlens[:-1]
     owner = torch.repeat_interleave(lengths, output_size=value.shape[0])
-    return value.new_zeros(lengths.shape[0]).index_add(0, owner, value)
+    return scatter_sum(value.new_zeros(lengths.shape[0]), owner, value)
 
 
 def pair_target(
@@ -105,10 +113,19 @@ def mean_label(preference: Tensor, pairs: Tensor, sequences: int) -> Tensor:
     labelled = ~torch.isnan(preference)
     z = torch.nan_to_num(preference, nan=0.0)
     total = preference.new_zeros(sequences, preference.shape[1])
-    total = total.index_add(0, pairs[:, 0], z).index_add(0, pairs[:, 1], (1 - z) * labelled)
-    count = torch.zeros_like(total)
-    count = count.index_add(0, pairs[:, 0], labelled.to(z.dtype)).index_add(0, pairs[:, 1], labelled.to(z.dtype))
+    total = scatter_sum(scatter_sum(total, pairs[:, 0], z), pairs[:, 1], (1 - z) * labelled)
+    present = labelled.to(z.dtype)
+    count = scatter_sum(scatter_sum(torch.zeros_like(total), pairs[:, 0], present), pairs[:, 1], present)
     return torch.where(count > 0, total / count.clamp(min=1), 0.5)
+
+
+def prompt_number(prompt_index: Tensor) -> Tensor:
+    """Any integers (S,) -> the same partition named 0, 1, 2, ...; unlike ``torch.unique``, without waiting for a device
+    to count them."""
+    ordered, order = prompt_index.sort(stable=True)
+    first = torch.ones_like(ordered)
+    first[1:] = ordered[1:] != ordered[:-1]
+    return torch.empty_like(first).scatter(0, order, first.cumsum(0).to(first.dtype) - 1).long()
 
 
 def policy_ratio(
@@ -122,12 +139,11 @@ def policy_ratio(
     """``rho = n softmax(sum_k w_k sbar_k / tau)`` within each prompt's n responses, optionally capped, (S,)."""
     sequences = prompt_index.shape[0]
     score = (mean_label(preference, pairs, sequences) * objective_weight).sum(dim=1) / tau
-    # A prompt is named by its smallest row, so that prompt_index may hold any integers.
-    _, group = torch.unique(prompt_index, return_inverse=True)
+    group = prompt_number(prompt_index)
     top = score.new_full((sequences,), -torch.inf).scatter_reduce(0, group, score, "amax")
     tilted = torch.exp(score - top[group])
-    total = torch.zeros_like(score).index_add(0, group, tilted)
-    count = torch.zeros_like(score).index_add(0, group, torch.ones_like(score))
+    total = scatter_sum(torch.zeros_like(score), group, tilted)
+    count = scatter_sum(torch.zeros_like(score), group, torch.ones_like(score))
     rho = count[group] * tilted / total[group]
     return rho if max_ratio is None else rho.clamp(max=max_ratio)
 

@@ -17,7 +17,6 @@ from mopo_kernels import (
     DualAscent,
     LinearMOPOLoss,
     backends,
-    driver,
     linear_logprob,
     linear_mopo_loss,
     linear_sequence_logprob,
@@ -25,6 +24,9 @@ from mopo_kernels import (
     pack_responses,
     reference,
 )
+from mopo_kernels.backends import Head
+from mopo_kernels.driver import Call
+from mopo_kernels.groups import Group, closed_groups
 
 FAST = [name for name, reason in backends.availability().items() if reason is None and name != "reference"]
 
@@ -227,12 +229,15 @@ def test_a_pair_of_responses_to_different_prompts_is_refused_where_prompts_are_t
 def test_only_what_is_longer_than_the_buffer_is_recomputed() -> None:
     lengths = [2, 1, 9, 9, 1, 2, 3, 1]
     pairs = [[0, 1], [3, 2], [5, 4], [6, 7]]
-    groups = driver.closed_groups(pairs, lengths, largest=7)
-    assert [(g.sequences, g.pairs, g.held) for g in groups] == [
-        ([0, 1], [0], True),
-        ([2, 3], [1], False),
-        ([4, 5, 6, 7], [2, 3], True),
-    ]
+    groups = closed_groups(pairs, lengths, largest=7)
+    assert [(g.sequences, g.held) for g in groups] == [([0, 1], True), ([2, 3], False), ([4, 5, 6, 7], True)]
+
+
+def test_rows_of_a_group_are_as_few_ranges_as_possible() -> None:
+    first = [0, 2, 2, 5, 9, 10]
+    assert Group([0, 1, 2], held=True).row_ranges(first) == [(0, 5)]
+    assert Group([4, 0, 3], held=True).row_ranges(first) == [(0, 2), (5, 10)]
+    assert Group([1], held=True).row_ranges(first) == []
 
 
 def test_cloning_without_pairs_is_plain_cloning_of_the_data() -> None:
@@ -273,7 +278,8 @@ def test_kept_products_and_what_turns_them_into_gradients_share_the_buffer(backe
     batch = make_batch(prompts=12, responses=4, longest=9, hidden=64, vocabulary=2003, dtype=torch.float32)
     leaves = batch.leaves("hidden", "weight", "bias")
     limit = batch.hidden.shape[0] * 2003 * 4 * 4 // 3 + 4
-    assert driver.keeps_products(batch.hidden.shape[0], batch.weight, limit)
+    call_options = Call(-100, Head(None, 1.0, 1.0), backend, limit, None, (True, True, True))
+    assert call_options.keeps_products(batch.hidden.shape[0], batch.weight)
 
     def call() -> tuple[Tensor, ...]:
         value = linear_logprob(

@@ -268,9 +268,10 @@ def test_reference_hidden_states_stand_for_reference_logprobs(dtype: torch.dtype
             ref_logprob = linear_sequence_logprob(h, w, batch.target, batch.cu_seqlens, b)
         given = linear_mopo_loss(*batch.loss_arguments(), ref_logprob=ref_logprob)
         computed = linear_mopo_loss(*batch.loss_arguments(), **arguments)
-        assert torch.equal(given.loss, computed.loss)
+        # Not bitwise: under the same head both go through one product, which may round its rows differently.
+        torch.testing.assert_close(computed.loss, given.loss)
         for a, b_ in zip(gradients(given.loss, leaves), gradients(computed.loss, leaves), strict=True):
-            assert torch.equal(a, b_)
+            torch.testing.assert_close(b_, a)
 
 
 def test_module_and_function_are_the_same() -> None:

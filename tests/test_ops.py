@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mopo_kernels import (
     backends,
-    driver,
+    head,
     linear_logprob,
     linear_mopo_loss,
     linear_sequence_logprob,
@@ -24,7 +24,7 @@ FAST = [name for name, reason in backends.availability().items() if reason is No
 
 
 def head_options(limit: int, *need: bool) -> tuple[Any, ...]:
-    return (-100, 3.0, 1.0, 1.0, "torch", limit, *need)
+    return (-100, 3.0, 1.0, 1.0, "torch", limit, None, *need)
 
 
 @pytest.mark.parametrize("limit", [1 << 20, 6_000], ids=["whole", "narrow"])
@@ -58,28 +58,32 @@ def test_ops_pass_opcheck(limit: int, trained: tuple[str, ...]) -> None:
             batch.target,
             batch.bias.detach(),
             logsumexp,
+            logsumexp,
+            logsumexp[:0],
             logsumexp[:0],
             *options,
         ),
     )
     value = torch.randn(batch.hidden.shape[0], dtype=torch.float64, requires_grad="hidden" in trained)
-    torch.library.opcheck(ops.segment_sum, (value, batch.cu_seqlens))
+    torch.library.opcheck(ops.segment_sum, (value, batch.cu_seqlens, "torch"))
     pair_arguments = (batch.pairs, torch.nan_to_num(batch.preference, nan=0.5), batch.objective_weight, *pair_options)
     logprob = batch.ref_logprob.clone().requires_grad_("hidden" in trained)
-    torch.library.opcheck(ops.mopo_loss, (logprob, batch.ref_logprob, *pair_arguments))
-    torch.library.opcheck(
-        ops.linear_mopo_loss,
-        (
-            batch.hidden,
-            batch.weight,
-            batch.target,
-            batch.cu_seqlens,
-            batch.bias,
-            batch.ref_logprob,
-            *pair_arguments,
-            *options,
-        ),
-    )
+    torch.library.opcheck(ops.mopo_loss, (logprob, batch.ref_logprob, *pair_arguments, "torch"))
+    ref_hidden = batch.hidden.detach() + 0.1
+    for reference in ((batch.ref_logprob, None), (None, ref_hidden)):
+        torch.library.opcheck(
+            ops.linear_mopo_loss,
+            (
+                batch.hidden,
+                batch.weight,
+                batch.target,
+                batch.cu_seqlens,
+                batch.bias,
+                *reference,
+                *pair_arguments,
+                *options,
+            ),
+        )
 
 
 def fused(batch: Batch) -> Tensor:
@@ -148,8 +152,8 @@ def units(function: Callable[[], Tensor], batch: Batch, monkeypatch: pytest.Monk
 
         return run
 
-    monkeypatch.setattr(driver, "_mm", counting(driver._mm, 0))
-    monkeypatch.setattr(driver, "_addmm_", counting(driver._addmm_, 1))
+    monkeypatch.setattr(head, "_mm", counting(head._mm, 0))
+    monkeypatch.setattr(head, "_addmm_", counting(head._addmm_, 1))
     value = function()
     if value.requires_grad:
         value.backward()
@@ -162,6 +166,10 @@ COSTS = {
     "loss without gradient": ("loss", (), 1 << 20, 1.0),
     "frozen head, any loss": ("logprob", ("hidden",), 1 << 20, 2.0),
     "frozen head, one pass": ("loss", ("hidden",), 1 << 20, 2.0),
+    "frozen head, a prompt longer than the buffer": ("loss", ("hidden",), 14_000, 2.0),
+    "frozen head, the reference in one product": ("with reference", ("hidden",), 1 << 20, 3.0),
+    "trained head, the reference in one product": ("with reference", ("hidden", "weight"), 1 << 20, 4.0),
+    "trained head, the reference apart": ("with reference", ("hidden", "weight"), 24_000, 4.0),
     "frozen head, cloning": ("cloning", ("hidden",), 1 << 20, 2.0),
     "trained head, one pass": ("loss", ("hidden", "weight"), 1 << 20, 3.0),
     "trained head, one pass in chunks": ("loss", ("hidden", "weight"), 24_000, 3.0),
@@ -186,6 +194,8 @@ def test_products_are_as_few_as_the_cost_model_says(case: str, monkeypatch: pyte
         )
     else:
         options = batch.loss_options("cloning" if what == "cloning" else "regression")
+        if what == "with reference":
+            options |= {"ref_logprob": None, "ref_hidden": batch.hidden.detach() + 0.1}
         got = units(lambda: linear_mopo_loss(*batch.loss_arguments(), **options, **common).loss, batch, monkeypatch)
     assert got == pytest.approx(expected)
 

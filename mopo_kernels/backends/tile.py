@@ -1,16 +1,24 @@
-"""What a tile backend is: :class:`TileBackend`, and the map from products to logits, :class:`Head`.
+"""What a tile backend is, :class:`TileBackend`, and the map from products to logits, :class:`Head`.
 
 A *tile* is an (R, W) block of ``hidden @ weight.T`` (rows: scored tokens, columns: vocabulary entries ``start`` to
-``start + W``) in the accumulation dtype: fp32, or fp64 for fp64 input. A backend folds a tile into running statistics
-and turns a tile into its gradient in place; products, chunking and the order of accumulation belong to
-:mod:`mopo_kernels.driver`.
+``start + W``). Every backend folds a tile of products, in the accumulation dtype (fp32, or fp64 for fp64 input), into
+running statistics and turns it into its gradient in place. A backend that *fuses* computes the products itself, for
+half precision input, and keeps a tile of exponentials instead; see :meth:`TileBackend.linear_fold`. Chunking, the other
+products and the order of accumulation belong to :mod:`mopo_kernels.head` and :mod:`mopo_kernels.driver`.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
+import torch
 from torch import Tensor
+
+from mopo_kernels import coefficients, reference
+from mopo_kernels.coefficients import PairData
+
+# A target that no tile holds: the token is not scored. Its statistics mean nothing and its gradient is exactly 0.
+NOT_SCORED = -1
 
 
 class Head(NamedTuple):
@@ -21,8 +29,9 @@ class Head(NamedTuple):
     temperature: float
 
 
-class TileBackend(Protocol):
-    """Tile work. ``tile`` (R, W), ``bias`` (W,) or None, ``target`` (R,) int64 in 0 .. V - 1; the rest (R,)."""
+class TileBackend:
+    """Tile work. ``tile`` (R, W), ``bias`` (W,) or None, ``target`` (R,) int64 in 0 .. V - 1 or ``NOT_SCORED``; the
+    rest (R,)."""
 
     def fold(
         self,
@@ -37,6 +46,7 @@ class TileBackend(Protocol):
     ) -> None:
         """Fold the tile's logits z into ``maximum``, ``total = sum exp(z - maximum)`` and, where the target lies in the
         tile, ``picked = z[target]``. The tile is left as it was. First call: maximum -inf, total 0."""
+        raise NotImplementedError
 
     def gradient_(
         self,
@@ -50,4 +60,54 @@ class TileBackend(Protocol):
     ) -> None:
         """Overwrite the tile with ``coefficient * d logprob / d product``, i.e. with
         ``coefficient * (onehot(target) - exp(z - logsumexp)) * dz/dproduct``; ``logsumexp`` is in fp64, and
-        ``coefficient`` None stands for 1."""
+        ``coefficient`` None stands for 1. Zeros where the token is not scored."""
+        raise NotImplementedError
+
+    def fuses(self, dtype: torch.dtype) -> bool:
+        """Whether :meth:`linear_fold` and :meth:`exponential_gradient_` take input of this dtype."""
+        return False
+
+    def offset_blocks(self, columns: int) -> int:
+        """Blocks of the vocabulary, each with its own offset, in a fused tile of that many columns."""
+        raise NotImplementedError
+
+    def linear_fold(
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        target: Tensor,
+        start: int,
+        head: Head,
+        maximum: Tensor,
+        total: Tensor,
+        picked: Tensor,
+        exponentials: Tensor | None = None,
+        offsets: Tensor | None = None,
+    ) -> None:
+        """:meth:`fold` of ``hidden (R, H) @ weight (W, H).T`` without the products ever being stored. With
+        ``exponentials`` (R, W) in the input's dtype and ``offsets`` (blocks, R) fp32, ``exp(z - offset)`` is left in
+        them: a logit rounded to bf16 is off by up to 1/512 of itself, its exponential so stored by 1/512 of itself."""
+        raise NotImplementedError
+
+    def exponential_gradient_(
+        self,
+        exponentials: Tensor,
+        offsets: Tensor,
+        target: Tensor,
+        start: int,
+        head: Head,
+        logsumexp: Tensor,
+        logprob: Tensor,
+        coefficient: Tensor | None,
+    ) -> None:
+        """:meth:`gradient_` of what :meth:`linear_fold` left, in place; ``logprob`` is the target's, in fp32."""
+        raise NotImplementedError
+
+    def segment_sum(self, value: Tensor, cu_seqlens: Tensor) -> Tensor:
+        """Sums over packed sequences, in a fixed order: (N,), (S + 1,) -> (S,)."""
+        return reference.segment_sum(value, cu_seqlens)
+
+    def pair_coefficient(self, logprob: Tensor, ref_logprob: Tensor, data: PairData) -> Tensor:
+        """``g = d loss / d logprob``, (S,), in a fixed order: :func:`mopo_kernels.coefficients.coefficient`."""
+        return coefficients.coefficient(logprob, ref_logprob, data)

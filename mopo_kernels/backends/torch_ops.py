@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from mopo_kernels.backends.tile import Head
+from mopo_kernels.backends.tile import Head, TileBackend
 
 # Small enough to stay in a core's cache between the passes of one block, large enough to hide the cost of a call.
 BLOCK_BYTES = 2 << 20
@@ -40,7 +40,7 @@ def _logits_(block: Tensor, bias: Tensor | None, head: Head, need_slope: bool = 
     return block.mul_(head.softcap).div_(head.temperature), slope
 
 
-class TorchBackend:
+class TorchBackend(TileBackend):
     def fold(
         self,
         tile: Tensor,
@@ -94,6 +94,7 @@ class TorchBackend:
             if slope is not None:
                 z.mul_(slope)
             del slope  # before the next block's is made
+            z.masked_fill_((target[rows] < 0)[:, None], 0)
 
 
 BACKEND = TorchBackend()

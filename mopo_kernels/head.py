@@ -1,0 +1,378 @@
+"""One chunk of rows through the head: how it is cut to fit a buffer, its products, statistics and gradients.
+
+    products (R, W) -> fold: log-sum-exp and target logit -> gradient in place -> dhidden, dweight, dbias
+
+The backend does ``fold`` and ``gradient_`` (or, fused, the products with the fold); everything else is here, once for
+every backend. A tile spans the whole vocabulary (W = V) whenever the buffer holds enough such rows, so that no product
+is done twice; otherwise the vocabulary is tiled too and the gradient computes its products again. Accumulation is in
+fp32 (fp64 for fp64 input), in a fixed order, with one cast at the end.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from mopo_kernels.backends import Head, TileBackend
+from mopo_kernels.parallel import Shard
+
+# Fewer rows than this make a product so narrow that computing it twice over a tiled vocabulary is faster.
+MIN_ROWS = 32
+MIN_COLUMNS = 128
+# Bytes a row of a chunk takes besides hidden and logits: target, column, masks, running statistics, coefficient.
+ROW_OVERHEAD = 96
+# A backend's temporaries: at most an eighth of the tile, or one row of it.
+TEMPORARY_SHARE = 1 / 8
+# A fused fold that stores nothing still keeps a maximum and a sum for every 64 columns or more.
+STATISTICS_BYTES = 8 / 64
+# Rows of a tile start at multiples of so many elements on an accelerator, whose products are slow on odd strides.
+ROW_ALIGNMENT = 16
+# Gradients in fp16 are multiplied by this before they are rounded: they lie between -1 and 1, and what is below 2^-24
+# would be lost.
+FP16_SCALE = 2.0**14
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """fp64 for fp64 input, else fp32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a head of V x H is cut within a buffer: chunks of ``rows``, tiles of ``columns``, weights converted
+    ``weight_columns`` vocabulary entries at a time (0: used as they are)."""
+
+    rows: int
+    columns: int
+    weight_columns: int
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The sizes from which a :class:`Plan` follows; all in elements but the item sizes, in bytes.
+
+    ``operand`` is the dtype of the products' factors, ``tile`` that of a tile, of which there is none if None.
+    """
+
+    hidden_size: int
+    vocabulary: int
+    accumulate: torch.dtype
+    operand: torch.dtype
+    weight: torch.dtype
+    tile: torch.dtype | None
+
+    def tile_bytes(self) -> float:
+        """Bytes an element of a tile takes: itself, the backend's temporary, a copy in the products' dtype."""
+        if self.tile is None:
+            return STATISTICS_BYTES
+        copy = self.operand.itemsize if self.operand != self.tile else 0
+        return self.tile.itemsize * (1 + TEMPORARY_SHARE) + copy
+
+    def row_bytes(self) -> int:
+        """Bytes a row takes besides its tile: gathered hidden, its gradient (both scaled too in fp16), statistics."""
+        scaled = 2 * self.accumulate.itemsize + self.operand.itemsize if self.operand == torch.float16 else 0
+        return self.hidden_size * (self.operand.itemsize + self.accumulate.itemsize + scaled) + ROW_OVERHEAD
+
+    def least_bytes(self) -> int:
+        """The smallest buffer that can work at all: one row, one column."""
+        scratch = self.hidden_size * self.operand.itemsize if self.weight != self.operand else 0
+        return int(self.row_bytes() + self.tile_bytes() + self.accumulate.itemsize + scratch) + 1
+
+    def weight_columns(self, max_buffer_bytes: int) -> int:
+        """Vocabulary entries converted at a time, in a quarter of the buffer; 0 if the weight is used as it is."""
+        if self.weight == self.operand:
+            return 0
+        return min(self.vocabulary, max(1, max_buffer_bytes // (4 * self.hidden_size * self.operand.itemsize)))
+
+    def tile_budget(self, max_buffer_bytes: int) -> int:
+        """What is left for rows and tiles."""
+        return max_buffer_bytes - self.weight_columns(max_buffer_bytes) * self.hidden_size * self.operand.itemsize
+
+    def whole_rows(self, max_buffer_bytes: int) -> int:
+        """Rows that fit with a tile across the whole vocabulary; may be 0 or less."""
+        available = self.tile_budget(max_buffer_bytes) - self.vocabulary * self.accumulate.itemsize
+        return int(available // (self.vocabulary * self.tile_bytes() + self.row_bytes()))
+
+    def plan(self, rows: int, max_buffer_bytes: int, whole: bool = False) -> Plan:
+        """The cut for ``rows`` rows; with ``whole`` tiles span the vocabulary however few rows that leaves a chunk."""
+        if max_buffer_bytes < self.least_bytes():
+            raise ValueError(
+                f"max_buffer_bytes must be at least {self.least_bytes()} for hidden size {self.hidden_size}; "
+                f"got {max_buffer_bytes}"
+            )
+        weight_columns, whole_rows = self.weight_columns(max_buffer_bytes), self.whole_rows(max_buffer_bytes)
+        rows = max(1, rows)
+        if whole_rows >= (1 if whole else min(rows, MIN_ROWS)):
+            return Plan(min(rows, whole_rows), self.vocabulary, weight_columns)
+        available, per_element, per_row = self.tile_budget(max_buffer_bytes), self.tile_bytes(), self.row_bytes()
+        least = per_row + min(self.vocabulary, MIN_COLUMNS) * per_element
+        chunk = max(1, min(rows, MIN_ROWS, int(available // least)))
+        columns = int((available - chunk * per_row) // (chunk * per_element + self.accumulate.itemsize))
+        return Plan(chunk, max(1, min(self.vocabulary, columns)), weight_columns)
+
+
+def layout_of(weight: Tensor, backend: TileBackend, *, stored: bool = True, vocabulary: int | None = None) -> Layout:
+    """The layout of a head (V, H) under a backend; ``stored`` False if no gradient will follow the fold, so that a
+    backend that fuses needs no tile; ``vocabulary`` to plan for, if not the weight's own."""
+    accumulate = accumulation_dtype(weight.dtype)
+    fused = backend.fuses(weight.dtype)
+    # Half precision products on a CPU without native support run several times slower than fp32 ones.
+    operand = accumulate if weight.device.type == "cpu" and not fused else weight.dtype
+    tile = (weight.dtype if stored else None) if fused else accumulate
+    return Layout(
+        weight.shape[1], weight.shape[0] if vocabulary is None else vocabulary, accumulate, operand, weight.dtype, tile
+    )
+
+
+def row_chunks(count: int, largest: int) -> Iterator[tuple[int, int]]:
+    """0 .. count in the fewest chunks of at most ``largest``, as even as they go."""
+    chunks = -(-count // largest) if count else 0
+    for c in range(chunks):
+        yield count * c // chunks, count * (c + 1) // chunks
+
+
+class Tile(NamedTuple):
+    """(R, W) products; or, fused, exponentials and their ``offsets`` (blocks, R)."""
+
+    values: Tensor
+    offsets: Tensor | None
+
+    def rows(self, start: int, stop: int) -> Tile:
+        offsets = None if self.offsets is None else self.offsets[:, start:stop].contiguous()
+        return Tile(self.values[start:stop], offsets)
+
+    def copy_(self, other: Tile) -> None:
+        self.values.copy_(other.values)
+        if self.offsets is not None and other.offsets is not None:
+            self.offsets.copy_(other.offsets)
+
+
+class Folded(NamedTuple):
+    """Of each row (R,): the target's log-probability, and the log-sum-exp in fp64, since its rounding would tilt the
+    gradient of the whole row."""
+
+    logprob: Tensor
+    logsumexp: Tensor
+
+    def rows(self, start: int, stop: int) -> Folded:
+        return Folded(self.logprob[start:stop], self.logsumexp[start:stop])
+
+
+class LinearHead:
+    """A head with the working buffers of one call. ``weight`` (V, H), ``bias`` (V,) or None; with a ``shard``, the rows
+    of this rank."""
+
+    def __init__(
+        self,
+        weight: Tensor,
+        bias: Tensor | None,
+        head: Head,
+        backend: TileBackend,
+        max_buffer_bytes: int,
+        rows: int,
+        *,
+        whole: bool = False,
+        stored: bool = True,
+        shard: Shard | None = None,
+    ) -> None:
+        self.weight = weight
+        self.head = head
+        self.backend = backend
+        self.fused = backend.fuses(weight.dtype)
+        self.stored = stored
+        self.shard = shard
+        self.layout = layout_of(weight, backend, stored=stored, vocabulary=None if shard is None else shard.largest)
+        self.plan = self.layout.plan(rows, max_buffer_bytes, whole)
+        self.bias = None if bias is None else bias.to(self.layout.accumulate)
+
+    @property
+    def whole(self) -> bool:
+        """A tile spans the vocabulary, so that products survive from the fold to the gradient."""
+        return self.plan.columns == self.layout.vocabulary
+
+    @property
+    def _first(self) -> int:
+        """Vocabulary entry of the weight's first row."""
+        return 0 if self.shard is None else self.shard.start
+
+    def _column_tiles(self) -> Iterator[tuple[int, int]]:
+        return row_chunks(self.weight.shape[0], self.plan.columns)
+
+    @cached_property
+    def _scratch(self) -> Tensor:
+        return self.weight.new_empty(self.plan.weight_columns * self.weight.shape[1], dtype=self.layout.operand)
+
+    @cached_property
+    def _buffer(self) -> Tensor:
+        return self.weight.new_empty(self.plan.rows * self._stride(self.plan.columns), dtype=self.layout.tile)
+
+    @cached_property
+    def _offset_buffer(self) -> Tensor:
+        blocks = self.backend.offset_blocks(self.plan.columns)
+        return self.weight.new_empty(blocks * self.plan.rows, dtype=torch.float32)
+
+    def _stride(self, columns: int) -> int:
+        if self.weight.device.type == "cpu":
+            return columns
+        return -(-columns // ROW_ALIGNMENT) * ROW_ALIGNMENT
+
+    def tile(self, rows: int, columns: int) -> Tile:
+        stride = self._stride(columns)
+        values = self._buffer[: rows * stride].view(rows, stride)[:, :columns]
+        if not self.fused:
+            return Tile(values, None)
+        blocks = self.backend.offset_blocks(columns)
+        return Tile(values, self._offset_buffer[: blocks * rows].view(blocks, rows))
+
+    def new_tile(self, rows: int) -> Tile:
+        """A tile of its own across the whole vocabulary, to be kept."""
+        columns = self.weight.shape[0]
+        values = self.weight.new_empty(rows, columns, dtype=self.layout.tile)
+        if not self.fused:
+            return Tile(values, None)
+        return Tile(values, values.new_empty(self.backend.offset_blocks(columns), rows, dtype=torch.float32))
+
+    def _bias(self, start: int, stop: int) -> Tensor | None:
+        return None if self.bias is None else self.bias[start:stop]
+
+    def _weight_blocks(self, start: int, stop: int) -> Iterator[tuple[int, int, Tensor]]:
+        """Blocks of the weight in the products' dtype."""
+        if self.plan.weight_columns == 0:
+            yield start, stop, self.weight[start:stop]
+            return
+        for a in range(start, stop, self.plan.weight_columns):
+            b = min(a + self.plan.weight_columns, stop)
+            block = self._scratch[: (b - a) * self.weight.shape[1]].view(b - a, -1)
+            yield a, b, block.copy_(self.weight[a:b])
+
+    def _fold_tile(
+        self, hidden: Tensor, target: Tensor, start: int, stop: int, tile: Tile | None, statistics: list[Tensor]
+    ) -> None:
+        """Products of ``hidden`` with weight rows ``start .. stop`` into the tile, folded into the statistics."""
+        at = (self._bias(start, stop), target, self._first + start, self.head)
+        if self.fused:
+            self.backend.linear_fold(hidden, self.weight[start:stop], *at, *statistics, *(tile or (None, None)))
+            return
+        assert tile is not None
+        self._products_(hidden, tile.values, start, stop)
+        self.backend.fold(tile.values, *at, *statistics)
+
+    def _products_(self, hidden: Tensor, values: Tensor, start: int, stop: int) -> None:
+        for a, b, block in self._weight_blocks(start, stop):
+            _mm(hidden, block.T, values[:, a - start : b - start])
+
+    def _new_statistics(self, rows: int) -> list[Tensor]:
+        maximum = self.weight.new_full((rows,), -torch.inf, dtype=self.layout.accumulate)
+        return [maximum, torch.zeros_like(maximum), torch.zeros_like(maximum)]
+
+    def fold(self, hidden: Tensor, target: Tensor, tile: Tile | None = None) -> Folded:
+        """The statistics of rows ``hidden`` (R, H), in the products' dtype. If ``whole`` and ``stored`` their tile is
+        held afterwards: the one given, or :meth:`tile`."""
+        rows = hidden.shape[0]
+        statistics = self._new_statistics(rows)
+        for start, stop in self._column_tiles():
+            into = tile
+            if tile is None and (not self.fused or (self.stored and self.whole)):
+                into = self.tile(rows, stop - start)
+            self._fold_tile(hidden, target, start, stop, into, statistics)
+        if self.shard is not None:
+            self.shard.merge_(*statistics)
+        maximum, total, picked = statistics
+        # Not picked - logsumexp: the difference to the maximum is small, so it rounds less.
+        return Folded((picked - maximum) - torch.log(total), maximum.double() + torch.log(total.double()))
+
+    def unfold(
+        self,
+        hidden: Tensor,
+        target: Tensor,
+        folded: Folded,
+        coefficient: Tensor | None,
+        held: Tile | None,
+        dhidden: Tensor | None,
+        dweight: Tensor | None,
+        dbias: Tensor | None,
+    ) -> None:
+        """Add the gradients of ``sum coefficient * logprob`` for a chunk, None standing for 1, to dhidden (R, H),
+        dweight (V, H), dbias (V,); ``held`` are its products, if they are still there, and are overwritten."""
+        exponent = None
+        if self.layout.operand == torch.float16:
+            # The mantissa goes into the tile, whose values then stay within -1 .. 1; the exponent, exactly, elsewhere.
+            coefficient = torch.ones_like(folded.logprob) if coefficient is None else coefficient
+            mantissa, exponent = torch.frexp(coefficient)
+            coefficient = mantissa * FP16_SCALE
+        for start, stop in self._column_tiles():
+            tile = held
+            if tile is None:
+                tile = self.tile(hidden.shape[0], stop - start)
+                if self.fused:
+                    self._fold_tile(hidden, target, start, stop, tile, self._new_statistics(hidden.shape[0]))
+                else:
+                    self._products_(hidden, tile.values, start, stop)
+            self._gradient_(tile, target, start, stop, folded, coefficient)
+            self._backward_products(tile.values, hidden, exponent, start, stop, dhidden, dweight, dbias)
+
+    def _gradient_(
+        self, tile: Tile, target: Tensor, start: int, stop: int, folded: Folded, coefficient: Tensor | None
+    ) -> None:
+        first, head = self._first + start, self.head
+        if tile.offsets is None:
+            bias = self._bias(start, stop)
+            self.backend.gradient_(tile.values, bias, target, first, head, folded.logsumexp, coefficient)
+        else:
+            self.backend.exponential_gradient_(
+                tile.values, tile.offsets, target, first, head, folded.logsumexp, folded.logprob, coefficient
+            )
+
+    def _backward_products(
+        self,
+        gradient: Tensor,
+        hidden: Tensor,
+        exponent: Tensor | None,
+        start: int,
+        stop: int,
+        dhidden: Tensor | None,
+        dweight: Tensor | None,
+        dbias: Tensor | None,
+    ) -> None:
+        operand, alpha, ones = gradient.to(self.layout.operand), 1.0, None
+        if exponent is not None:
+            power = torch.ldexp(torch.ones_like(hidden[:, :1], dtype=self.layout.accumulate), exponent[:, None])
+            hidden, ones, alpha = (hidden * power).to(hidden.dtype), power.to(hidden.dtype), 1 / FP16_SCALE
+        if dbias is not None:
+            if ones is None:
+                dbias[start:stop] += gradient.sum(dim=0, dtype=dbias.dtype)
+            else:
+                _addmm_(dbias[start:stop, None], operand.T, ones, alpha)
+        if dhidden is not None:
+            added = dhidden if exponent is None else torch.zeros_like(dhidden)
+            for a, b, block in self._weight_blocks(start, stop):
+                _addmm_(added, operand[:, a - start : b - start], block, alpha)
+            if exponent is not None:
+                dhidden += added.mul_(power)
+        if dweight is not None:
+            _addmm_(dweight[start:stop], operand.T, hidden, alpha)
+
+
+def _mm(a: Tensor, b: Tensor, out: Tensor) -> None:
+    """``out = a @ b``, accumulated in the dtype of ``out``."""
+    if a.dtype == out.dtype:
+        torch.mm(a, b, out=out)
+    elif a.device.type == "cpu":
+        torch.mm(a.to(out.dtype), b.to(out.dtype), out=out)
+    else:
+        torch.mm(a, b, out_dtype=out.dtype, out=out)
+
+
+def _addmm_(accumulator: Tensor, a: Tensor, b: Tensor, alpha: float) -> None:
+    """``accumulator += alpha * a @ b``, in the dtype of ``accumulator``."""
+    if a.dtype == accumulator.dtype:
+        accumulator.addmm_(a, b, alpha=alpha)
+    elif a.device.type == "cpu":
+        accumulator.addmm_(a.to(accumulator.dtype), b.to(accumulator.dtype), alpha=alpha)
+    else:
+        torch.addmm(accumulator, a, b, out_dtype=accumulator.dtype, alpha=alpha, out=accumulator)
