@@ -348,11 +348,11 @@ def linear_mopo_loss(
     """The loss of a packed batch and its gradients for hidden, weight and bias (size 0 where not needed).
 
     Three products with a trained head: a chunk of logits is held until the pairs of its sequences close, g follows from
-    the pairs, and the chunk becomes ``g * J`` in place. Sequences tied together by pairs that are longer than the buffer
-    are folded first and computed again afterwards: one product more for their rows, the same numbers. Two with a frozen
-    head, whose rows of dhidden are scaled by g at the end, and one without gradients. The reference is ``ref_logprob`` (S,) or ``ref_hidden`` (N, H) under the
-    same head, one more product: in one with the policy's where the buffer holds both. ``pairs`` are those of ``data``,
-    on the CPU if they can be read.
+    the pairs, and the chunk becomes ``g * J`` in place. Sequences tied together by pairs that need more rows than the
+    buffer has are folded first and computed again afterwards: one product more for their rows, the same numbers. Two
+    with a frozen head, whose rows of dhidden are scaled by g at the end, and one without gradients. The reference is
+    ``ref_logprob`` (S,) or ``ref_hidden`` (N, H) under the same head, one more product: in one with the policy's where
+    the buffer holds both. ``pairs`` are those of ``data``, on the CPU if they can be read.
     """
     sequences, tokens = cu_seqlens.shape[0] - 1, hidden.shape[0]
     host_cu_seqlens, cu_seqlens = cu_seqlens, to_device(cu_seqlens, hidden.device)

@@ -30,6 +30,8 @@ ROW_OVERHEAD = 96
 TEMPORARY_SHARE = 1 / 8
 # A fused fold that stores nothing still keeps a maximum and a sum for every 64 columns or more.
 STATISTICS_BYTES = 8 / 64
+# Weights are converted in blocks that stay in cache until they are multiplied, and of at most a quarter of the buffer.
+WEIGHT_SCRATCH_BYTES = 16 << 20
 # Rows of a tile start at multiples of so many elements on an accelerator, whose products are slow on odd strides.
 ROW_ALIGNMENT = 16
 # Gradients in fp16 are multiplied by this before they are rounded: they lie between -1 and 1, and what is below 2^-24
@@ -84,10 +86,11 @@ class Layout:
         return int(self.row_bytes() + self.tile_bytes() + self.accumulate.itemsize + scratch) + 1
 
     def weight_columns(self, max_buffer_bytes: int) -> int:
-        """Vocabulary entries converted at a time, in a quarter of the buffer; 0 if the weight is used as it is."""
+        """Vocabulary entries converted at a time; 0 if the weight is used as it is."""
         if self.weight == self.operand:
             return 0
-        return min(self.vocabulary, max(1, max_buffer_bytes // (4 * self.hidden_size * self.operand.itemsize)))
+        scratch = min(max_buffer_bytes // 4, WEIGHT_SCRATCH_BYTES)
+        return min(self.vocabulary, max(1, scratch // (self.hidden_size * self.operand.itemsize)))
 
     def tile_budget(self, max_buffer_bytes: int) -> int:
         """What is left for rows and tiles."""

@@ -118,12 +118,13 @@ class PolicyForward:
         length = (cu_seqlens[1:] - cu_seqlens[:-1]).clamp(min=1) if self.length_normalize else None
         label_rate = None if self.label_rate is None else torch.tensor(self.label_rate, device=pairs.device)
         assert objective_weight is not None
+        # Packing has waited for the device already; on the CPU these let the chunks be planned so that pairs close.
         output = linear_mopo_loss(
             rows,
             weight,
             target,
-            cu_seqlens,
-            pairs,
+            cu_seqlens.cpu(),
+            pairs.cpu(),
             preference,
             objective_weight,
             bias,
