@@ -84,14 +84,14 @@ class Reads(TorchDispatchMode):
     """Records the operations that wait for a device: those that read a value or whose result has a size that depends on
     values."""
 
-    WAITS = ("_local_scalar_dense", "nonzero", "unique", "masked_select", "bincount", "equal", "is_nonzero")
+    WAITS = ("local_scalar_dense", "nonzero", "unique", "masked_select", "bincount", "equal", "is_nonzero")
 
     def __init__(self) -> None:
         super().__init__()
         self.found: list[str] = []
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = function.__name__.split(".")[0].rstrip("_2")
+        name = function.__name__.split(".")[0].strip("_2")
         by_mask = name in ("index", "index_put") and any(t is not None and t.dtype == torch.bool for t in args[1])
         sized = name == "repeat_interleave" and not (kwargs or {}).get("output_size")
         if name in self.WAITS or by_mask or sized:
