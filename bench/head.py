@@ -3,12 +3,15 @@
     python -m bench.head                     # the shape of the README's table; --help for others
 
 Contenders take turns, each with fresh inputs; medians are over rounds, and every contender's result is compared with
-plain PyTorch's before it is timed. Memory is the allocator's peak during the call, gradients included.
+plain PyTorch's, in fp32 on the same numbers, before it is timed. Memory is the allocator's peak during the call,
+gradients included. What cannot run here is listed with the reason.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
+import importlib.metadata
 import json
 import platform
 import statistics
@@ -24,7 +27,13 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from bench.contenders import CONTENDERS, Inputs, Workload
+from bench.contenders import BARE, Contender, Inputs, Workload, available
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+# Relative, of the loss and of each gradient. In bf16 a log-probability near -11 nats is rounded to 1/16 nats by a peer
+# that returns it in the inputs' dtype; a token, a pair or an objective left out makes a difference of tenths.
+TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2}
+PEERS = ("trl", "liger-kernel", "cut-cross-entropy", "quack-kernels", "triton", "transformers")
 
 
 def peak_mib(call: Callable[[], Any]) -> float:
@@ -40,73 +49,76 @@ def peak_mib(call: Callable[[], Any]) -> float:
     return peak / 2**20
 
 
-def check(work: Workload) -> dict[str, float]:
-    """Largest relative difference of each contender's loss and gradients from plain PyTorch's; raises above 1e-3."""
+def check(work: Workload, contenders: dict[str, Contender]) -> dict[str, float]:
+    """Largest relative difference of each contender's loss and gradients from plain PyTorch's with the same loss, in
+    fp32.
+
+    Raises:
+        SystemExit: one is above ``TOLERANCE``.
+    """
     inputs = Inputs.make(work, 0)
-    expected = CONTENDERS["plain PyTorch, scored rows"](inputs)
+    expected = {}
     errors = {}
-    for name, run in CONTENDERS.items():
-        if name == "bare products":
+    for name, contender in contenders.items():
+        if contender.expected is None:
             continue
-        got = run(inputs)
-        errors[name] = max(((a - b).norm() / b.norm()).item() for a, b in zip(got, expected, strict=True))
-        if not errors[name] < 1e-3:
+        if contender.loss not in expected:
+            expected[contender.loss] = contender.expected(inputs.in_fp32())
+        got = contender.run(inputs)
+        errors[name] = max(
+            ((a.float() - b).norm() / b.norm()).item() for a, b in zip(got, expected[contender.loss], strict=True)
+        )
+        if not errors[name] < TOLERANCE[work.dtype]:
             raise SystemExit(f"{name} disagrees with plain PyTorch by {errors[name]:.1e}: nothing is reported")
     return errors
 
 
-def measure(work: Workload, rounds: int) -> dict[str, dict[str, float]]:
-    """Per contender: seconds (median, p20, p80), ratio to bare products (median over rounds), peak MiB."""
-    seconds: dict[str, list[float]] = {name: [] for name in CONTENDERS}
+def measure(work: Workload, contenders: dict[str, Contender], rounds: int) -> dict[str, dict[str, Any]]:
+    """Per contender: seconds (median, p20, p80), ratio to bare products (median over rounds), peak MiB, its loss."""
+    seconds: dict[str, list[float]] = {name: [] for name in contenders}
     for seed in track(range(rounds + 1), description="rounds"):
         inputs = Inputs.make(work, seed)
-        for name, run in CONTENDERS.items():
+        for name, contender in contenders.items():
             start = time.perf_counter()
-            run(inputs)
+            contender.run(inputs)
             seconds[name].append(time.perf_counter() - start)
-    floor = seconds["bare products"][1:]
+    # The first round warms up.
+    floor = seconds[BARE][1:]
     inputs = Inputs.make(work, 0)
     results = {}
-    for name, run in CONTENDERS.items():
+    for name, contender in contenders.items():
         taken = seconds[name][1:]
-        cuts = statistics.quantiles(taken, n=10)
+        cuts = statistics.quantiles(taken, n=10, method="inclusive")
         results[name] = {
+            "loss": contender.loss,
             "seconds": statistics.median(taken),
             "p20": cuts[1],
             "p80": cuts[7],
             "ratio": statistics.median(a / b for a, b in zip(taken, floor, strict=True)),
-            "peak_mib": peak_mib(lambda run=run: run(inputs)),
+            "peak_mib": peak_mib(functools.partial(contender.run, inputs)),
         }
     return results
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--hidden", type=int, default=1024)
-    parser.add_argument("--vocabulary", type=int, default=50304)
-    parser.add_argument("--prompts", type=int, default=4)
-    parser.add_argument("--length", type=int, default=256, help="tokens a row")
-    parser.add_argument("--objectives", type=int, default=2)
-    parser.add_argument("--frozen", action="store_true", help="freeze the head")
-    parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--output", type=Path, help="JSON file to write")
-    arguments = parser.parse_args()
-    work = Workload(
-        hidden=arguments.hidden,
-        vocabulary=arguments.vocabulary,
-        prompts=arguments.prompts,
-        length=arguments.length,
-        objectives=arguments.objectives,
-        trained=not arguments.frozen,
-    )
-    errors = check(work)
-    results = measure(work, arguments.rounds)
+def peer_versions() -> dict[str, str]:
+    """Versions of the peers and of what they build on, of those installed."""
+    versions = {}
+    for name in PEERS:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return versions
+
+
+def show(work: Workload, results: dict[str, dict[str, Any]], unavailable: dict[str, str]) -> None:
+    """The table, and below it whose loss is another and what could not run."""
     table = Table(
         title=f"N {work.scored} scored tokens, H {work.hidden}, V {work.vocabulary}, {work.units} units, "
-        f"{torch.get_num_threads()} threads, fp32"
+        f"{torch.get_num_threads()} threads, {str(work.dtype).removeprefix('torch.')}"
     )
     for heading in ("contender", "time / bare", "seconds", "p20 to p80", "peak MiB"):
-        table.add_column(heading)
+        table.add_column(heading, no_wrap=True)
     for name, row in results.items():
         table.add_row(
             name,
@@ -115,24 +127,69 @@ def main() -> None:
             f"{row['p20']:.2f} to {row['p80']:.2f}",
             f"{row['peak_mib']:.0f}",
         )
-    Console().print(table)
+    for name in unavailable:
+        table.add_row(name, *["-"] * 4)
+    console = Console(width=max(100, Console().width))
+    console.print(table)
+    for name, row in results.items():
+        if row["loss"] not in ("none", "regression"):
+            console.print(f"{name}: its own loss, {row['loss']}, on the same rows", highlight=False)
+    for name, reason in unavailable.items():
+        console.print(f"{name}: cannot run here: {reason}", markup=False, highlight=False)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--hidden", type=int, default=1024)
+    parser.add_argument("--vocabulary", type=int, default=50304)
+    parser.add_argument("--prompts", type=int, default=4)
+    parser.add_argument("--length", type=int, default=256, help="tokens a row")
+    parser.add_argument("--objectives", type=int, default=2)
+    parser.add_argument("--frozen", action="store_true", help="freeze the head")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of hidden states and head")
+    parser.add_argument("--rounds", type=int, default=9, help="at least 2")
+    parser.add_argument(
+        "--contenders", nargs="+", default=[], metavar="NAME", help="only those whose name contains one of these"
+    )
+    parser.add_argument("--output", type=Path, help="JSON file to write")
+    options = parser.parse_args(arguments)
+    if options.rounds < 2:
+        parser.error(f"argument --rounds: must be at least 2; got {options.rounds}")
+    try:
+        contenders, unavailable = available(tuple(options.contenders))
+    except ValueError as error:
+        parser.error(f"argument --contenders: {error}")
+    work = Workload(
+        hidden=options.hidden,
+        vocabulary=options.vocabulary,
+        prompts=options.prompts,
+        length=options.length,
+        objectives=options.objectives,
+        trained=not options.frozen,
+        dtype=DTYPES[options.dtype],
+    )
+    errors = check(work, contenders)
+    results = measure(work, contenders, options.rounds)
+    show(work, results, unavailable)
     record = {
         "workload": {**work.__dict__, "dtype": str(work.dtype), "scored": work.scored},
         "results": results,
+        "unavailable": unavailable,
         "difference_from_plain": errors,
-        "rounds": arguments.rounds,
+        "rounds": options.rounds,
         "threads": torch.get_num_threads(),
         "machine": platform.processor() or platform.machine(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "torch": torch.__version__,
+        "peers": peer_versions(),
         "commit": subprocess.run(
             ["git", "describe", "--always", "--dirty=+", "--abbrev=12"], capture_output=True, text=True
         ).stdout.strip(),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
     print(json.dumps(record))
-    if arguments.output:
-        arguments.output.write_text(json.dumps(record, indent=1) + "\n")
+    if options.output:
+        options.output.write_text(json.dumps(record, indent=1) + "\n")
 
 
 if __name__ == "__main__":
