@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -58,7 +58,8 @@ class Plan:
 class Layout:
     """The sizes from which a :class:`Plan` follows; all in elements but the item sizes, in bytes.
 
-    ``operand`` is the dtype of the products' factors, ``tile`` that of a tile, of which there is none if None.
+    ``operand`` is the dtype of the products' factors, ``tile`` that of a tile, of which there is none if None;
+    ``copied``: a tile is converted to ``operand`` before the backward products, not by them.
     """
 
     hidden_size: int
@@ -67,13 +68,13 @@ class Layout:
     operand: torch.dtype
     weight: torch.dtype
     tile: torch.dtype | None
+    copied: bool
 
     def tile_bytes(self) -> float:
         """Bytes an element of a tile takes: itself, the backend's temporary, a copy in the products' dtype."""
         if self.tile is None:
             return STATISTICS_BYTES
-        copy = self.operand.itemsize if self.operand != self.tile else 0
-        return self.tile.itemsize * (1 + TEMPORARY_SHARE) + copy
+        return self.tile.itemsize * (1 + TEMPORARY_SHARE) + (self.operand.itemsize if self.copied else 0)
 
     def row_bytes(self) -> int:
         """Bytes a row takes besides its tile: gathered hidden, its gradient (both scaled too in fp16), statistics."""
@@ -123,12 +124,19 @@ def layout_of(weight: Tensor, backend: TileBackend, *, stored: bool = True, voca
     """The layout of a head (V, H) under a backend; ``stored`` False if no gradient will follow the fold, so that a
     backend that fuses needs no tile; ``vocabulary`` to plan for, if not the weight's own."""
     accumulate = accumulation_dtype(weight.dtype)
-    fused = backend.fuses(weight.dtype)
-    # Half precision products on a CPU without native support run several times slower than fp32 ones.
-    operand = accumulate if weight.device.type == "cpu" and not fused else weight.dtype
+    fused, native = backend.fuses(weight.dtype), backend.native_products(weight.dtype)
+    # PyTorch's half precision products on a CPU only give half precision results.
+    converted = weight.device.type == "cpu" and not fused and not native
+    operand = accumulate if converted else weight.dtype
     tile = (weight.dtype if stored else None) if fused else accumulate
     return Layout(
-        weight.shape[1], weight.shape[0] if vocabulary is None else vocabulary, accumulate, operand, weight.dtype, tile
+        weight.shape[1],
+        weight.shape[0] if vocabulary is None else vocabulary,
+        accumulate,
+        operand,
+        weight.dtype,
+        tile,
+        copied=not fused and not native and operand != tile,
     )
 
 
@@ -267,7 +275,7 @@ class LinearHead:
 
     def _products_(self, hidden: Tensor, values: Tensor, start: int, stop: int) -> None:
         for a, b, block in self._weight_blocks(start, stop):
-            _mm(hidden, block.T, values[:, a - start : b - start])
+            product_(self.backend, values[:, a - start : b - start], hidden, block.T)
 
     def _new_statistics(self, rows: int) -> list[Tensor]:
         maximum = self.weight.new_full((rows,), -torch.inf, dtype=self.layout.accumulate)
@@ -342,7 +350,7 @@ class LinearHead:
         dweight: Tensor | None,
         dbias: Tensor | None,
     ) -> None:
-        operand, alpha, ones = gradient.to(self.layout.operand), 1.0, None
+        operand, alpha, ones = gradient.to(self.layout.operand) if self.layout.copied else gradient, 1.0, None
         if exponent is not None:
             power = torch.ldexp(torch.ones_like(hidden[:, :1], dtype=self.layout.accumulate), exponent[:, None])
             hidden, ones, alpha = (hidden * power).to(hidden.dtype), power.to(hidden.dtype), 1 / FP16_SCALE
@@ -350,32 +358,29 @@ class LinearHead:
             if ones is None:
                 dbias[start:stop] += gradient.sum(dim=0, dtype=dbias.dtype)
             else:
-                _addmm_(dbias[start:stop, None], operand.T, ones, alpha)
+                product_(self.backend, dbias[start:stop, None], operand.T, ones, accumulate=True, alpha=alpha)
         if dhidden is not None:
             added = dhidden if exponent is None else torch.zeros_like(dhidden)
             for a, b, block in self._weight_blocks(start, stop):
-                _addmm_(added, operand[:, a - start : b - start], block, alpha)
+                part = operand[:, a - start : b - start]
+                product_(self.backend, added, part, block, accumulate=True, alpha=alpha)
             if exponent is not None:
                 dhidden += added.mul_(power)
         if dweight is not None:
-            _addmm_(dweight[start:stop], operand.T, hidden, alpha)
+            product_(self.backend, dweight[start:stop], operand.T, hidden, accumulate=True, alpha=alpha)
 
 
-def _mm(a: Tensor, b: Tensor, out: Tensor) -> None:
-    """``out = a @ b``, accumulated in the dtype of ``out``."""
-    if a.dtype == out.dtype:
-        torch.mm(a, b, out=out)
-    elif a.device.type == "cpu":
-        torch.mm(a.to(out.dtype), b.to(out.dtype), out=out)
+def product_(
+    backend: TileBackend, out: Tensor, a: Tensor, b: Tensor, *, accumulate: bool = False, alpha: float = 1.0
+) -> None:
+    """``out = a @ b``, or ``out += alpha * a @ b`` with ``accumulate``, in the dtype of ``out`` throughout."""
+    if b.dtype != out.dtype and backend.native_products(b.dtype):
+        backend.product_(out, a, b, accumulate)
+        return
+    if b.dtype != out.dtype and out.device.type == "cpu":
+        a, b = a.to(out.dtype), b.to(out.dtype)
+    options: dict[str, Any] = {} if b.dtype == out.dtype else {"out_dtype": out.dtype}
+    if accumulate:
+        torch.addmm(out, a, b, alpha=alpha, out=out, **options)
     else:
-        torch.mm(a, b, out_dtype=out.dtype, out=out)
-
-
-def _addmm_(accumulator: Tensor, a: Tensor, b: Tensor, alpha: float) -> None:
-    """``accumulator += alpha * a @ b``, in the dtype of ``accumulator``."""
-    if a.dtype == accumulator.dtype:
-        accumulator.addmm_(a, b, alpha=alpha)
-    elif a.device.type == "cpu":
-        accumulator.addmm_(a.to(accumulator.dtype), b.to(accumulator.dtype), alpha=alpha)
-    else:
-        torch.addmm(accumulator, a, b, out_dtype=accumulator.dtype, alpha=alpha, out=accumulator)
+        torch.mm(a, b, out=out, **options)

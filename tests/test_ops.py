@@ -19,6 +19,7 @@ from mopo_kernels import (
     mopo_loss,
     ops,
 )
+from mopo_kernels.backends import TileBackend
 
 FAST = [name for name, reason in backends.availability().items() if reason is None and name != "reference"]
 
@@ -143,17 +144,13 @@ def units(function: Callable[[], Tensor], batch: Batch, monkeypatch: pytest.Monk
     """Products done, in units of (scored rows) x V x H."""
     multiplications = 0
 
-    def counting(product: Callable[..., None], first: int) -> Callable[..., None]:
-        def run(*args: Tensor, **kwargs: Any) -> None:
-            nonlocal multiplications
-            a, b = args[first : first + 2]
-            multiplications += a.shape[0] * a.shape[1] * b.shape[1]
-            product(*args, **kwargs)
+    def counting(backend: TileBackend, out: Tensor, a: Tensor, b: Tensor, **options: Any) -> None:
+        nonlocal multiplications
+        multiplications += a.shape[0] * a.shape[1] * b.shape[1]
+        product_(backend, out, a, b, **options)
 
-        return run
-
-    monkeypatch.setattr(head, "_mm", counting(head._mm, 0))
-    monkeypatch.setattr(head, "_addmm_", counting(head._addmm_, 1))
+    product_ = head.product_
+    monkeypatch.setattr(head, "product_", counting)
     value = function()
     if value.requires_grad:
         value.backward()

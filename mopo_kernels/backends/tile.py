@@ -63,6 +63,15 @@ class TileBackend:
         ``coefficient`` None stands for 1. Zeros where the token is not scored."""
         raise NotImplementedError
 
+    def native_products(self, dtype: torch.dtype) -> bool:
+        """Whether :meth:`product_` takes factors of this half precision dtype as they are, on the CPU."""
+        return False
+
+    def product_(self, out: Tensor, a: Tensor, b: Tensor, accumulate: bool) -> None:
+        """``out (M, N) = a @ b``, added to it with ``accumulate``: out fp32, b (K, N) in half precision, a (M, K) in
+        the same or in fp32, which is then rounded to it."""
+        raise NotImplementedError
+
     def fuses(self, dtype: torch.dtype) -> bool:
         """Whether :meth:`linear_fold` and :meth:`exponential_gradient_` take input of this dtype."""
         return False
