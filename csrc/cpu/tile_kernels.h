@@ -3,8 +3,8 @@
 // the standard library compiled here for AVX-512 could otherwise be the copy that the linker keeps for everybody.
 #include <cstdint>
 
+#include "kernels.h"
 #include "simd.h"
-#include "tile_args.h"
 
 namespace {
 
@@ -124,6 +124,10 @@ void gradient_rows(const GradientArgs<T>& a, int64_t begin, int64_t end) {
   using F = typename M::F;
   for (int64_t r = begin; r < end; ++r) {
     T* row = a.tile + r * a.row_stride;
+    if (a.target[r] < 0) {
+      __builtin_memset(row, 0, a.width * sizeof(T));
+      continue;
+    }
     const mopo::Constant<T> logsumexp = mopo::Constant<T>::make(a.logsumexp[r]);
     const T factor = a.head.slope.times(a.coefficient == nullptr ? T(1) : a.coefficient[r]);
     const int64_t column = a.target[r] - a.start;

@@ -5,46 +5,22 @@ The extension is optional: where it was not built, or does not load, :func:`unav
 
 from __future__ import annotations
 
-import json
 from functools import cache
-from importlib import import_module
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from mopo_kernels.backends.tile import Head
-
-# Written by setup.py next to the extension: {"reason": why it was not built or null, "torch": the version built with}.
-_RECORD = Path(__file__).resolve().parent.parent / "_build.json"
-
-
-def _recorded() -> dict[str, str | None]:
-    try:
-        record: dict[str, str | None] = json.loads(_RECORD.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return {"reason": "setup.py has not run here; install the package with pip", "torch": None}
-    return record
+from mopo_kernels.backends import extension
+from mopo_kernels.backends.tile import Head, TileBackend
 
 
 @cache
 def unavailable_reason() -> str | None:
     """None if the extension is loaded, which the first call attempts; otherwise one line that says why not."""
-    record = _recorded()
-    if record["reason"] is not None:
-        return f"the C++ extension was not built: {record['reason']}"
-    try:
-        import_module("mopo_kernels._C")
-    except ImportError as error:
-        detail = " ".join(str(error).split())[:200]
-        return (
-            f"the C++ extension was built with torch {record['torch']} and does not load with torch "
-            f"{torch.__version__} ({detail}); reinstall with MOPO_BUILD=cpu"
-        )
-    return None
+    return extension.unavailable_reason("_C", "C++", "reason", "cpu")
 
 
-class CppBackend:
+class CppBackend(TileBackend):
     def fold(
         self,
         tile: Tensor,

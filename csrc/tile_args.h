@@ -1,9 +1,9 @@
-// What the torch side of the CPU backend hands to the kernels compiled for each instruction set.
+// What a device's torch side hands to its kernels.
 #pragma once
 
 #include <cstdint>
 
-#include "../mopo_math.h"
+#include "mopo_math.h"
 
 namespace mopo {
 
@@ -14,7 +14,7 @@ struct TileArgs {
   int64_t row_stride;
   int64_t width;
   const T* bias;          // (width,) or null
-  const int64_t* target;  // (rows,)
+  const int64_t* target;  // (rows,); below 0: not scored
   int64_t start;
   bool capped;
   Head<T> head;
@@ -32,23 +32,5 @@ struct GradientArgs : TileArgs<T> {
   const double* logsumexp;  // (rows,)
   const T* coefficient;     // (rows,) or null for 1
 };
-
-// Work on rows begin .. end.
-template <class T>
-struct TileKernels {
-  void (*fold)(const FoldArgs<T>&, int64_t begin, int64_t end);
-  void (*gradient)(const GradientArgs<T>&, int64_t begin, int64_t end);
-};
-
-struct Kernels {
-  TileKernels<float> f32;
-  TileKernels<double> f64;
-};
-
-extern const Kernels kernels_default;
-#if defined(__x86_64__)
-extern const Kernels kernels_avx2;
-extern const Kernels kernels_avx512;
-#endif
 
 }  // namespace mopo
