@@ -1,5 +1,5 @@
 // The operators' schemas, the same for every device; each device's file implements them with TORCH_LIBRARY_IMPL.
-// Meaning of the arguments: TileBackend in mopo_kernels/backends/tile.py.
+// Meaning of the arguments: TileBackend in mopo_kernels/backends/tile.py; of the last two, backends/cpp.py.
 #include <Python.h>
 #include <torch/library.h>
 
@@ -10,6 +10,8 @@ TORCH_LIBRARY(mopo_tile, m) {
   m.def(
       "gradient_(Tensor(a!) tile, Tensor? bias, Tensor target, int start, float? softcap, float logit_scale, "
       "float temperature, Tensor logsumexp, Tensor? coefficient) -> ()");
+  m.def("has_native_products(ScalarType dtype) -> bool");
+  m.def("product_(Tensor(a!) out, Tensor a, Tensor b, bool accumulate, int? scratch_bytes=None) -> ()");
 }
 
 // Importing mopo_kernels._C loads this library, and with it the registrations; the module itself is empty.

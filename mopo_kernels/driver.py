@@ -22,6 +22,11 @@ from mopo_kernels.groups import closed_groups
 from mopo_kernels.head import Folded, LinearHead, Tile, accumulation_dtype, layout_of, row_chunks
 
 
+def _kept_budget(max_buffer_bytes: int) -> int:
+    """What is left of the buffer beside products that are kept for backward: see :meth:`Call.keeps_products`."""
+    return max_buffer_bytes // 4
+
+
 @dataclass(frozen=True)
 class Call:
     """The options that all passes over a head share; see :func:`mopo_kernels.linear_logprob`. ``needs``: whether
@@ -54,11 +59,11 @@ class Call:
         quarter being left for turning them into gradients."""
         if not self.trained or self.process_group is not None:
             return False
-        layout = layout_of(weight, tile_backend(self.backend))
+        layout = layout_of(weight, tile_backend(self.backend), _kept_budget(self.max_buffer_bytes))
         assert layout.tile is not None
-        if rows * weight.shape[0] * layout.tile.itemsize > self.max_buffer_bytes * 3 // 4:
+        if rows * weight.shape[0] * layout.tile.itemsize > self.max_buffer_bytes - _kept_budget(self.max_buffer_bytes):
             return False
-        return layout.whole_rows(self.max_buffer_bytes // 4) >= 1
+        return layout.whole_rows(_kept_budget(self.max_buffer_bytes)) >= 1
 
 
 def on_host(tensor: Tensor) -> bool:
@@ -192,11 +197,6 @@ class _Pass:
         """Sum over the ranks what every rank has a part of."""
         if self.head.shard is not None and self.dhidden is not None:
             self.head.shard.sum_(self.dhidden)
-
-
-def _kept_budget(max_buffer_bytes: int) -> int:
-    """What is left of the buffer beside products that are kept for backward: see :meth:`Call.keeps_products`."""
-    return max_buffer_bytes // 4
 
 
 def linear_logprob(

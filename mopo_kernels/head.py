@@ -59,7 +59,8 @@ class Layout:
     """The sizes from which a :class:`Plan` follows; all in elements but the item sizes, in bytes.
 
     ``operand`` is the dtype of the products' factors, ``tile`` that of a tile, of which there is none if None;
-    ``copied``: a tile is converted to ``operand`` before the backward products, not by them.
+    ``copied``: a tile is converted to ``operand`` before the backward products, not by them; ``scratch``: bytes that
+    the backend's own products take.
     """
 
     hidden_size: int
@@ -69,6 +70,7 @@ class Layout:
     weight: torch.dtype
     tile: torch.dtype | None
     copied: bool
+    scratch: int
 
     def tile_bytes(self) -> float:
         """Bytes an element of a tile takes: itself, the backend's temporary, a copy in the products' dtype."""
@@ -83,8 +85,8 @@ class Layout:
 
     def least_bytes(self) -> int:
         """The smallest buffer that can work at all: one row, one column."""
-        scratch = self.hidden_size * self.operand.itemsize if self.weight != self.operand else 0
-        return int(self.row_bytes() + self.tile_bytes() + self.accumulate.itemsize + scratch) + 1
+        converted = self.hidden_size * self.operand.itemsize if self.weight != self.operand else 0
+        return int(self.row_bytes() + self.tile_bytes() + self.accumulate.itemsize + converted + self.scratch) + 1
 
     def weight_columns(self, max_buffer_bytes: int) -> int:
         """Vocabulary entries converted at a time; 0 if the weight is used as it is."""
@@ -95,7 +97,8 @@ class Layout:
 
     def tile_budget(self, max_buffer_bytes: int) -> int:
         """What is left for rows and tiles."""
-        return max_buffer_bytes - self.weight_columns(max_buffer_bytes) * self.hidden_size * self.operand.itemsize
+        converted = self.weight_columns(max_buffer_bytes) * self.hidden_size * self.operand.itemsize
+        return max_buffer_bytes - converted - self.scratch
 
     def whole_rows(self, max_buffer_bytes: int) -> int:
         """Rows that fit with a tile across the whole vocabulary; may be 0 or less."""
@@ -120,14 +123,21 @@ class Layout:
         return Plan(chunk, max(1, min(self.vocabulary, columns)), weight_columns)
 
 
-def layout_of(weight: Tensor, backend: TileBackend, *, stored: bool = True, vocabulary: int | None = None) -> Layout:
+def layout_of(
+    weight: Tensor,
+    backend: TileBackend,
+    max_buffer_bytes: int,
+    *,
+    stored: bool = True,
+    vocabulary: int | None = None,
+) -> Layout:
     """The layout of a head (V, H) under a backend; ``stored`` False if no gradient will follow the fold, so that a
     backend that fuses needs no tile; ``vocabulary`` to plan for, if not the weight's own."""
     accumulate = accumulation_dtype(weight.dtype)
-    fused, native = backend.fuses(weight.dtype), backend.native_products(weight.dtype)
-    # PyTorch's half precision products on a CPU only give half precision results.
-    converted = weight.device.type == "cpu" and not fused and not native
-    operand = accumulate if converted else weight.dtype
+    fused, on_cpu, scratch = backend.fuses(weight.dtype), weight.device.type == "cpu", 0
+    if on_cpu:
+        scratch = backend.product_scratch(weight.dtype, max_buffer_bytes // 4)
+    operand = accumulate if on_cpu and not fused and not scratch else weight.dtype
     tile = (weight.dtype if stored else None) if fused else accumulate
     return Layout(
         weight.shape[1],
@@ -136,7 +146,8 @@ def layout_of(weight: Tensor, backend: TileBackend, *, stored: bool = True, voca
         operand,
         weight.dtype,
         tile,
-        copied=not fused and not native and operand != tile,
+        copied=not fused and not scratch and operand != tile,
+        scratch=scratch,
     )
 
 
@@ -197,7 +208,8 @@ class LinearHead:
         self.fused = backend.fuses(weight.dtype)
         self.stored = stored
         self.shard = shard
-        self.layout = layout_of(weight, backend, stored=stored, vocabulary=None if shard is None else shard.largest)
+        vocabulary = None if shard is None else shard.largest
+        self.layout = layout_of(weight, backend, max_buffer_bytes, stored=stored, vocabulary=vocabulary)
         self.plan = self.layout.plan(rows, max_buffer_bytes, whole)
         self.bias = None if bias is None else bias.to(self.layout.accumulate)
 
@@ -275,7 +287,14 @@ class LinearHead:
 
     def _products_(self, hidden: Tensor, values: Tensor, start: int, stop: int) -> None:
         for a, b, block in self._weight_blocks(start, stop):
-            product_(self.backend, values[:, a - start : b - start], hidden, block.T)
+            self._product_(values[:, a - start : b - start], hidden, block.T)
+
+    def _product_(self, out: Tensor, a: Tensor, b: Tensor, *, accumulate: bool = False, alpha: float = 1.0) -> None:
+        """``out = a @ b``, or ``out += alpha * a @ b`` with ``accumulate``, in the dtype of ``out`` throughout."""
+        if self.layout.scratch:
+            self.backend.product_(out, a, b, accumulate, self.layout.scratch)
+        else:
+            torch_product_(out, a, b, accumulate, alpha)
 
     def _new_statistics(self, rows: int) -> list[Tensor]:
         maximum = self.weight.new_full((rows,), -torch.inf, dtype=self.layout.accumulate)
@@ -358,25 +377,20 @@ class LinearHead:
             if ones is None:
                 dbias[start:stop] += gradient.sum(dim=0, dtype=dbias.dtype)
             else:
-                product_(self.backend, dbias[start:stop, None], operand.T, ones, accumulate=True, alpha=alpha)
+                self._product_(dbias[start:stop, None], operand.T, ones, accumulate=True, alpha=alpha)
         if dhidden is not None:
             added = dhidden if exponent is None else torch.zeros_like(dhidden)
             for a, b, block in self._weight_blocks(start, stop):
                 part = operand[:, a - start : b - start]
-                product_(self.backend, added, part, block, accumulate=True, alpha=alpha)
+                self._product_(added, part, block, accumulate=True, alpha=alpha)
             if exponent is not None:
                 dhidden += added.mul_(power)
         if dweight is not None:
-            product_(self.backend, dweight[start:stop], operand.T, hidden, accumulate=True, alpha=alpha)
+            self._product_(dweight[start:stop], operand.T, hidden, accumulate=True, alpha=alpha)
 
 
-def product_(
-    backend: TileBackend, out: Tensor, a: Tensor, b: Tensor, *, accumulate: bool = False, alpha: float = 1.0
-) -> None:
-    """``out = a @ b``, or ``out += alpha * a @ b`` with ``accumulate``, in the dtype of ``out`` throughout."""
-    if b.dtype != out.dtype and backend.native_products(b.dtype):
-        backend.product_(out, a, b, accumulate)
-        return
+def torch_product_(out: Tensor, a: Tensor, b: Tensor, accumulate: bool, alpha: float) -> None:
+    """:meth:`LinearHead._product_` by PyTorch, which on the CPU gives the result in the factors' dtype alone."""
     if b.dtype != out.dtype and out.device.type == "cpu":
         a, b = a.to(out.dtype), b.to(out.dtype)
     options: dict[str, Any] = {} if b.dtype == out.dtype else {"out_dtype": out.dtype}

@@ -13,11 +13,22 @@ from torch import Tensor
 from mopo_kernels.backends import extension
 from mopo_kernels.backends.tile import Head, TileBackend
 
+# What a thread of product_ packs its factors into: blocks of up to 1026 x 1024, 384 deep, in bf16; at least of 6 x 64.
+PRODUCT_SCRATCH_BYTES = (1026 + 1024) * 384 * 2
+LEAST_PRODUCT_SCRATCH_BYTES = (6 + 64) * 384 * 2
+
 
 @cache
 def unavailable_reason() -> str | None:
     """None if the extension is loaded, which the first call attempts; otherwise one line that says why not."""
     return extension.unavailable_reason("_C", "C++", "reason", "cpu")
+
+
+@cache
+def has_native_products(dtype: torch.dtype) -> bool:
+    """Whether this processor multiplies matrices of ``dtype`` faster than fp32 ones, and :meth:`CppBackend.product_` is
+    there: bf16, with the instructions avx512_bf16 (and not where ATEN_CPU_CAPABILITY forbids AVX-512)."""
+    return bool(torch.ops.mopo_tile.has_native_products(dtype))
 
 
 class CppBackend(TileBackend):
@@ -49,6 +60,23 @@ class CppBackend(TileBackend):
         torch.ops.mopo_tile.gradient_(
             tile, bias, target, start, head.softcap, head.logit_scale, head.temperature, logsumexp, coefficient
         )
+
+    def product_scratch(self, dtype: torch.dtype, available: int) -> int:
+        if not has_native_products(dtype):
+            return 0
+        scratch = min(torch.get_num_threads() * PRODUCT_SCRATCH_BYTES, available)
+        return scratch if scratch >= LEAST_PRODUCT_SCRATCH_BYTES else 0
+
+    def product_(self, out: Tensor, a: Tensor, b: Tensor, accumulate: bool, scratch_bytes: int | None = None) -> None:
+        """``out = a @ b``, or ``out += a @ b`` with ``accumulate``.
+
+        ``out`` (M, N) fp32 with column stride 1; ``a`` (M, K) bf16, or fp32 that is rounded to bf16 first; ``b`` (K, N)
+        bf16; ``a`` and ``b`` have stride 1 in either dimension. Sums are in fp32, in an order that depends on K alone.
+        Subnormal numbers count as zeros. Takes at most ``scratch_bytes`` of working memory in all, of which
+        ``LEAST_PRODUCT_SCRATCH_BYTES`` are enough for any product, or else at most ``PRODUCT_SCRATCH_BYTES`` a thread;
+        the result does not depend on it. Raises ValueError for other shapes, dtypes or strides or for less memory, and
+        NotImplementedError where :func:`has_native_products` is False for bf16."""
+        torch.ops.mopo_tile.product_(out, a, b, accumulate, scratch_bytes)
 
 
 BACKEND = CppBackend()

@@ -63,11 +63,13 @@ class TileBackend:
         ``coefficient`` None stands for 1. Zeros where the token is not scored."""
         raise NotImplementedError
 
-    def native_products(self, dtype: torch.dtype) -> bool:
-        """Whether :meth:`product_` takes factors of this half precision dtype as they are, on the CPU."""
-        return False
+    def product_scratch(self, dtype: torch.dtype, available: int) -> int:
+        """Bytes of working memory that :meth:`product_` will take, of those available, for factors of this half
+        precision dtype on the CPU; 0 if it is not to be used and factors are converted to fp32: PyTorch's own products
+        of half precision factors only give half precision results there."""
+        return 0
 
-    def product_(self, out: Tensor, a: Tensor, b: Tensor, accumulate: bool) -> None:
+    def product_(self, out: Tensor, a: Tensor, b: Tensor, accumulate: bool, scratch_bytes: int | None = None) -> None:
         """``out (M, N) = a @ b``, added to it with ``accumulate``: out fp32, b (K, N) in half precision, a (M, K) in
         the same or in fp32, which is then rounded to it."""
         raise NotImplementedError
