@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 TORCH ?= torch==2.13.0
 STAMP := $(VENV)/.installed
 
-.PHONY: install demo test lint clean
+.PHONY: install demo test lint device clean
 
 install: $(STAMP)
 
@@ -31,6 +31,10 @@ lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# On a CUDA machine, with its own python and what is installed there; `python -m bench.device --help` for ARGS.
+device:
+	$(PYTHON) -m bench.device $(ARGS)
 
 clean:
 	rm -rf build *.egg-info mopo_kernels/*.so runs .pytest_cache .mypy_cache .ruff_cache

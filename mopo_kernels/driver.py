@@ -129,13 +129,12 @@ class _Pass:
         self.dweight: Tensor | None = None
         self.dbias: Tensor | None = None
 
-    def chunks(self, positions: slice | Tensor | None = None, largest: int | None = None) -> Iterator[Chunk]:
-        """The scored rows, or those at ``positions`` among them, a chunk of at most ``largest`` rows at a time, by
-        default as many as the plan says."""
+    def chunks(self, positions: slice | Tensor | None = None) -> Iterator[Chunk]:
+        """The scored rows, or those at ``positions`` among them, a chunk at a time."""
         if positions is None:
             positions = slice(0, self.count)
         count = positions.stop - positions.start if isinstance(positions, slice) else positions.shape[0]
-        for start, stop in row_chunks(count, largest or self.head.plan.rows):
+        for start, stop in row_chunks(count, self.head.plan.rows):
             if isinstance(positions, slice):
                 rows: Rows = slice(positions.start + start, positions.start + stop)
             else:
@@ -216,9 +215,11 @@ def linear_logprob(
     work = _Pass(hidden, weight, target, bias, call, shard, budget, whole=keep, stored=keep or call.frozen)
     unit, _, _ = work.accumulate(call.frozen, False, False)
     kept = work.head.new_tile(hidden.shape[0]) if keep else None
-    # The offsets of a fused tile are those of all its rows.
-    for chunk in work.chunks(largest=work.count if keep and work.head.fused else None):
-        folded = work.fold(chunk, None if kept is None else kept.rows(chunk.start, chunk.stop))
+    for chunk in work.chunks():
+        into = None if kept is None else kept.rows(chunk.start, chunk.stop)
+        folded = work.fold(chunk, into)
+        if kept is not None and into is not None:
+            kept.keep_offsets(into, chunk.start, chunk.stop)
         logprob[chunk.rows], logsumexp[chunk.rows] = folded
         if call.frozen:
             work.unfold(chunk, folded, None, work.held(chunk))

@@ -165,8 +165,14 @@ class Tile(NamedTuple):
     offsets: Tensor | None
 
     def rows(self, start: int, stop: int) -> Tile:
+        """Some of the rows: the same values, and a copy of the offsets, which kernels want in one piece."""
         offsets = None if self.offsets is None else self.offsets[:, start:stop].contiguous()
         return Tile(self.values[start:stop], offsets)
+
+    def keep_offsets(self, part: Tile, start: int, stop: int) -> None:
+        """Take back the offsets of :meth:`rows`, after they were written."""
+        if self.offsets is not None and part.offsets is not None:
+            self.offsets[:, start:stop] = part.offsets
 
     def copy_(self, other: Tile) -> None:
         self.values.copy_(other.values)

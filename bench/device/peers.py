@@ -1,0 +1,60 @@
+"""Peers whose kernels need a GPU, on the scored rows of a batch. See :mod:`bench.contenders`."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from bench import contenders
+from bench.contenders import Contender, Inputs, Result, _importable, _on_scored_rows, plain_compacted
+
+# Rows of a chunk, QuACK's own default.
+QUACK_ROWS = 4096
+
+
+def _cut_cross_entropy(rows: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+    from cut_cross_entropy import linear_cross_entropy
+
+    # Without its filter, so that it does the work of the others.
+    return -linear_cross_entropy(rows, weight, target, reduction="none", filter_eps=None, impl="cce")
+
+
+def cut_cross_entropy(x: Inputs) -> Result:
+    """Apple's kernel, unfiltered. Units: policy 4 (frozen 3; backward computes the products again), reference 1."""
+    return _on_scored_rows(x, _cut_cross_entropy)
+
+
+def _rows(x: Inputs) -> tuple[Tensor, Tensor, Tensor]:
+    rows, target, _ = contenders.pack_responses(x.hidden, x.labels)
+    return rows, contenders.pack_responses(x.ref_hidden, x.labels)[0], target
+
+
+def quack(x: Inputs) -> Result:
+    """QuACK's chunked cross-entropy, summed over the tokens: it reduces to a number, and so serves no loss of
+    sequences. The reference goes through its cross-entropy kernel in chunks. Units: policy 3, reference 1."""
+    from quack.linear_cross_entropy import chunked_linear_cross_entropy, linear_cross_entropy_func
+
+    rows, ref_rows, target = _rows(x)
+    with torch.no_grad():
+        for part, wanted in zip(ref_rows.split(QUACK_ROWS), target.split(QUACK_ROWS), strict=True):
+            linear_cross_entropy_func(part, x.weight, None, wanted, reduction="none")
+    loss = chunked_linear_cross_entropy(rows, x.weight, target, chunk_size=QUACK_ROWS, reduction="sum")
+    return loss, *torch.autograd.grad(loss, x.leaves())
+
+
+def plain_cross_entropy(x: Inputs) -> Result:
+    """What QuACK's contender is held against."""
+    rows, _, target = _rows(x)
+    loss = F.cross_entropy((rows @ x.weight.T).float(), target, reduction="sum")
+    return loss, *torch.autograd.grad(loss, x.leaves())
+
+
+GPU_PEERS: dict[str, Contender] = {
+    "cut-cross-entropy": Contender(
+        cut_cross_entropy, plain_compacted, unavailable=lambda: _importable("cut_cross_entropy")
+    ),
+    "QuACK": Contender(
+        quack, plain_cross_entropy, "sum of cross-entropies", lambda: _importable("quack.linear_cross_entropy")
+    ),
+}
