@@ -8,6 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mopo_kernels import backends
+
+# The fast ones for the CPU. Triton's interpreter takes CPU tensors too, but minutes where these take a second: its
+# kernels have their own tests, and tests/gpu runs the public functions on it at small sizes.
+CPU_BACKENDS = [name for name in ("torch", "cpp") if backends.availability()[name] is None]
+
 
 @dataclass
 class Batch:

@@ -9,15 +9,14 @@ from unittest.mock import patch
 
 import pytest
 import torch
-from samples import Batch, make_batch
+from samples import CPU_BACKENDS, Batch, make_batch
 from test_ops import units
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mopo_kernels import backends, driver, linear_logprob, linear_mopo_loss, ops, reference
+from mopo_kernels import driver, linear_logprob, linear_mopo_loss, ops, reference
 from mopo_kernels.head import accumulation_dtype
 
-FAST = [name for name in ("torch", "cpp") if backends.availability()[name] is None]
 # A chunk for all, several chunks, the vocabulary tiled as well.
 BUFFERS = {"one chunk": 1 << 20, "chunks": 24_000, "tiles": 5_000}
 TRAINED = [("hidden",), ("hidden", "weight", "bias"), ("weight",)]
@@ -42,7 +41,7 @@ def numbers(batch: Batch, trained: tuple[str, ...], mode: str, **options: Any) -
     return [output.loss.detach(), output.log_ratio, *torch.autograd.grad(output.loss, leaves)]
 
 
-@pytest.mark.parametrize("backend", FAST)
+@pytest.mark.parametrize("backend", CPU_BACKENDS)
 @pytest.mark.parametrize("buffer", BUFFERS)
 @pytest.mark.parametrize("mode", ["logprob", "regression", "cloning", "reference states"])
 @pytest.mark.parametrize("planned", [False, True], ids=["all on the device", "plan on the host"])

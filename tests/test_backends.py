@@ -13,13 +13,14 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from samples import CPU_BACKENDS as BACKENDS
 from torch import Tensor
 
-from mopo_kernels.backends import Head, TileBackend, availability, cpp, tile_backend
+from mopo_kernels.backends import Head, TileBackend, cpp, tile_backend
+from mopo_kernels.backends.tile import NOT_SCORED
 from mopo_kernels.backends.torch_ops import TorchBackend
 
 ROOT = Path(__file__).resolve().parent.parent
-BACKENDS = [name for name, reason in availability().items() if reason is None and name != "reference"]
 START = 1000
 # Empty, one row, an odd few, more than one block of rows; widths below, at and beyond a vector, a group of vectors and
 # the C++ kernel's block of 2048 columns, none of them a multiple of all.
@@ -220,6 +221,23 @@ def test_no_coefficient_stands_for_one(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", BACKENDS)
+def test_a_token_that_is_not_scored_has_a_gradient_of_zero(name: str) -> None:
+    """Whatever its products are: its statistics mean nothing."""
+    case = make_case(5, 70, bias=True)
+    target = case.target.clone()
+    target[[0, 3]] = NOT_SCORED
+    case.tile[0] = torch.nan
+    kept = case.tile.clone()
+    logsumexp = torch.full((5,), 9.0, dtype=torch.float64)
+    tile_backend(name).gradient_(case.tile, case.bias, target, START, EVERYTHING, logsumexp, case.coefficient)
+    tile_backend(name).gradient_(
+        kept[1:3], case.bias, case.target[1:3], START, EVERYTHING, logsumexp[1:3], case.coefficient[1:3]
+    )
+    assert torch.equal(case.tile[[0, 3]], torch.zeros(2, 70))
+    assert torch.equal(case.tile[1:3], kept[1:3])
+
+
+@pytest.mark.parametrize("name", BACKENDS)
 def test_a_nan_logit_is_not_lost(name: str) -> None:
     case = make_case(3, 70, bias=False)
     case.tile[1, 69] = torch.nan
@@ -390,7 +408,7 @@ def test_a_package_without_the_extension_works_and_says_why(tmp_path: Path, env:
     [
         ({"PATH": "/nowhere", "MOPO_BUILD": "cpu"}, "MOPO_BUILD=cpu, but no C++ compiler was found"),
         ({"CXX": BROKEN, "MOPO_BUILD": "cpu"}, "Error compiling objects for extension"),
-        ({"MOPO_BUILD": "gpu"}, "MOPO_BUILD must be one of auto, cpu, 0; got 'gpu'"),
+        ({"MOPO_BUILD": "gpu"}, "MOPO_BUILD must be one of auto, cuda, cpu, 0; got 'gpu'"),
     ],
     ids=["no_compiler", "broken_compiler", "unknown_mode"],
 )

@@ -108,7 +108,7 @@ WRONG_OPTIONS: dict[str, tuple[dict[str, Any], str]] = {
     "logit_scale": ({"logit_scale": float("nan")}, "logit_scale must be finite; got nan"),
     "ignore_index": ({"ignore_index": 3}, "ignore_index must lie outside 0 .. V - 1 = 36; got 3"),
     "max_buffer_bytes": ({"max_buffer_bytes": 0}, "max_buffer_bytes must be positive; got 0"),
-    "backend": ({"backend": "tpu"}, "backend must be one of auto, reference, torch, cpp; got 'tpu'"),
+    "backend": ({"backend": "tpu"}, "backend must be one of auto, reference, torch, cpp, triton, cuda; got 'tpu'"),
     "both references": ({"ref_hidden": torch.zeros(3, 3)}, "ref_logprob and ref_hidden must be given one without"),
     "reference shape": ({"ref_logprob": torch.zeros(3)}, r"ref_logprob must have shape \(S,\) = \(12,\); got \(3,\)"),
 }

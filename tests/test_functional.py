@@ -7,13 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from samples import Batch, make_batch
+from samples import CPU_BACKENDS, Batch, make_batch
 from torch import Tensor
 from torch.nn import functional as F
 
 from mopo_kernels import (
     LinearMOPOLoss,
-    backends,
     linear_logprob,
     linear_mopo_loss,
     linear_sequence_logprob,
@@ -22,8 +21,6 @@ from mopo_kernels import (
     reference,
 )
 from mopo_kernels.reference import ESTIMATORS, LOSS_TYPES
-
-FAST = [name for name, reason in backends.availability().items() if reason is None and name != "reference"]
 
 # 1 MiB holds every row at once; 24 KB a few prompts a chunk; 6 KB no prompt, and tiles narrower than the vocabulary;
 # 2 KB a row or two.
@@ -44,7 +41,7 @@ def close(got: Tensor, expected: Tensor) -> None:
     torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-10, equal_nan=True)
 
 
-@pytest.mark.parametrize("backend", FAST)
+@pytest.mark.parametrize("backend", CPU_BACKENDS)
 @pytest.mark.parametrize("buffer", BUFFERS)
 @pytest.mark.parametrize("head", HEADS)
 @pytest.mark.parametrize("trained", [("hidden",), ("hidden", "weight", "bias"), ("weight",), ("bias",)], ids="+".join)
@@ -64,7 +61,7 @@ def test_linear_logprob_equals_the_oracle_for_any_upstream_gradient(
         close(got, expected)
 
 
-@pytest.mark.parametrize("backend", FAST)
+@pytest.mark.parametrize("backend", CPU_BACKENDS)
 @pytest.mark.parametrize("buffer", BUFFERS)
 @pytest.mark.parametrize("loss_type", LOSS_TYPES)
 @pytest.mark.parametrize("estimator", ESTIMATORS)
@@ -96,7 +93,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("option", OPTIONS)
-@pytest.mark.parametrize("backend", FAST)
+@pytest.mark.parametrize("backend", CPU_BACKENDS)
 def test_every_option_of_the_loss_has_the_same_meaning_in_one_pass(option: str, backend: str) -> None:
     batch = make_batch()
     leaves = batch.leaves("hidden", "weight")
@@ -140,7 +137,7 @@ def test_mopo_loss_passes_gradcheck(loss_type: str) -> None:
     assert torch.autograd.gradcheck(loss, (logprob,))
 
 
-@pytest.mark.parametrize("backend", FAST)
+@pytest.mark.parametrize("backend", CPU_BACKENDS)
 @pytest.mark.parametrize("buffer", ["whole", "narrow"])
 @pytest.mark.parametrize("trained", [("hidden",), ("hidden", "weight", "bias")], ids="+".join)
 def test_the_linear_functions_pass_gradcheck(backend: str, buffer: str, trained: tuple[str, ...]) -> None:
@@ -167,7 +164,7 @@ def _with(batch: Batch, names: tuple[str, ...], tensors: tuple[Tensor, ...], fun
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("backend", FAST)
+@pytest.mark.parametrize("backend", CPU_BACKENDS)
 @pytest.mark.parametrize("shape", [(252, 507, 123), (64, 129, 1031), (17, 7, 40)], ids=str)
 def test_error_is_within_the_budget_of_plain_pytorch(
     dtype: torch.dtype, backend: str, shape: tuple[int, int, int]
@@ -211,7 +208,7 @@ def test_error_is_within_the_budget_of_plain_pytorch(
     assert (ratio <= 1.1).all(), f"log_ratio, dhidden, dweight, dbias: {ratio.tolist()} of plain PyTorch's error"
 
 
-@pytest.mark.parametrize("backend", FAST)
+@pytest.mark.parametrize("backend", CPU_BACKENDS)
 @pytest.mark.parametrize("buffer", BUFFERS)
 def test_two_runs_are_bitwise_equal(backend: str, buffer: str) -> None:
     def run() -> list[Tensor]:
@@ -291,7 +288,7 @@ def test_module_and_function_are_the_same() -> None:
     assert "loss_type='sigmoid'" in repr(module)
 
 
-@pytest.mark.parametrize("backend", ["reference", *FAST])
+@pytest.mark.parametrize("backend", ["reference", *CPU_BACKENDS])
 def test_a_batch_without_anything_to_learn_has_loss_zero_and_zero_gradients(backend: str) -> None:
     """All-masked sequences, no pairs, no tokens at all: a differentiable zero, never NaN."""
     masked = make_batch()
@@ -388,7 +385,7 @@ def test_pack_responses_keeps_scored_rows_shifted_by_one_and_is_differentiable()
     assert hidden.grad.sum() == 7 * 4
 
 
-@pytest.mark.parametrize("backend", FAST)
+@pytest.mark.parametrize("backend", CPU_BACKENDS)
 def test_ragged_vocabularies_and_one_token_responses(backend: str) -> None:
     """verl's kernel was wrong when the block did not divide V."""
     for vocabulary, longest in itertools.product((1, 7, 127, 128, 129, 1031), (1, 5)):
@@ -404,7 +401,7 @@ def test_ragged_vocabularies_and_one_token_responses(backend: str) -> None:
             close(got, expected)
 
 
-@pytest.mark.parametrize("backend", FAST)
+@pytest.mark.parametrize("backend", CPU_BACKENDS)
 def test_large_logits_overflow_nowhere(backend: str) -> None:
     batch = make_batch(dtype=torch.float32, scale=40.0)
     leaves = batch.leaves("hidden", "weight", "bias")

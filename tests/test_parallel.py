@@ -11,12 +11,11 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from samples import Batch, make_batch
+from samples import CPU_BACKENDS, Batch, make_batch
 from torch import Tensor
 
-from mopo_kernels import backends, linear_logprob, linear_mopo_loss
+from mopo_kernels import linear_logprob, linear_mopo_loss
 
-FAST = [name for name in ("torch", "cpp") if backends.availability()[name] is None]
 # Rows of the 37 on each rank: uneven, one rank with a single row.
 CUTS = [(20, 17), (36, 1), (5, 1, 31)]
 # Whole tiles in one chunk, in several chunks, and the vocabulary tiled as well.
@@ -66,7 +65,7 @@ def compare(rank: int, cut: tuple[int, ...], folder: str) -> None:
                     rows = slice(sum(cut[:rank]), sum(cut[: rank + 1]))
                     expected[-2:] = [g[rows] for g in expected[-2:]]
                 for limit in BUFFERS:
-                    for backend in FAST:
+                    for backend in CPU_BACKENDS:
                         mine = own(make_batch(dtype=dtype), cut, rank)
                         got = numbers(mine, trained, mode, backend=backend, max_buffer_bytes=limit, process_group=group)
                         for a, b in zip(got, expected, strict=True):

@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 import torch
-from samples import Batch, make_batch
+from samples import CPU_BACKENDS, Batch, make_batch
 from test_ops import peak_bytes, units
 from test_trainer_forward import batch_of, gradients
 from torch import Tensor, nn
@@ -41,7 +41,6 @@ from mopo_kernels.trainer import MOPOConfig
 
 ROOT = Path(__file__).parents[1]
 # What runs on a CPU at full speed; Triton's interpreter is tested with its kernels.
-FAST = [name for name in ("torch", "cpp") if backends.availability()[name] is None]
 HIDDEN_SIZE, LARGE_VOCABULARY = 16, 20_011
 
 
@@ -73,7 +72,7 @@ def folds(patch: pytest.MonkeyPatch, backend: str) -> list[int]:
 # ---------------------------------------------------------------------------------------------------- the op: numbers
 
 
-@pytest.mark.parametrize("backend", FAST)
+@pytest.mark.parametrize("backend", CPU_BACKENDS)
 def test_log_probabilities_are_right_and_never_positive_when_no_block_divides_the_vocabulary(backend: str) -> None:
     """verl: columns past the vocabulary's end entered the log-sum-exp, with log-probabilities of up to +123."""
     for vocabulary, limit in itertools.product((1, 2, 37, 127, 129, 1000, 1025), (2_500, 9_000, 1 << 20)):
@@ -90,7 +89,7 @@ def test_log_probabilities_are_right_and_never_positive_when_no_block_divides_th
     assert (wrong - reference.linear_logprob(batch.hidden, batch.weight, batch.target)).abs().max() > 0.1
 
 
-@pytest.mark.parametrize("backend", FAST)
+@pytest.mark.parametrize("backend", CPU_BACKENDS)
 @pytest.mark.parametrize("trained", [("bias",), ("hidden",), ("hidden", "weight", "bias")], ids="+".join)
 def test_the_bias_enters_before_scale_and_cap_and_gets_its_gradient(backend: str, trained: tuple[str, ...]) -> None:
     """CCE: its bias path gave wrong results."""
@@ -117,7 +116,7 @@ def test_the_bias_enters_before_scale_and_cap_and_gets_its_gradient(backend: str
     assert (expected - late).abs().max() > 0.1
 
 
-@pytest.mark.parametrize("backend", ["reference", *FAST])
+@pytest.mark.parametrize("backend", ["reference", *CPU_BACKENDS])
 @pytest.mark.parametrize("limit", [4_000, 1 << 20], ids=["narrow", "whole"])
 @pytest.mark.parametrize("trained", [("hidden",), ("hidden", "weight", "bias")], ids="+".join)
 def test_a_batch_without_a_scored_token_gives_a_differentiable_zero(
@@ -141,7 +140,7 @@ def test_a_batch_without_a_scored_token_gives_a_differentiable_zero(
     assert torch.isnan(token.sum() / (batch.target != -100).sum()), "what a mean over no token would have given"
 
 
-@pytest.mark.parametrize("backend", FAST)
+@pytest.mark.parametrize("backend", CPU_BACKENDS)
 def test_a_response_without_a_scored_token_leaves_the_others_as_they_are(backend: str) -> None:
     """Liger: one all-masked sequence made the whole batch NaN."""
     batch = make_batch()
@@ -170,7 +169,7 @@ def test_a_model_gets_zero_gradients_from_a_batch_without_a_scored_token(tmp_pat
         assert not value.any()
 
 
-@pytest.mark.parametrize("backend", FAST)
+@pytest.mark.parametrize("backend", CPU_BACKENDS)
 @pytest.mark.parametrize("limit", [4_000, 1 << 20], ids=["recomputed", "kept"])
 def test_weights_of_rows_are_applied_before_the_weights_gradient_is_summed(backend: str, limit: int) -> None:
     """Liger with reduction="none": dweight was summed over the rows and only then multiplied by what came back."""
@@ -187,7 +186,7 @@ def test_weights_of_rows_are_applied_before_the_weights_gradient_is_summed(backe
         assert (wrong * upstream.mean() - want).norm() > 0.1 * want.norm()
 
 
-@pytest.mark.parametrize("backend", FAST)
+@pytest.mark.parametrize("backend", CPU_BACKENDS)
 def test_logits_beyond_the_range_of_fp16_overflow_nowhere(backend: str) -> None:
     """Liger: products in fp16 became inf, and NaN after the softmax."""
     batch = make_batch(hidden=64, dtype=torch.float16, scale=60.0)
@@ -207,7 +206,7 @@ def test_logits_beyond_the_range_of_fp16_overflow_nowhere(backend: str) -> None:
             assert (got.double() - want).norm() < 2e-3 * want.norm()
 
 
-@pytest.mark.parametrize("backend", FAST)
+@pytest.mark.parametrize("backend", CPU_BACKENDS)
 def test_a_scaled_loss_gives_fp16_gradients_that_the_loss_itself_would_lose(backend: str) -> None:
     """Gradients held in fp16 before the loss scale is applied: each below 6e-8 is gone, the loss scale too late."""
     batch = make_batch(hidden=64, dtype=torch.float16, scale=64**-0.25)
@@ -225,7 +224,7 @@ def test_a_scaled_loss_gives_fp16_gradients_that_the_loss_itself_would_lose(back
         assert (want.half().double() - want).norm() > 0.01 * want.norm(), "too large to show what fp16 loses"
 
 
-@pytest.mark.parametrize("backend", FAST)
+@pytest.mark.parametrize("backend", CPU_BACKENDS)
 @pytest.mark.parametrize("limit", [12_000, 30_000], ids=["vocabulary tiled", "whole rows"])
 @pytest.mark.parametrize("path", ["one pass", "any loss"])
 def test_the_weights_gradient_of_many_bf16_chunks_is_rounded_once(
@@ -264,7 +263,7 @@ def test_the_weights_gradient_of_many_bf16_chunks_is_rounded_once(
     assert (total.double() - exact).norm() > 3 * (exact.bfloat16().double() - exact).norm()
 
 
-@pytest.mark.parametrize("backend", ["reference", *FAST])
+@pytest.mark.parametrize("backend", ["reference", *CPU_BACKENDS])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_log_probabilities_are_fp32_for_half_precision_input(backend: str, dtype: torch.dtype) -> None:
     """verl: log-probabilities came back in bf16, off by up to 1/16 nats a token near -11 nats."""
@@ -303,7 +302,7 @@ def test_a_frozen_head_costs_no_product_and_no_memory_for_its_gradient(
     with monkeypatch.context() as patch:
         assert units(lambda: value(small, "torch"), small, patch) == pytest.approx(2.0)
     batch = make_batch(prompts=2, hidden=64, vocabulary=LARGE_VOCABULARY, dtype=torch.float32)
-    for backend in FAST:
+    for backend in CPU_BACKENDS:
         peaks = {}
         for trained in (("hidden",), ("hidden", "weight")):
             batch.weight.requires_grad_(False)
@@ -320,7 +319,7 @@ def test_a_frozen_head_costs_no_product_and_no_memory_for_its_gradient(
         assert peaks[2] > dweight
 
 
-@pytest.mark.parametrize("backend", FAST)
+@pytest.mark.parametrize("backend", CPU_BACKENDS)
 @pytest.mark.parametrize("path", ["one pass", "any loss"])
 @pytest.mark.parametrize("trained", [("hidden",), ("hidden", "weight", "bias")], ids="+".join)
 def test_the_buffer_setting_bounds_the_memory_of_training(backend: str, path: str, trained: tuple[str, ...]) -> None:
@@ -419,7 +418,7 @@ def paths(batch: Batch, options: dict[str, Any]) -> dict[str, Callable[[], Any]]
     ways: dict[str, Callable[[], Any]] = {
         "reference": lambda: mopo_loss(sequence_logprob(batch, backend="reference"), *labels, **options),
     }
-    for backend in FAST:
+    for backend in CPU_BACKENDS:
         ways[f"composed, {backend}"] = lambda b=backend: mopo_loss(
             sequence_logprob(batch, backend=b), *labels, **options
         )
@@ -500,7 +499,7 @@ def test_the_trainer_trains_the_loss_it_is_told_to(loss_type: str, tmp_path: Pat
         assert any((found[name] - value).abs().max() > 1e-2 * largest for name, value in expected[kind].items()), kind
 
 
-@pytest.mark.parametrize("backend", ["reference", *FAST])
+@pytest.mark.parametrize("backend", ["reference", *CPU_BACKENDS])
 def test_regression_of_one_objective_is_ipo_and_sigmoid_is_dpo(backend: str) -> None:
     """ms-swift: IPO was trained as DPO. Both by the formulas of their papers, gradients included."""
     batch = make_batch(objectives=1, seed=2)
@@ -704,7 +703,7 @@ def distributed_tensor_errors() -> dict[str, str]:
 
     mesh = init_device_mesh("cpu", (2,))
     found = {}
-    for rows, backend in itertools.product((False, True), FAST):
+    for rows, backend in itertools.product((False, True), CPU_BACKENDS):
         batch = make_batch(vocabulary=38)
         batch.weight = distribute_tensor(batch.weight, mesh, [Shard(0)])
         if rows:
@@ -812,7 +811,7 @@ def test_a_sharded_head_is_gathered_by_the_model_under_fsdp2(ranks: list[dict[st
 def test_a_distributed_tensor_is_refused_by_name_and_never_taken_for_its_shard(ranks: list[dict[str, Any]]) -> None:
     """FSDP2: with a head still sharded, the loss over a rank's own rows of the vocabulary is a plausible number."""
     for found in ranks:
-        assert len(found["distributed tensors"]) == 4 * len(FAST)
+        assert len(found["distributed tensors"]) == 4 * len(CPU_BACKENDS)
         for case, error in found["distributed tensors"].items():
             assert error != "no error", case
             assert "DTensor" in error or "sharding strategy" in error, (case, error)

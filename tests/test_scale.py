@@ -1,5 +1,5 @@
-"""Sizes at the ends of what is promised: vocabularies from 7 to 262144, thousands of ragged sequences, pairs longer than
-the buffer, batches of nothing; and what another objective costs."""
+"""Sizes at the ends of what is promised: vocabularies from 7 to 262144, thousands of ragged sequences, pairs longer
+than the buffer, batches of nothing; and what another objective costs."""
 
 from __future__ import annotations
 
@@ -7,12 +7,10 @@ import time
 
 import pytest
 import torch
-from samples import Batch, make_batch
+from samples import CPU_BACKENDS, Batch, make_batch
 from torch import Tensor
 
-from mopo_kernels import backends, linear_mopo_loss
-
-FAST = [name for name in ("torch", "cpp") if backends.availability()[name] is None]
+from mopo_kernels import linear_mopo_loss
 
 
 def numbers(batch: Batch, backend: str, limit: int | None = None, trained: bool = True) -> list[Tensor]:
@@ -29,7 +27,7 @@ def assert_oracle(make: dict[str, int], backend: str, limit: int | None = None, 
         torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-11, equal_nan=True)
 
 
-@pytest.mark.parametrize("backend", FAST)
+@pytest.mark.parametrize("backend", CPU_BACKENDS)
 @pytest.mark.parametrize("trained", [True, False], ids=["trained", "frozen"])
 @pytest.mark.parametrize("vocabulary", [7, 50257, 262144])
 def test_any_vocabulary(backend: str, vocabulary: int, trained: bool) -> None:
@@ -38,7 +36,7 @@ def test_any_vocabulary(backend: str, vocabulary: int, trained: bool) -> None:
     assert_oracle(sizes, backend, 8 << 20, trained)
 
 
-@pytest.mark.parametrize("backend", FAST)
+@pytest.mark.parametrize("backend", CPU_BACKENDS)
 @pytest.mark.parametrize("limit", [None, 100_000], ids=["default buffer", "small buffer"])
 def test_thousands_of_ragged_sequences(backend: str, limit: int | None) -> None:
     sizes = {"prompts": 2048, "responses": 2, "longest": 4, "hidden": 8, "vocabulary": 37}
@@ -48,7 +46,7 @@ def test_thousands_of_ragged_sequences(backend: str, limit: int | None) -> None:
     assert_oracle(sizes, backend, limit)
 
 
-@pytest.mark.parametrize("backend", FAST)
+@pytest.mark.parametrize("backend", CPU_BACKENDS)
 @pytest.mark.parametrize("trained", [True, False], ids=["trained", "frozen"])
 def test_pairs_longer_than_the_buffer(backend: str, trained: bool) -> None:
     """700 tokens in a pair, of which the buffer holds fewer than 50."""
@@ -56,7 +54,7 @@ def test_pairs_longer_than_the_buffer(backend: str, trained: bool) -> None:
     assert_oracle(sizes, backend, 150_000, trained)
 
 
-@pytest.mark.parametrize("backend", FAST)
+@pytest.mark.parametrize("backend", CPU_BACKENDS)
 @pytest.mark.parametrize("trained", [True, False], ids=["trained", "frozen"])
 def test_a_batch_of_nothing(backend: str, trained: bool) -> None:
     """No sequence at all; and sequences without a token."""
@@ -69,7 +67,7 @@ def test_a_batch_of_nothing(backend: str, trained: bool) -> None:
         assert all(torch.equal(g, torch.zeros_like(g)) for g in gradients)
 
 
-@pytest.mark.parametrize("backend", FAST)
+@pytest.mark.parametrize("backend", CPU_BACKENDS)
 def test_eight_objectives_cost_what_one_does(backend: str) -> None:
     """By design another objective adds P numbers, not a product; the medians of interleaved rounds differ by noise. The
     bound here is for a loaded machine: a second pass over the head would double the time."""

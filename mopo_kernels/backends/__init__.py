@@ -1,21 +1,30 @@
-"""Backends: who does the tile work of the driver, and whether they can here."""
+"""Backends: who does the tile work of a head, and whether they can here."""
 
 from __future__ import annotations
 
 import torch
 
-from mopo_kernels.backends import cpp, torch_ops
+from mopo_kernels.backends import cpp, cuda, torch_ops, triton
 from mopo_kernels.backends.tile import Head, TileBackend
 
 __all__ = ["NAMES", "Head", "TileBackend", "availability", "resolve", "tile_backend"]
 
-_BACKENDS: dict[str, TileBackend] = {"cpp": cpp.BACKEND, "torch": torch_ops.BACKEND}
+_BACKENDS: dict[str, TileBackend] = {
+    "cpp": cpp.BACKEND,
+    "cuda": cuda.BACKEND,
+    "torch": torch_ops.BACKEND,
+    "triton": triton.BACKEND,
+}
 _REASONS: dict[str, str | None] = {
     "reference": None,
     "torch": torch_ops.unavailable_reason(),
     "cpp": cpp.unavailable_reason(),
+    "triton": triton.unavailable_reason(),
+    "cuda": cuda.unavailable_reason(),
 }
 NAMES = ("auto", *_REASONS)
+# For each kind of device what "auto" means: the first of these that is available.
+_PREFERRED = {"cpu": ("cpp", "torch"), "cuda": ("triton", "cuda", "torch")}
 
 
 def availability() -> dict[str, str | None]:
@@ -23,16 +32,24 @@ def availability() -> dict[str, str | None]:
     return dict(_REASONS)
 
 
+def _serves(name: str) -> tuple[str, ...] | None:
+    """The kinds of device a backend serves; None for all."""
+    if name == "triton":
+        return triton.serves()
+    return {"cpp": ("cpu",), "cuda": ("cuda",)}.get(name)
+
+
 def resolve(name: str, device: torch.device) -> str:
     """The backend that serves ``name`` on ``device``. Only "auto" falls back; any other name is itself or an error."""
     if name == "auto":
-        return "cpp" if device.type == "cpu" and _REASONS["cpp"] is None else "torch"
+        return next(b for b in _PREFERRED.get(device.type, ("torch",)) if _REASONS[b] is None)
     if name not in _REASONS:
         raise ValueError(f"backend must be one of {', '.join(NAMES)}; got {name!r}")
     if _REASONS[name] is not None:
         raise RuntimeError(f"backend {name!r} is not available: {_REASONS[name]}")
-    if name == "cpp" and device.type != "cpu":
-        raise RuntimeError(f"backend 'cpp' serves CPU tensors; got tensors on {device}")
+    kinds = _serves(name)
+    if kinds is not None and device.type not in kinds:
+        raise RuntimeError(f"backend {name!r} serves {' and '.join(kinds).upper()} tensors; got tensors on {device}")
     return name
 
 

@@ -1,0 +1,294 @@
+"""Registers, spills and shared memory of every variant of every Triton kernel, compiled on a machine without a GPU.
+
+    python -m bench.compile_report                       # all of them, some minutes; --help for less
+
+Kernels are compiled through the functions that launch them: Triton is given a driver that names an architecture and has
+no device, and a launch stops once its kernel is compiled. So what is compiled is what would run, with the same constants
+and the same assumptions on its arguments. TRITON_INTERPRET must not be set.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import contextlib
+import hashlib
+import io
+import itertools
+import json
+import re
+import subprocess
+from collections.abc import Callable, Iterator
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.runtime.jit import JITFunction
+
+from mopo_kernels.backends.tile import Head
+from mopo_kernels.coefficients import PairData
+from mopo_kernels.kernels.exponential_gradient import exponential_gradient_
+from mopo_kernels.kernels.fold import fold
+from mopo_kernels.kernels.gradient import gradient_
+from mopo_kernels.kernels.linear_fold import linear_fold, offset_blocks
+from mopo_kernels.kernels.pair_coefficient import pair_coefficient
+from mopo_kernels.kernels.segment_sum import segment_sum
+
+ROOT = Path(__file__).resolve().parent.parent
+OUTPUT = ROOT / "bench" / "results" / "compile_report.json"
+# 8.6 stands for the architectures that have no configuration of their own.
+ARCHITECTURES = (80, 86, 90, 100)
+# Shared memory a block can have, KiB: CUDA C++ Programming Guide, "Technical Specifications per Compute Capability".
+SHARED_KIB = {80: 163, 86: 99, 87: 163, 89: 99, 90: 227, 100: 227, 103: 227, 120: 99}
+
+HEADS = {
+    "plain": Head(None, 1.0, 1.0),
+    "scaled": Head(None, 0.5, 1.5),
+    "capped": Head(30.0, 1.0, 1.0),
+}
+SHORT = {
+    torch.bfloat16: "bf16",
+    torch.float16: "fp16",
+    torch.float32: "fp32",
+    torch.float64: "fp64",
+    torch.int32: "int32",
+    torch.int64: "int64",
+}
+BOTH = (False, True)
+
+
+class Driver:
+    """A Triton driver for an architecture, without a device."""
+
+    def __init__(self, architecture: int) -> None:
+        self.architecture = architecture
+
+    def get_current_device(self) -> int:
+        return self.architecture  # kernels are kept by device
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self.architecture, 32)
+
+
+@contextlib.contextmanager
+def compiling(architecture: int) -> Iterator[dict[str, dict[str, Any]]]:
+    """Within it launches only compile. Yields the kernels compiled so far: what :func:`_resources` says of each, by an
+    identifier of the compiled code."""
+    compiled: dict[str, dict[str, Any]] = {}
+    launch = JITFunction.run
+
+    def run(kernel: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
+        log = io.StringIO()
+        with contextlib.redirect_stdout(log):
+            binary = launch(kernel, *args, grid=grid, warmup=True, **options)
+        if binary.hash not in compiled:
+            compiled[binary.hash] = {"kernel": kernel.__name__, **_resources(binary, log.getvalue())}
+        return binary
+
+    triton.runtime.driver.set_active(Driver(architecture))
+    JITFunction.run = run
+    try:
+        # ptxas tells what it used only when it runs.
+        with triton.knobs.nvidia.scope(), triton.knobs.compilation.scope():
+            triton.knobs.nvidia.dump_ptxas_log = True
+            triton.knobs.compilation.always_compile = True
+            yield compiled
+    finally:
+        JITFunction.run = launch
+
+
+def _resources(binary: Any, log: str) -> dict[str, Any]:
+    registers = re.search(r"Used (\d+) registers", log)
+    spills = re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", log)
+    if registers is None or spills is None:
+        raise SystemExit(f"ptxas did not say what it used: {log!r}")
+    return {
+        "registers": int(registers[1]),
+        "stack_bytes": int(spills[1]),
+        "spill_store_bytes": int(spills[2]),
+        "spill_load_bytes": int(spills[3]),
+        "shared_bytes": binary.metadata.shared,
+        "warps": binary.metadata.num_warps,
+        "stages": binary.metadata.num_stages,
+        "advice": re.findall(r"Potential Performance Loss: (.*)", log),
+    }
+
+
+def _tile_variants() -> Iterator[tuple[str, Callable[[], None]]]:
+    target = torch.zeros(1, dtype=torch.int64)
+    for dtype, bias, (name, head), columns in itertools.product(
+        (torch.float32, torch.float64), BOTH, HEADS.items(), (4096, 4099)
+    ):
+        tile, row = torch.zeros(1, columns, dtype=dtype), torch.zeros(1, dtype=dtype)
+        at = (tile, tile[0] if bias else None, target, 0, head)
+        label = f"{SHORT[dtype]} {name}{' bias' if bias else ''} W={columns}"
+        yield f"fold {label}", lambda at=at, row=row: fold(*at, row, row, row)
+        for coefficient in (None, row):
+            suffix = "" if coefficient is None else " coefficient"
+            yield f"gradient {label}{suffix}", lambda at=at, c=coefficient: gradient_(*at, target.double(), c)
+
+
+# (H, W, row stride of the exponentials): whole blocks; none whole; a vocabulary of an odd size, in rows that start at
+# multiples of 16 bytes; rows that do not, of the exponentials, then of hidden and weight as well.
+SHAPES = (
+    (1024, 4096, 4096),
+    (1040, 4112, 4112),
+    (1024, 4099, 4112),
+    (1040, 4099, 4112),
+    (1024, 4099, 4099),
+    (1027, 4099, 4099),
+    (1027, 4096, 4096),
+)
+
+
+def _fused_variants() -> Iterator[tuple[str, Callable[[], None]]]:
+    target, row = torch.zeros(1, dtype=torch.int64), torch.zeros(1)
+    for dtype, (hidden_size, columns, stride) in itertools.product((torch.bfloat16, torch.float16), SHAPES):
+        hidden, weight = torch.zeros(1, hidden_size, dtype=dtype), torch.zeros(columns, hidden_size, dtype=dtype)
+        tile = torch.zeros(2, stride, dtype=dtype)[:1, :columns]
+        size = f"H={hidden_size} W={columns} stride={stride}"
+        for (name, head), bias, store in itertools.product(HEADS.items(), BOTH, BOTH):
+            label = f"{SHORT[dtype]} {name}{' bias' if bias else ''}{' store' if store else ''} {size}"
+            at = (hidden, weight, torch.zeros(columns) if bias else None, target, 0, head, row, row, row)
+            yield f"linear_fold {label}", lambda at=at, store=store, tile=tile: _linear_fold(at, tile if store else None)
+        for (name, head), coefficient in itertools.product(HEADS.items(), (None, row)):
+            suffix = "" if coefficient is None else " coefficient"
+            yield (
+                f"exponential_gradient {SHORT[dtype]} {name}{suffix} {size}",
+                lambda tile=tile, head=head, c=coefficient: exponential_gradient_(
+                    tile, _offsets(tile), target, 0, head, row.double(), row, c
+                ),
+            )
+
+
+def _offsets(tile: Tensor) -> Tensor:
+    return torch.zeros(offset_blocks(tile.shape[1]), 1)
+
+
+def _linear_fold(at: tuple[Any, ...], tile: Tensor | None) -> None:
+    linear_fold(*at, tile, None if tile is None else _offsets(tile))
+
+
+def _sequence_variants() -> Iterator[tuple[str, Callable[[], object]]]:
+    for dtype, index in itertools.product((torch.float32, torch.float64), (torch.int32, torch.int64)):
+        value, cu_seqlens = torch.zeros(4, dtype=dtype), torch.zeros(3, dtype=index)
+        label = f"segment_sum {SHORT[dtype]} {SHORT[index]}"
+        yield label, lambda value=value, cu_seqlens=cu_seqlens: segment_sum(value, cu_seqlens)
+    names = ("pair_weight", "label_rate", "margin", "length", "normalizer")
+    for dtype, loss_type, given in itertools.product(
+        (torch.float32, torch.float64), ("regression", "sigmoid"), itertools.product(BOTH, repeat=5)
+    ):
+        one = torch.ones(4, dtype=dtype)
+        optional = {name: one if wanted else None for name, wanted in zip(names, given, strict=True)}
+        data = PairData(
+            pairs=torch.zeros(4, 2, dtype=torch.int64),
+            preference=torch.zeros(4, 2, dtype=dtype),
+            objective_weight=one,
+            tau=0.1,
+            loss_type=loss_type,
+            prompt_index=None,
+            max_ratio=None,
+            estimator="pair",
+            **optional,
+        )
+        label = " ".join([f"pair_coefficient {SHORT[dtype]} {loss_type}", *(n for n in names if optional[n] is not None)])
+        yield label, lambda one=one, data=data: pair_coefficient(one, one, data)
+
+
+def variants(match: str = "") -> dict[str, Callable[[], object]]:
+    """What there is to compile: calls, by a label that the regular expression ``match`` is found in."""
+    every = itertools.chain(_tile_variants(), _fused_variants(), _sequence_variants())
+    return {label: call for label, call in every if re.search(match, label)}
+
+
+def compile_all(architecture: int, match: str = "") -> list[dict[str, Any]]:
+    """One row a kernel compiled: a call may launch several, and several calls the same."""
+    rows = []
+    with compiling(architecture) as compiled:
+        calls = variants(match).items()
+        for label, call in track(calls, description=f"sm_{architecture}", transient=True, disable=not calls):
+            before = set(compiled)
+            call()
+            for key in compiled.keys() - before:
+                rows.append({"architecture": architecture, "variant": label, **compiled[key]})
+    return sorted(rows, key=lambda row: (row["variant"], row["kernel"]))
+
+
+def source_hash() -> str:
+    """Of the kernels' code, comments and docstrings left out: whether a report is of today's kernels."""
+    digest = hashlib.sha256()
+    for path in sorted((ROOT / "mopo_kernels" / "kernels").glob("*.py")):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        for node in ast.walk(tree):
+            if isinstance(node, (ast.FunctionDef, ast.ClassDef, ast.Module)) and ast.get_docstring(node) is not None:
+                node.body = node.body[1:]
+        digest.update(ast.dump(tree).encode())
+    return digest.hexdigest()
+
+
+def show(rows: list[dict[str, Any]]) -> None:
+    """The largest numbers of each kernel on each architecture, then every variant that spills or draws advice."""
+    table = Table(title=f"triton {triton.__version__}: the most that any variant takes")
+    for heading in ("kernel", "sm", "variants", "registers", "spilled bytes", "shared KiB", "of", "warps", "stages"):
+        table.add_column(heading, justify="left" if heading == "kernel" else "right")
+    groups: dict[tuple[str, int], list[dict[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault((row["kernel"], row["architecture"]), []).append(row)
+    for (kernel, architecture), group in sorted(groups.items()):
+        most = {key: max(row[key] for row in group) for key in group[0] if isinstance(group[0][key], int)}
+        table.add_row(
+            kernel,
+            str(architecture),
+            str(len(group)),
+            str(most["registers"]),
+            str(most["spill_store_bytes"] + most["spill_load_bytes"]),
+            f"{most['shared_bytes'] / 1024:.1f}",
+            str(SHARED_KIB[architecture]),
+            str(most["warps"]),
+            str(most["stages"]),
+        )
+    console = Console(width=max(100, Console().width))
+    console.print(table)
+    for row in rows:
+        if row["spill_store_bytes"] + row["spill_load_bytes"] + row["stack_bytes"] > 0 or row["advice"]:
+            console.print(row, highlight=False)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--arch", type=int, nargs="+", choices=SHARED_KIB, default=ARCHITECTURES, help="90 is 9.0")
+    parser.add_argument("--match", default="", metavar="REGEX", help="only the variants whose name it is found in")
+    parser.add_argument("--list", action="store_true", help="print the variants' names and compile nothing")
+    parser.add_argument("--output", type=Path, default=OUTPUT, help="JSON file to write; by default %(default)s")
+    options = parser.parse_args(arguments)
+    if options.list:
+        print("\n".join(variants(options.match)))
+        return
+    rows = [row for architecture in options.arch for row in compile_all(architecture, options.match)]
+    show(rows)
+    record = {
+        "triton": triton.__version__,
+        "sources": source_hash(),
+        "commit": subprocess.run(
+            ["git", "describe", "--always", "--dirty=+", "--abbrev=12"], capture_output=True, text=True
+        ).stdout.strip(),
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "match": options.match,
+    }
+    lines = ",\n".join(f"  {json.dumps(row)}" for row in rows)
+    options.output.write_text(f'{json.dumps(record)[:-1]}, "rows": [\n{lines}\n]}}\n', encoding="utf-8")
+    print(f"{len(rows)} kernels compiled: {options.output}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,140 @@
+"""Backend "triton": tile work in the kernels of :mod:`mopo_kernels.kernels`, on NVIDIA GPUs and in Triton's interpreter.
+
+For bf16 and fp16 input it fuses: products are folded in registers, and a tile holds exponentials in the input's dtype.
+Triton is imported on first use, and this module without it.
+"""
+
+from __future__ import annotations
+
+import os
+from contextlib import AbstractContextManager
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from mopo_kernels.backends.tile import Head, TileBackend
+from mopo_kernels.coefficients import PairData
+
+
+def _interpreting() -> bool:
+    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
+
+
+@cache
+def unavailable_reason() -> str | None:
+    """None where Triton imports and there is a GPU or its interpreter is on; otherwise one line that says why not."""
+    interpreting = _interpreting()
+    if not interpreting and (not torch.cuda.is_available() or torch.version.cuda is None):
+        return "there is no NVIDIA GPU (TRITON_INTERPRET=1 runs the kernels on the CPU, slowly)"
+    try:
+        from mopo_kernels.kernels.common import interpreted
+    except ImportError as error:
+        detail = " ".join(str(error).split())[:200]
+        return f"Triton does not import ({detail}); install triton"
+    if interpreting != interpreted():
+        return "TRITON_INTERPRET changed after Triton was imported; set it before"
+    return None
+
+
+def serves() -> tuple[str, ...]:
+    """Kinds of device: the interpreter takes CPU tensors as well."""
+    return ("cuda", "cpu") if _interpreting() else ("cuda",)
+
+
+def _on_device(tensor: Tensor) -> AbstractContextManager[object]:
+    """Triton launches on the current device, whichever the tensors are on."""
+    return torch.cuda.device_of(tensor)
+
+
+class TritonBackend(TileBackend):
+    def fold(
+        self,
+        tile: Tensor,
+        bias: Tensor | None,
+        target: Tensor,
+        start: int,
+        head: Head,
+        maximum: Tensor,
+        total: Tensor,
+        picked: Tensor,
+    ) -> None:
+        from mopo_kernels.kernels.fold import fold
+
+        with _on_device(tile):
+            fold(tile, bias, target, start, head, maximum, total, picked)
+
+    def gradient_(
+        self,
+        tile: Tensor,
+        bias: Tensor | None,
+        target: Tensor,
+        start: int,
+        head: Head,
+        logsumexp: Tensor,
+        coefficient: Tensor | None,
+    ) -> None:
+        from mopo_kernels.kernels.gradient import gradient_
+
+        with _on_device(tile):
+            gradient_(tile, bias, target, start, head, logsumexp, coefficient)
+
+    def fuses(self, dtype: torch.dtype) -> bool:
+        return dtype in (torch.bfloat16, torch.float16)
+
+    def offset_blocks(self, columns: int) -> int:
+        from mopo_kernels.kernels.linear_fold import offset_blocks
+
+        return offset_blocks(columns)
+
+    def linear_fold(
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        target: Tensor,
+        start: int,
+        head: Head,
+        maximum: Tensor,
+        total: Tensor,
+        picked: Tensor,
+        exponentials: Tensor | None = None,
+        offsets: Tensor | None = None,
+    ) -> None:
+        from mopo_kernels.kernels.linear_fold import linear_fold
+
+        with _on_device(hidden):
+            linear_fold(hidden, weight, bias, target, start, head, maximum, total, picked, exponentials, offsets)
+
+    def exponential_gradient_(
+        self,
+        exponentials: Tensor,
+        offsets: Tensor,
+        target: Tensor,
+        start: int,
+        head: Head,
+        logsumexp: Tensor,
+        logprob: Tensor,
+        coefficient: Tensor | None,
+    ) -> None:
+        from mopo_kernels.kernels.exponential_gradient import exponential_gradient_
+
+        with _on_device(exponentials):
+            exponential_gradient_(exponentials, offsets, target, start, head, logsumexp, logprob, coefficient)
+
+    def segment_sum(self, value: Tensor, cu_seqlens: Tensor) -> Tensor:
+        from mopo_kernels.kernels.segment_sum import segment_sum
+
+        with _on_device(value):
+            return segment_sum(value, cu_seqlens)
+
+    def pair_coefficient(self, logprob: Tensor, ref_logprob: Tensor, data: PairData) -> Tensor:
+        from mopo_kernels.kernels.pair_coefficient import pair_coefficient
+
+        if data.loss_type == "cloning":
+            return super().pair_coefficient(logprob, ref_logprob, data)
+        with _on_device(logprob):
+            return pair_coefficient(logprob, ref_logprob, data)
+
+
+BACKEND = TritonBackend()

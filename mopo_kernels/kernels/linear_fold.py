@@ -1,0 +1,305 @@
+"""Multiplies hidden and weight and folds the product's logits without storing them.
+
+``linear_fold_kernel``: one program a block of rows and a block of the vocabulary; it leaves the maximum and the sum of
+each row over its block, the target's logit and, if asked to, the exponentials. ``merge_kernel`` folds those maxima and
+sums into the rows' running ones, in a fixed order.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from mopo_kernels import checks
+from mopo_kernels.backends.tile import Head
+from mopo_kernels.kernels.common import OPTIONS, accumulate, architecture, head_arguments, lowest, reduce
+
+
+class Configuration(NamedTuple):
+    """Rows, vocabulary entries and hidden components of a block, and how many blocks of rows pass over a block of the
+    weight before the next: enough that the weight is read few times, few enough that their hidden stays in L2."""
+
+    block_r: int
+    block_v: int
+    block_h: int
+    group_r: int
+    num_warps: int
+    num_stages: int
+
+
+# By compute capability, for 2-byte elements. None of these was chosen by measurement yet: bench/compile_report.py shows
+# what a change costs in registers and shared memory. Two programs of 128 x 128 share a multiprocessor, so that one's
+# products hide the other's exponentials; on 9.0 the wider block keeps the tensor cores fed from shared memory. 0 is the
+# interpreter, where small blocks let small tests cross their edges.
+CONFIGURATIONS = {
+    0: Configuration(32, 64, 32, 2, 4, 1),
+    80: Configuration(128, 128, 32, 16, 4, 4),
+    90: Configuration(128, 256, 64, 16, 8, 3),
+    100: Configuration(128, 128, 64, 16, 4, 3),
+    103: Configuration(128, 128, 64, 16, 4, 3),
+}
+# For every other architecture: those of 8.6, 8.9 and 12.0 have 99 KiB of shared memory a block.
+OTHER = Configuration(64, 128, 32, 16, 4, 4)
+# What is smaller where the last block of a tile is stored a few bytes at a time, and where everything is: see _launches.
+NARROW_EDGE = {"block_r": 32, "block_h": 32, "num_warps": 4}
+NARROW = {"block_r": 32, "block_h": 16, "num_warps": 4}
+# Blocks of the vocabulary and rows that a program of the merge takes at a time.
+MERGE_BLOCKS, MERGE_ROWS = 128, 16
+
+
+def configuration() -> Configuration:
+    """The current device's."""
+    return CONFIGURATIONS.get(architecture(), OTHER)
+
+
+def offset_blocks(columns: int) -> int:
+    """Blocks of the vocabulary in a tile of ``columns``, on the current device."""
+    return int(triton.cdiv(columns, configuration().block_v))
+
+
+class Launch(NamedTuple):
+    """``count`` blocks of the vocabulary from ``first`` on; ``even``: none of them is cut short."""
+
+    first: int
+    count: int
+    even: bool
+    configuration: Configuration
+
+
+def _launches(columns: int, matrices: tuple[Tensor | None, ...]) -> list[Launch]:
+    """Launches for a tile of ``columns``. Loads and stores of 16 bytes need rows that start at multiples of 16 bytes and
+    a tile that ends at one; smaller ones need more registers than a thread has for a large block. So where rows do not,
+    blocks are small, and where only the end of the tile does not, the last ones are."""
+    main = configuration()
+    whole, rest = divmod(columns, main.block_v)
+    blocks = whole + (rest > 0)
+    if any(m is not None and (m.stride(0) % 8 or m.data_ptr() % 16) for m in matrices):
+        return [Launch(0, blocks, rest == 0, main._replace(**NARROW))]
+    if columns % 16 == 0:
+        return [Launch(0, blocks, rest == 0, main)]
+    return [Launch(0, whole, True, main)] * (whole > 0) + [Launch(whole, 1, False, main._replace(**NARROW_EDGE))]
+
+
+@triton.jit
+def _blocks(
+    rows: tl.int32, blocks: tl.int32, BLOCK_R: tl.constexpr, GROUP_R: tl.constexpr
+) -> tuple[tl.tensor, tl.tensor]:
+    """The program's block of rows and of the vocabulary: within a group of rows, blocks of rows come first."""
+    program = tl.program_id(0)
+    group_size = GROUP_R * blocks
+    first = program // group_size * GROUP_R
+    height = tl.minimum(tl.cdiv(rows, BLOCK_R) - first, GROUP_R)
+    return first + program % group_size % height, program % group_size // height
+
+
+@triton.jit
+def _logit(
+    x: tl.tensor, inner: tl.float64, outer: tl.float64, slope: tl.float64, CAPPED: tl.constexpr, SCALED: tl.constexpr
+) -> tl.tensor:
+    """Logits of products plus bias, fp32. A thread holds over a hundred of them in registers, and every step is taken
+    for all before the next: so no step may need a second number beside each. This is why the constants are rounded and
+    tanh(y) = 1 - 2 / (1 + exp(2 y)), off by 2^-23, serves near 0 as well."""
+    z = x
+    if CAPPED:
+        rate = (tl.full((), inner, tl.float64) * 2.8853900817779268).to(tl.float32)
+        top = tl.full((), outer, tl.float64).to(tl.float32)
+        z = top - (2.0 * top) / (1.0 + tl.exp2(x * rate))
+    elif SCALED:
+        z = x * tl.full((), slope, tl.float64).to(tl.float32)
+    return z
+
+
+@triton.jit(do_not_specialize=["bias", "target", "offsets", "sums", "picked", "rows", "start", "first_block"])
+def linear_fold_kernel(
+    hidden: tl.tensor,
+    weight: tl.tensor,
+    bias: tl.tensor,
+    target: tl.tensor,
+    exponentials: tl.tensor,
+    offsets: tl.tensor,
+    sums: tl.tensor,
+    picked: tl.tensor,
+    rows: tl.int32,
+    columns: tl.int32,
+    hidden_size: tl.int32,
+    start: tl.int32,
+    first_block: tl.int32,
+    blocks: tl.int32,
+    hidden_stride: tl.int64,
+    weight_stride: tl.int64,
+    exponentials_stride: tl.int64,
+    inner: tl.float64,
+    outer: tl.float64,
+    slope: tl.float64,
+    HAS_BIAS: tl.constexpr,
+    CAPPED: tl.constexpr,
+    SCALED: tl.constexpr,
+    STORE: tl.constexpr,
+    EVEN_H: tl.constexpr,
+    EVEN_V: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    GROUP_R: tl.constexpr,
+) -> None:
+    r_block, v_block = _blocks(rows, blocks, BLOCK_R, GROUP_R)
+    v_block += first_block
+    r = r_block * BLOCK_R + tl.arange(0, BLOCK_R)
+    v = v_block * BLOCK_V + tl.arange(0, BLOCK_V)
+    h = tl.arange(0, BLOCK_H)
+    wanted = tl.load(target + r, mask=r < rows, other=-1)
+    scored = wanted >= 0
+    statistic = v_block.to(tl.int64) * rows + r
+    if tl.max(scored.to(tl.int32), axis=0) == 0:
+        # The statistics of rows that are not scored only have to be finite.
+        tl.store(offsets + statistic, tl.zeros((BLOCK_R,), tl.float32), mask=r < rows)
+        tl.store(sums + statistic, tl.full((BLOCK_R,), 1.0, tl.float32), mask=r < rows)
+        return
+    column = wanted - start - v_block * BLOCK_V
+    width = BLOCK_V if EVEN_V else tl.minimum(columns - v_block * BLOCK_V, BLOCK_V)
+    here = (column >= 0) & (column < width)
+    column = tl.where(here, column, -1).to(tl.int32)
+
+    # Beyond the last row and column the last is read again, so that no load needs a mask for them. Offsets within a
+    # block fit 32 bits, which leaves registers for the products; the blocks' own are 64 bits wide.
+    r_in = tl.minimum(tl.arange(0, BLOCK_R), rows - r_block * BLOCK_R - 1)
+    v_in = tl.minimum(tl.arange(0, BLOCK_V), width - 1)
+    a = hidden + r_block.to(tl.int64) * BLOCK_R * hidden_stride
+    b = weight + v_block.to(tl.int64) * BLOCK_V * weight_stride
+    a_offset = r_in[:, None] * hidden_stride.to(tl.int32) + h[None, :]
+    b_offset = v_in[None, :] * weight_stride.to(tl.int32) + h[:, None]
+    z = tl.zeros((BLOCK_R, BLOCK_V), tl.float32)
+    if HAS_BIAS:
+        z += tl.load(bias + v, mask=v < columns, other=0.0)[None, :]
+    for first in range(0, hidden_size, BLOCK_H):
+        if EVEN_H:
+            z = tl.dot(tl.load(a + a_offset), tl.load(b + b_offset), z)
+        else:
+            left = hidden_size - first
+            a_block = tl.load(a + a_offset, mask=h[None, :] < left, other=0.0)
+            z = tl.dot(a_block, tl.load(b + b_offset, mask=h[:, None] < left, other=0.0), z)
+        a += BLOCK_H
+        b += BLOCK_H
+    z = _logit(z, inner, outer, slope, CAPPED, SCALED)
+
+    if tl.max(column, axis=0) >= 0:
+        hit = column[:, None] == tl.arange(0, BLOCK_V)[None, :]
+        tl.store(picked + r, tl.sum(tl.where(hit, z, 0.0), axis=1), mask=column >= 0)
+
+    if not EVEN_V:
+        z = tl.where(v[None, :] < columns, z, -float("inf"))
+    maximum = tl.max(z, axis=1)
+    # While every logit is -inf, exp(z - 0) = 0 where exp(z - maximum) would be NaN.
+    e = tl.exp(z - tl.where(maximum == -float("inf"), 0.0, maximum)[:, None])
+    # What a row that is not scored leaves does not depend on the rows beside it.
+    tl.store(offsets + statistic, tl.where(scored, maximum, 0.0), mask=r < rows)
+    tl.store(sums + statistic, tl.where(scored, tl.sum(e, axis=1), 1.0), mask=r < rows)
+    if STORE:
+        corner = exponentials + r_block.to(tl.int64) * BLOCK_R * exponentials_stride + v_block * BLOCK_V
+        at = tl.arange(0, BLOCK_R)[:, None] * exponentials_stride.to(tl.int32) + tl.arange(0, BLOCK_V)[None, :]
+        inside = r[:, None] < rows
+        if not EVEN_V:
+            inside &= v[None, :] < columns
+        tl.store(corner + at, e.to(exponentials.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=["offsets", "sums", "maximum", "total", "rows"])
+def merge_kernel(
+    offsets: tl.tensor,
+    sums: tl.tensor,
+    maximum: tl.tensor,
+    total: tl.tensor,
+    rows: tl.int32,
+    blocks: tl.int32,
+    BLOCK_B: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+) -> None:
+    r = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
+    b = tl.arange(0, BLOCK_B)
+    top = lowest((BLOCK_B, BLOCK_R), tl.float32)
+    summed = tl.zeros((BLOCK_B, BLOCK_R), tl.float32)
+    for first in range(0, blocks, BLOCK_B):
+        at = (first + b).to(tl.int64)[:, None] * rows + r[None, :]
+        inside = ((first + b)[:, None] < blocks) & (r[None, :] < rows)
+        block_maximum = tl.load(offsets + at, mask=inside, other=-float("inf"))
+        top, summed = accumulate(top, summed, block_maximum, tl.load(sums + at, mask=inside, other=0.0))
+    top, summed = reduce(top, summed, 0)
+    old_maximum = tl.load(maximum + r, mask=r < rows, other=0.0)
+    top, summed = accumulate(top, summed, old_maximum, tl.load(total + r, mask=r < rows, other=0.0))
+    tl.store(maximum + r, tl.where(summed == 0, -float("inf"), top), mask=r < rows)
+    tl.store(total + r, summed, mask=r < rows)
+
+
+def linear_fold(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    start: int,
+    head: Head,
+    maximum: Tensor,
+    total: Tensor,
+    picked: Tensor,
+    exponentials: Tensor | None = None,
+    offsets: Tensor | None = None,
+) -> None:
+    """:meth:`mopo_kernels.backends.tile.TileBackend.linear_fold` for bf16 or fp16: hidden (R, H), weight (W, H). Takes
+    4 bytes a row and block of the vocabulary for the sums, and as many for the offsets if they are not given."""
+    (rows, hidden_size), columns = hidden.shape, weight.shape[0]
+    if rows == 0:
+        return
+    blocks = offset_blocks(columns)
+    checks.expect((exponentials is None) == (offsets is None), "offsets", "come with exponentials", offsets)
+    if offsets is None:
+        offsets = maximum.new_empty(blocks, rows)
+    checks.shape("offsets", offsets, (blocks, rows), "(blocks, R)")
+    sums = torch.empty_like(offsets)
+    for launch in _launches(columns, (hidden, weight, exponentials)):
+        c = launch.configuration
+        linear_fold_kernel[(triton.cdiv(rows, c.block_r) * launch.count,)](
+            hidden,
+            weight,
+            bias,
+            target,
+            exponentials,
+            offsets,
+            sums,
+            picked,
+            rows,
+            columns,
+            hidden_size,
+            start,
+            launch.first,
+            launch.count,
+            hidden.stride(0),
+            weight.stride(0),
+            0 if exponentials is None else exponentials.stride(0),
+            HAS_BIAS=bias is not None,
+            STORE=exponentials is not None,
+            EVEN_H=hidden_size % c.block_h == 0,
+            EVEN_V=launch.even,
+            BLOCK_R=c.block_r,
+            BLOCK_V=c.block_v,
+            BLOCK_H=c.block_h,
+            GROUP_R=c.group_r,
+            num_warps=c.num_warps,
+            num_stages=c.num_stages,
+            **head_arguments(head),
+            **OPTIONS,
+        )
+    merge_kernel[(triton.cdiv(rows, MERGE_ROWS),)](
+        offsets,
+        sums,
+        maximum,
+        total,
+        rows,
+        blocks,
+        BLOCK_B=MERGE_BLOCKS,
+        BLOCK_R=MERGE_ROWS,
+        num_warps=4,
+        **OPTIONS,
+    )

@@ -1,0 +1,12 @@
+"""Settings that must be made before anything else is imported."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+# Triton reads this when it is imported, and torch may import it in any test. Without a GPU its kernels can only run in
+# its interpreter.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
