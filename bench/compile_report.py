@@ -21,7 +21,7 @@ import subprocess
 from collections.abc import Callable, Iterator
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -34,6 +34,7 @@ from triton.runtime.jit import JITFunction
 
 from mopo_kernels.backends.tile import Head
 from mopo_kernels.coefficients import PairData
+from mopo_kernels.kernels.common import interpreted
 from mopo_kernels.kernels.exponential_gradient import exponential_gradient_
 from mopo_kernels.kernels.fold import fold
 from mopo_kernels.kernels.gradient import gradient_
@@ -80,11 +81,20 @@ class Driver:
         return GPUTarget("cuda", self.architecture, 32)
 
 
+class Kernel(NamedTuple):
+    """A compiled kernel: ``key`` identifies its code, ``resources`` is what :func:`_resources` says."""
+
+    key: str
+    name: str
+    resources: dict[str, Any]
+
+
 @contextlib.contextmanager
-def compiling(architecture: int) -> Iterator[dict[str, dict[str, Any]]]:
-    """Within it launches only compile. Yields the kernels compiled so far: what :func:`_resources` says of each, by an
-    identifier of the compiled code."""
-    compiled: dict[str, dict[str, Any]] = {}
+def compiling(architecture: int) -> Iterator[list[Kernel]]:
+    """Within it launches only compile. Yields what was launched, in order; a process can do this once an architecture,
+    since ptxas tells what it used only when it runs."""
+    launched: list[Kernel] = []
+    compiled: dict[str, Kernel] = {}
     launch = JITFunction.run
 
     def run(kernel: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
@@ -92,17 +102,18 @@ def compiling(architecture: int) -> Iterator[dict[str, dict[str, Any]]]:
         with contextlib.redirect_stdout(log):
             binary = launch(kernel, *args, grid=grid, warmup=True, **options)
         if binary.hash not in compiled:
-            compiled[binary.hash] = {"kernel": kernel.__name__, **_resources(binary, log.getvalue())}
+            name = kernel.__name__.removesuffix("_kernel")
+            compiled[binary.hash] = Kernel(binary.hash, name, _resources(binary, log.getvalue()))
+        launched.append(compiled[binary.hash])
         return binary
 
     triton.runtime.driver.set_active(Driver(architecture))
     JITFunction.run = run
     try:
-        # ptxas tells what it used only when it runs.
         with triton.knobs.nvidia.scope(), triton.knobs.compilation.scope():
             triton.knobs.nvidia.dump_ptxas_log = True
             triton.knobs.compilation.always_compile = True
-            yield compiled
+            yield launched
     finally:
         JITFunction.run = launch
 
@@ -212,16 +223,19 @@ def variants(match: str = "") -> dict[str, Callable[[], object]]:
 
 
 def compile_all(architecture: int, match: str = "") -> list[dict[str, Any]]:
-    """One row a kernel compiled: a call may launch several, and several calls the same."""
-    rows = []
-    with compiling(architecture) as compiled:
-        calls = variants(match).items()
-        for label, call in track(calls, description=f"sm_{architecture}", transient=True, disable=not calls):
-            before = set(compiled)
+    """One row a compiled kernel, with the variants that launch it: a variant may launch several, and share them."""
+    rows: dict[str, dict[str, Any]] = {}
+    calls = variants(match)
+    with compiling(architecture) as launched:
+        for label, call in track(calls.items(), description=f"sm_{architecture}", transient=True):
+            launched.clear()
             call()
-            for key in compiled.keys() - before:
-                rows.append({"architecture": architecture, "variant": label, **compiled[key]})
-    return sorted(rows, key=lambda row: (row["variant"], row["kernel"]))
+            for kernel in launched:
+                new = {"architecture": architecture, "kernel": kernel.name, **kernel.resources, "variants": []}
+                names = rows.setdefault(kernel.key, new)["variants"]
+                if label not in names:
+                    names.append(label)
+    return list(rows.values())
 
 
 def source_hash() -> str:
@@ -237,10 +251,10 @@ def source_hash() -> str:
 
 
 def show(rows: list[dict[str, Any]]) -> None:
-    """The largest numbers of each kernel on each architecture, then every variant that spills or draws advice."""
-    table = Table(title=f"triton {triton.__version__}: the most that any variant takes")
-    for heading in ("kernel", "sm", "variants", "registers", "spilled bytes", "shared KiB", "of", "warps", "stages"):
-        table.add_column(heading, justify="left" if heading == "kernel" else "right")
+    """The largest numbers of each kernel on each architecture, then every one that spills or draws advice."""
+    table = Table(title=f"triton {triton.__version__}: the most that any variant takes, without a GPU")
+    for heading in ("kernel", "sm", "compiled", "registers", "spilled bytes", "shared KiB", "of", "warps", "stages"):
+        table.add_column(heading, justify="left" if heading == "kernel" else "right", no_wrap=True)
     groups: dict[tuple[str, int], list[dict[str, Any]]] = {}
     for row in rows:
         groups.setdefault((row["kernel"], row["architecture"]), []).append(row)
@@ -271,6 +285,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--list", action="store_true", help="print the variants' names and compile nothing")
     parser.add_argument("--output", type=Path, default=OUTPUT, help="JSON file to write; by default %(default)s")
     options = parser.parse_args(arguments)
+    if interpreted():
+        parser.error("TRITON_INTERPRET must not be set: interpreted kernels cannot be compiled")
     if options.list:
         print("\n".join(variants(options.match)))
         return

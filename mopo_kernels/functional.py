@@ -159,7 +159,7 @@ def linear_logprob(
     With the head frozen (neither weight nor bias requires grad) forward and backward cost two products of N x V x H
     while the logits of 32 rows fit ``max_buffer_bytes``, else three; with a trained head three while the logits of the
     batch fit three quarters of it, else four; without gradients one. Ignored rows are dropped before any product on the
-    CPU; on an accelerator pack them away first (:func:`pack_responses`).
+    CPU; on an accelerator, for which nothing waits, pack them away first (:func:`pack_responses`).
 
     Args:
         hidden: (..., H) floating, last hidden states.
@@ -170,7 +170,8 @@ def linear_logprob(
         softcap: cap of Gemma 2's tanh, in logits, or None.
         logit_scale: factor on the products, e.g. Cohere's.
         temperature: divisor of the logits.
-        backend: "auto", "reference" (the unchunked oracle), "torch" or "cpp"; only "auto" falls back.
+        backend: "auto", "reference" (the unchunked oracle), "torch", "cpp", "triton" or "cuda"; only "auto" falls
+            back.
         max_buffer_bytes: bound on the memory beyond inputs, outputs and gradients, in bytes; default 256 MiB. A few
             dozen bytes a token come on top. With "reference" it has no effect.
         process_group: ranks that each hold some rows of one head: weight (W, H) and bias (W,) are this rank's, W may
