@@ -90,12 +90,16 @@ def value(
         raise ValueError(f"{argument} must {expectation}; got {tensor[position].item()} at {where} {label}")
 
 
-def targets(target: Tensor, vocabulary: int, ignore_index: int) -> None:
+def ignore_index(got: int, vocabulary: int) -> None:
+    expect(not 0 <= got < vocabulary, "ignore_index", f"lie outside 0 .. V - 1 = {vocabulary - 1}", got)
+
+
+def targets(target: Tensor, vocabulary: int, ignored: int) -> None:
     value(
         "target",
         target,
-        lambda t: ((t >= 0) & (t < vocabulary)) | (t == ignore_index),
-        f"lie in 0 .. V - 1 = {vocabulary - 1} or equal ignore_index = {ignore_index}",
+        lambda t: ((t >= 0) & (t < vocabulary)) | (t == ignored),
+        f"lie in 0 .. V - 1 = {vocabulary - 1} or equal ignore_index = {ignored}",
     )
 
 

@@ -104,9 +104,7 @@ def _check_options(
     ignore_index: int,
 ) -> int:
     checks.head_options(softcap, logit_scale, temperature, max_buffer_bytes)
-    checks.expect(
-        not 0 <= ignore_index < vocabulary, "ignore_index", f"lie outside 0 .. V - 1 = {vocabulary - 1}", ignore_index
-    )
+    checks.ignore_index(ignore_index, vocabulary)
     return DEFAULT_BUFFER_BYTES if max_buffer_bytes is None else max_buffer_bytes
 
 

@@ -19,6 +19,7 @@ from mopo_kernels.backends import Head, tile_backend
 from mopo_kernels.coefficients import PairData
 from mopo_kernels.driver import Call
 from mopo_kernels.head import Folded, Tile, accumulation_dtype
+from mopo_kernels.parallel import Shard
 
 
 def _traced(tensor: Tensor) -> bool:
@@ -79,6 +80,12 @@ def _call(
     )
 
 
+def _check_targets(target: Tensor, weight: Tensor, shard: Shard | None, call: Call) -> None:
+    vocabulary = weight.shape[0] if shard is None else shard.vocabulary
+    checks.ignore_index(call.ignore_index, vocabulary)
+    checks.targets(target, vocabulary, call.ignore_index)
+
+
 @torch.library.custom_op(
     "mopo::linear_logprob",
     mutates_args=(),
@@ -90,7 +97,7 @@ def linear_logprob(
 ) -> tuple[Tensor, ...]:
     call = _call(*options)
     shard = call.shard(hidden, weight, target)
-    checks.targets(target, weight.shape[0] if shard is None else shard.vocabulary, call.ignore_index)
+    _check_targets(target, weight, shard, call)
     with torch.autocast(hidden.device.type, enabled=False):
         return driver.linear_logprob(hidden, weight, target, bias, call, shard)
 
@@ -355,7 +362,7 @@ def linear_mopo_loss(
 ) -> tuple[Tensor, ...]:
     pair_arguments, call = rest[:-10], _call(*rest[-10:])
     shard = call.shard(hidden, weight, target)
-    checks.targets(target, weight.shape[0] if shard is None else shard.vocabulary, call.ignore_index)
+    _check_targets(target, weight, shard, call)
     checks.cu_seqlens(cu_seqlens, hidden.shape[0])
     device_pairs = driver.to_device(pairs, hidden.device)
     data = _pair_data(cu_seqlens.shape[0] - 1, accumulation_dtype(hidden.dtype), device_pairs, *pair_arguments)
