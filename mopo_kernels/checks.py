@@ -74,6 +74,15 @@ def device(argument: str, tensor: Tensor, expected: torch.device, host: bool = F
         raise ValueError(f"{argument} must be on {expected}, as hidden or logprob is; got {tensor.device}")
 
 
+def plain(argument: str, tensor: Tensor) -> None:
+    """A DTensor would mix with plain ones somewhere inside, or be taken for its local part."""
+    if hasattr(tensor, "full_tensor"):
+        raise ValueError(
+            f"{argument} must be a plain tensor: use its full_tensor(), or its to_local() with process_group; "
+            "got a DTensor"
+        )
+
+
 def value(
     argument: str, tensor: Tensor, valid: Callable[[Tensor], Tensor], expectation: str, where: str = "index"
 ) -> None:

@@ -62,6 +62,7 @@ def _autocast(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> _Linear:
 
 def _check_linear(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     """hidden (N, H), weight (V, H), bias (V,), one floating dtype, one device."""
+    checks.plain("hidden", hidden)
     checks.dtype("hidden", hidden, checks.FLOATING)
     checks.dimensions("weight", weight, "(V, H)")
     checks.expect(weight.shape[0] > 0, "weight", "have at least one row", tuple(weight.shape))
@@ -72,6 +73,7 @@ def _check_head(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, vocabulary: int, letter: str, prefix: str = ""
 ) -> None:
     """The parts of a head fit each other; ``letter`` names the hidden size, ``prefix`` begins the arguments' names."""
+    checks.plain(f"{prefix}weight", weight)
     checks.shape(f"{prefix}weight", weight, (vocabulary, hidden.shape[1]), f"(V, {letter})")
     checks.dtype(f"{prefix}weight", weight, (hidden.dtype,))
     checks.device(f"{prefix}weight", weight, hidden.device)
