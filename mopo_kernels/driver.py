@@ -102,9 +102,10 @@ class _Pass:
         copies: int = 1,
         whole: bool = False,
         stored: bool = True,
+        gathered: bool = False,
     ) -> None:
-        """``copies``: how many rows of the head stand for one of the batch; ``whole``, ``stored``: see
-        :class:`mopo_kernels.head.LinearHead`."""
+        """``copies``: how many rows of the head stand for one of the batch; ``gathered``: chunks will be of rows that do
+        not follow one another; ``whole``, ``stored``: see :class:`mopo_kernels.head.LinearHead`."""
         self.hidden, self.target, self.ignore_index = hidden, target, call.ignore_index
         self.compact = on_host(target)
         self.scored: Tensor | None = None
@@ -123,6 +124,7 @@ class _Pass:
             self.count * copies,
             whole=whole,
             stored=stored,
+            gathered=gathered or copies > 1 or self.scored is not None,
             shard=shard,
         )
         self.dhidden: Tensor | None = None
@@ -174,18 +176,18 @@ class _Pass:
 
     def unfold(self, chunk: Chunk, folded: Folded, coefficient: Tensor | None, held: Tile | None) -> None:
         """Add the gradients of ``sum coefficient * logprob`` over the chunk; None stands for 1."""
-        dhidden = None
-        if self.dhidden is not None:
-            dhidden = chunk.hidden.new_zeros(chunk.hidden.shape, dtype=self.head.layout.accumulate)
+        # A copy of the rows where they do not follow one another, else the zeros themselves.
+        dhidden = None if self.dhidden is None else self.dhidden[chunk.rows]
         self.head.unfold(chunk.hidden, chunk.target, folded, coefficient, held, dhidden, self.dweight, self.dbias)
-        if self.dhidden is not None and dhidden is not None:
+        if self.dhidden is not None and dhidden is not None and not isinstance(chunk.rows, slice):
             self.dhidden[chunk.rows] = dhidden
 
     def accumulate(self, need_hidden: bool, need_weight: bool, need_bias: bool) -> tuple[Tensor, Tensor, Tensor]:
-        """Zeroed accumulators for dhidden, dweight, dbias, of size 0 for what is not needed."""
+        """Accumulators for dhidden, dweight, dbias, of size 0 for what is not needed; all but dweight, which the first
+        chunk overwrites, are zeros."""
         weight, dtype = self.head.weight, self.head.layout.accumulate
         dhidden = self.hidden.new_zeros(self.hidden.shape if need_hidden else (0,), dtype=dtype)
-        dweight = weight.new_zeros(weight.shape if need_weight else (0,), dtype=dtype)
+        dweight = weight.new_empty(weight.shape if need_weight else (0,), dtype=dtype)
         dbias = weight.new_zeros(weight.shape[:1] if need_bias else (0,), dtype=dtype)
         self.dhidden = dhidden if need_hidden else None
         self.dweight = dweight if need_weight else None
@@ -193,7 +195,9 @@ class _Pass:
         return dhidden, dweight, dbias
 
     def finish(self) -> None:
-        """Sum over the ranks what every rank has a part of."""
+        """Gradients of nothing are zeros; sum over the ranks what every rank has a part of."""
+        if self.dweight is not None and self.head.untouched:
+            self.dweight.zero_()
         if self.head.shard is not None and self.dhidden is not None:
             self.head.shard.sum_(self.dhidden)
 
@@ -359,8 +363,10 @@ def linear_mopo_loss(
     host_cu_seqlens, cu_seqlens = cu_seqlens, to_device(cu_seqlens, hidden.device)
     owner = torch.searchsorted(cu_seqlens[1:].contiguous(), torch.arange(tokens, device=hidden.device), right=True)
 
-    def new_pass(copies: int) -> _Pass:
-        return _Pass(hidden, weight, target, bias, call, shard, copies=copies, stored=any(call.needs))
+    def new_pass(copies: int, gathered: bool = False) -> _Pass:
+        return _Pass(
+            hidden, weight, target, bias, call, shard, copies=copies, stored=any(call.needs), gathered=gathered
+        )
 
     together = False
     if ref_hidden is not None:
@@ -370,6 +376,11 @@ def linear_mopo_loss(
             ref_logprob = _reference_logprob(ref_hidden, weight, target, bias, cu_seqlens, call, shard)
     if not together:
         work = new_pass(copies=1)
+    planned = call.trained and data.loss_type != "cloning"
+    steps = list(_schedule(work, host_cu_seqlens, pairs)) if planned else []
+    if not together and any(isinstance(step.positions, Tensor) for step in steps):
+        work = new_pass(copies=1, gathered=True)
+        steps = list(_schedule(work, host_cu_seqlens, pairs))
     backend = work.head.backend
     gradients = work.accumulate(*call.needs)
     token = hidden.new_zeros(tokens, dtype=work.head.layout.accumulate)
@@ -392,8 +403,8 @@ def linear_mopo_loss(
         return backend.pair_coefficient(*sums(), data)[owner]
 
     copies = 2 if together else 1
-    if call.trained and data.loss_type != "cloning":
-        for step in _schedule(work, host_cu_seqlens, pairs):
+    if planned:
+        for step in steps:
             for chunk in work.chunks(step.positions):
                 folded = fold(chunk)
                 if step.held:

@@ -26,8 +26,6 @@ MIN_ROWS = 32
 MIN_COLUMNS = 128
 # Bytes a row of a chunk takes besides hidden and logits: target, column, masks, running statistics, coefficient.
 ROW_OVERHEAD = 96
-# A backend's temporaries: at most an eighth of the tile, or one row of it.
-TEMPORARY_SHARE = 1 / 8
 # A fused fold that stores nothing still keeps a maximum and a sum for every 64 columns or more.
 STATISTICS_BYTES = 8 / 64
 # Weights are converted in blocks that stay in cache until they are multiplied, and of at most a quarter of the buffer.
@@ -60,7 +58,8 @@ class Layout:
 
     ``operand`` is the dtype of the products' factors, ``tile`` that of a tile, of which there is none if None;
     ``copied``: a tile is converted to ``operand`` before the backward products, not by them; ``scratch``: bytes that
-    the backend's own products take.
+    the backend's own products take; ``temporary``: the backend's temporaries as a share of the tile; ``gathered``: the
+    rows of a chunk are copied together, rather than used where they stand.
     """
 
     hidden_size: int
@@ -71,17 +70,25 @@ class Layout:
     tile: torch.dtype | None
     copied: bool
     scratch: int
+    temporary: float
+    gathered: bool
 
     def tile_bytes(self) -> float:
         """Bytes an element of a tile takes: itself, the backend's temporary, a copy in the products' dtype."""
         if self.tile is None:
             return STATISTICS_BYTES
-        return self.tile.itemsize * (1 + TEMPORARY_SHARE) + (self.operand.itemsize if self.copied else 0)
+        return self.tile.itemsize * (1 + self.temporary) + (self.operand.itemsize if self.copied else 0)
 
     def row_bytes(self) -> int:
-        """Bytes a row takes besides its tile: gathered hidden, its gradient (both scaled too in fp16), statistics."""
-        scaled = 2 * self.accumulate.itemsize + self.operand.itemsize if self.operand == torch.float16 else 0
-        return self.hidden_size * (self.operand.itemsize + self.accumulate.itemsize + scaled) + ROW_OVERHEAD
+        """Bytes a row takes besides its tile: hidden, its gradient (in fp16 both scaled as well), statistics."""
+        component = 0
+        if self.gathered or self.weight != self.operand:
+            component += self.operand.itemsize
+        if self.gathered:
+            component += self.accumulate.itemsize
+        if self.operand == torch.float16:
+            component += 2 * self.accumulate.itemsize + self.operand.itemsize
+        return self.hidden_size * component + ROW_OVERHEAD
 
     def least_bytes(self) -> int:
         """The smallest buffer that can work at all: one row, one column."""
@@ -129,10 +136,12 @@ def layout_of(
     max_buffer_bytes: int,
     *,
     stored: bool = True,
+    gathered: bool = True,
     vocabulary: int | None = None,
 ) -> Layout:
     """The layout of a head (V, H) under a backend; ``stored`` False if no gradient will follow the fold, so that a
-    backend that fuses needs no tile; ``vocabulary`` to plan for, if not the weight's own."""
+    backend that fuses needs no tile; ``gathered`` False if chunks are rows that follow one another; ``vocabulary`` to
+    plan for, if not the weight's own."""
     accumulate = accumulation_dtype(weight.dtype)
     fused, on_cpu, scratch = backend.fuses(weight.dtype), weight.device.type == "cpu", 0
     if on_cpu:
@@ -148,6 +157,8 @@ def layout_of(
         tile,
         copied=not fused and not scratch and operand != tile,
         scratch=scratch,
+        temporary=backend.temporary_share,
+        gathered=gathered,
     )
 
 
@@ -206,6 +217,7 @@ class LinearHead:
         *,
         whole: bool = False,
         stored: bool = True,
+        gathered: bool = True,
         shard: Shard | None = None,
     ) -> None:
         self.weight = weight
@@ -215,7 +227,10 @@ class LinearHead:
         self.stored = stored
         self.shard = shard
         vocabulary = None if shard is None else shard.largest
-        self.layout = layout_of(weight, backend, max_buffer_bytes, stored=stored, vocabulary=vocabulary)
+        self.layout = layout_of(
+            weight, backend, max_buffer_bytes, stored=stored, gathered=gathered, vocabulary=vocabulary
+        )
+        self.untouched = True
         self.plan = self.layout.plan(rows, max_buffer_bytes, whole)
         self.bias = None if bias is None else bias.to(self.layout.accumulate)
 
@@ -296,7 +311,7 @@ class LinearHead:
             self._product_(values[:, a - start : b - start], hidden, block.T)
 
     def _product_(self, out: Tensor, a: Tensor, b: Tensor, *, accumulate: bool = False, alpha: float = 1.0) -> None:
-        """``out = a @ b``, or ``out += alpha * a @ b`` with ``accumulate``, in the dtype of ``out`` throughout."""
+        """``out = alpha * a @ b``, added to it with ``accumulate``, in the dtype of ``out`` throughout."""
         if self.layout.scratch:
             self.backend.product_(out, a, b, accumulate, self.layout.scratch)
         else:
@@ -334,7 +349,8 @@ class LinearHead:
         dbias: Tensor | None,
     ) -> None:
         """Add the gradients of ``sum coefficient * logprob`` for a chunk, None standing for 1, to dhidden (R, H),
-        dweight (V, H), dbias (V,); ``held`` are its products, if they are still there, and are overwritten."""
+        dweight (V, H), dbias (V,); ``held`` are its products, if they are still there, and are overwritten. The first
+        chunk overwrites dweight, which is ``untouched`` before: it would only be filled with zeros to add to them."""
         exponent = None
         if self.layout.operand == torch.float16:
             # The mantissa goes into the tile, whose values then stay within -1 .. 1; the exponent, exactly, elsewhere.
@@ -351,6 +367,7 @@ class LinearHead:
                     self._products_(hidden, tile.values, start, stop)
             self._gradient_(tile, target, start, stop, folded, coefficient)
             self._backward_products(tile.values, hidden, exponent, start, stop, dhidden, dweight, dbias)
+        self.untouched = False
 
     def _gradient_(
         self, tile: Tile, target: Tensor, start: int, stop: int, folded: Folded, coefficient: Tensor | None
@@ -392,7 +409,7 @@ class LinearHead:
             if exponent is not None:
                 dhidden += added.mul_(power)
         if dweight is not None:
-            self._product_(dweight[start:stop], operand.T, hidden, accumulate=True, alpha=alpha)
+            self._product_(dweight[start:stop], operand.T, hidden, accumulate=not self.untouched, alpha=alpha)
 
 
 def torch_product_(out: Tensor, a: Tensor, b: Tensor, accumulate: bool, alpha: float) -> None:
@@ -404,3 +421,5 @@ def torch_product_(out: Tensor, a: Tensor, b: Tensor, accumulate: bool, alpha: f
         torch.addmm(out, a, b, alpha=alpha, out=out, **options)
     else:
         torch.mm(a, b, out=out, **options)
+        if alpha != 1.0:
+            out.mul_(alpha)

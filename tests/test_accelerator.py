@@ -61,9 +61,9 @@ def test_numbers_are_the_oracles(
 COSTS = {
     # buffer, trained, plan on the host -> units
     "one chunk": (1 << 20, ("hidden", "weight"), False, 3.0),
-    "chunks, planned": (28_000, ("hidden", "weight"), True, 3.0),
-    "chunks, not planned": (28_000, ("hidden", "weight"), False, 4.0),
-    "chunks, frozen head, not planned": (28_000, ("hidden",), False, 2.0),
+    "chunks, planned": (20_000, ("hidden", "weight"), True, 3.0),
+    "chunks, not planned": (20_000, ("hidden", "weight"), False, 4.0),
+    "chunks, frozen head, not planned": (20_000, ("hidden",), False, 2.0),
 }
 
 

@@ -33,6 +33,9 @@ class TileBackend:
     """Tile work. ``tile`` (R, W), ``bias`` (W,) or None, ``target`` (R,) int64 in 0 .. V - 1 or ``NOT_SCORED``; the
     rest (R,)."""
 
+    # Temporaries beside a tile, as a share of it; the driver counts them against the buffer. One row always may be.
+    temporary_share: float = 0.0
+
     def fold(
         self,
         tile: Tensor,

@@ -23,7 +23,7 @@ def unavailable_reason() -> str | None:
 
 def _row_blocks(tile: Tensor) -> Iterator[slice]:
     row_bytes = max(1, tile.shape[1] * tile.element_size())
-    rows = max(1, min(BLOCK_BYTES, tile.shape[0] * row_bytes // 8) // row_bytes)
+    rows = max(1, min(BLOCK_BYTES, int(tile.shape[0] * row_bytes * TorchBackend.temporary_share)) // row_bytes)
     for start in range(0, tile.shape[0], rows):
         yield slice(start, min(start + rows, tile.shape[0]))
 
@@ -41,6 +41,8 @@ def _logits_(block: Tensor, bias: Tensor | None, head: Head, need_slope: bool = 
 
 
 class TorchBackend(TileBackend):
+    temporary_share = 1 / 8
+
     def fold(
         self,
         tile: Tensor,

@@ -48,6 +48,9 @@ def _on_device(tensor: Tensor) -> AbstractContextManager[object]:
 
 
 class TritonBackend(TileBackend):
+    # Maxima and sums of the blocks of a product.
+    temporary_share = 1 / 16
+
     def fold(
         self,
         tile: Tensor,
