@@ -104,8 +104,8 @@ class _Pass:
         stored: bool = True,
         gathered: bool = False,
     ) -> None:
-        """``copies``: how many rows of the head stand for one of the batch; ``gathered``: chunks will be of rows that do
-        not follow one another; ``whole``, ``stored``: see :class:`mopo_kernels.head.LinearHead`."""
+        """``copies``: how many rows of the head stand for one of the batch; ``gathered``: chunks will be of rows that
+        do not follow one another; ``whole``, ``stored``: see :class:`mopo_kernels.head.LinearHead`."""
         self.hidden, self.target, self.ignore_index = hidden, target, call.ignore_index
         self.compact = on_host(target)
         self.scored: Tensor | None = None
@@ -131,8 +131,8 @@ class _Pass:
         self.dweight: Tensor | None = None
         self.dbias: Tensor | None = None
 
-    def chunks(self, positions: slice | Tensor | None = None) -> Iterator[Chunk]:
-        """The scored rows, or those at ``positions`` among them, a chunk at a time."""
+    def chunks(self, positions: slice | Tensor | None = None, of: Tensor | None = None) -> Iterator[Chunk]:
+        """The scored rows, or those at ``positions`` among them, a chunk at a time; ``of`` other hidden states."""
         if positions is None:
             positions = slice(0, self.count)
         count = positions.stop - positions.start if isinstance(positions, slice) else positions.shape[0]
@@ -146,14 +146,14 @@ class _Pass:
             target = self.target[rows]
             if not self.compact:
                 target = target.where(target != self.ignore_index, NOT_SCORED)
-            yield Chunk(start, stop, rows, self.gather(self.hidden, rows), target)
+            yield Chunk(start, stop, rows, self.gather(self.hidden if of is None else of, rows), target)
 
     def gather(self, hidden: Tensor, rows: Rows) -> Tensor:
         return hidden[rows].to(self.head.layout.operand)
 
-    def fold(self, chunk: Chunk, tile: Tile | None = None) -> Folded:
+    def fold(self, chunk: Chunk, tile: Tile | None = None, store: bool = True) -> Folded:
         """Log-probability, 0 where ignored, and log-sum-exp of the chunk's rows, (R,)."""
-        return self._masked(self.head.fold(chunk.hidden, chunk.target, tile), chunk.target)
+        return self._masked(self.head.fold(chunk.hidden, chunk.target, tile, store), chunk.target)
 
     def fold_both(self, chunk: Chunk, other: Tensor) -> tuple[Folded, Tensor]:
         """:meth:`fold` of a chunk and, by the same product, of the same rows of other hidden states: what ``fold``
@@ -320,23 +320,6 @@ def _schedule(work: _Pass, cu_seqlens: Tensor, pairs: Tensor) -> Iterator[Step]:
             yield Step(to_device(positions, work.hidden.device), group.held)
 
 
-def _reference_logprob(
-    hidden: Tensor,
-    weight: Tensor,
-    target: Tensor,
-    bias: Tensor | None,
-    cu_seqlens: Tensor,
-    call: Call,
-    shard: parallel.Shard | None,
-) -> Tensor:
-    """Sequence log-probabilities (S,) without a gradient: one product."""
-    work = _Pass(hidden, weight, target, bias, call, shard, stored=False)
-    token = hidden.new_zeros(hidden.shape[0], dtype=work.head.layout.accumulate)
-    for chunk in work.chunks():
-        token[chunk.rows] = work.fold(chunk).logprob
-    return work.head.backend.segment_sum(token, cu_seqlens)
-
-
 def linear_mopo_loss(
     hidden: Tensor,
     weight: Tensor,
@@ -372,8 +355,6 @@ def linear_mopo_loss(
     if ref_hidden is not None:
         work = new_pass(copies=2)
         together = work.head.whole and 2 * work.count <= work.head.plan.rows
-        if not together:
-            ref_logprob = _reference_logprob(ref_hidden, weight, target, bias, cu_seqlens, call, shard)
     if not together:
         work = new_pass(copies=1)
     planned = call.trained and data.loss_type != "cloning"
@@ -394,6 +375,10 @@ def linear_mopo_loss(
             folded = work.fold(chunk)
         token[chunk.rows], logsumexp[chunk.rows] = folded
         return folded
+
+    if ref_hidden is not None and not together:
+        for chunk in work.chunks(of=ref_hidden):
+            ref_token[chunk.rows] = work.fold(chunk, store=False).logprob
 
     def sums() -> tuple[Tensor, Tensor]:
         reference_sum = backend.segment_sum(ref_token, cu_seqlens) if ref_logprob is None else ref_logprob

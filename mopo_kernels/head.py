@@ -321,14 +321,14 @@ class LinearHead:
         maximum = self.weight.new_full((rows,), -torch.inf, dtype=self.layout.accumulate)
         return [maximum, torch.zeros_like(maximum), torch.zeros_like(maximum)]
 
-    def fold(self, hidden: Tensor, target: Tensor, tile: Tile | None = None) -> Folded:
-        """The statistics of rows ``hidden`` (R, H), in the products' dtype. If ``whole`` and ``stored`` their tile is
-        held afterwards: the one given, or :meth:`tile`."""
+    def fold(self, hidden: Tensor, target: Tensor, tile: Tile | None = None, store: bool = True) -> Folded:
+        """The statistics of rows ``hidden`` (R, H), in the products' dtype. If ``whole``, ``stored`` and ``store``,
+        their tile is held afterwards: the one given, or :meth:`tile`."""
         rows = hidden.shape[0]
         statistics = self._new_statistics(rows)
         for start, stop in self._column_tiles():
             into = tile
-            if tile is None and (not self.fused or (self.stored and self.whole)):
+            if tile is None and (not self.fused or (self.stored and self.whole and store)):
                 into = self.tile(rows, stop - start)
             self._fold_tile(hidden, target, start, stop, into, statistics)
         if self.shard is not None:
