@@ -2,9 +2,9 @@
 
     python -m bench.compile_report                       # all of them, some minutes; --help for less
 
-Kernels are compiled through the functions that launch them: Triton is given a driver that names an architecture and has
-no device, and a launch stops once its kernel is compiled. So what is compiled is what would run, with the same constants
-and the same assumptions on its arguments. TRITON_INTERPRET must not be set.
+Kernels are compiled through the functions that launch them: Triton is given a driver that names an architecture and
+has no device, and a launch stops once its kernel is compiled. So what is compiled is what would run, with the same
+constants and the same assumptions on its arguments. TRITON_INTERPRET must not be set.
 """
 
 from __future__ import annotations
@@ -171,7 +171,8 @@ def _fused_variants() -> Iterator[tuple[str, Callable[[], None]]]:
         for (name, head), bias, store in itertools.product(HEADS.items(), BOTH, BOTH):
             label = f"{SHORT[dtype]} {name}{' bias' if bias else ''}{' store' if store else ''} {size}"
             at = (hidden, weight, torch.zeros(columns) if bias else None, target, 0, head, row, row, row)
-            yield f"linear_fold {label}", lambda at=at, store=store, tile=tile: _linear_fold(at, tile if store else None)
+            stored = tile if store else None
+            yield f"linear_fold {label}", lambda at=at, stored=stored: _linear_fold(at, stored)
         for (name, head), coefficient in itertools.product(HEADS.items(), (None, row)):
             suffix = "" if coefficient is None else " coefficient"
             yield (
@@ -212,8 +213,8 @@ def _sequence_variants() -> Iterator[tuple[str, Callable[[], object]]]:
             estimator="pair",
             **optional,
         )
-        label = " ".join([f"pair_coefficient {SHORT[dtype]} {loss_type}", *(n for n in names if optional[n] is not None)])
-        yield label, lambda one=one, data=data: pair_coefficient(one, one, data)
+        label = " ".join([SHORT[dtype], loss_type, *(name for name in names if optional[name] is not None)])
+        yield f"pair_coefficient {label}", lambda one=one, data=data: pair_coefficient(one, one, data)
 
 
 def variants(match: str = "") -> dict[str, Callable[[], object]]:

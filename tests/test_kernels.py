@@ -35,8 +35,8 @@ pytestmark = [
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 BACKEND = TritonBackend()
 START = 1000
-# In the interpreter a block of the product is 32 rows x 64 columns x 32 components. Empty, one, a few, more than a block;
-# columns and components below, at and beyond a block, none of them a multiple of all.
+# In the interpreter a block of the product is 32 rows x 64 columns x 32 components. Empty, one, a few, more than a
+# block; columns and components below, at and beyond a block, none of them a multiple of all.
 ROWS = (0, 1, 3, 33)
 COLUMNS = (1, 7, 64, 130, 507)
 HIDDEN = (1, 5, 64, 67)
@@ -56,14 +56,18 @@ HALF = [pytest.param(torch.bfloat16, id="bf16"), pytest.param(torch.float16, id=
 
 
 @pytest.fixture
-def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """In the interpreter a row of 507 columns is several blocks, as a row of a vocabulary is on a GPU."""
+def small_blocks(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
+    """In the interpreter a row of a small tile is several blocks, as a row of a vocabulary is on a GPU."""
     if DEVICE.type == "cpu" and REASON is None:
         from mopo_kernels.kernels import fold, gradient
 
         for module in (fold, gradient):
-            table = {dtype: c._replace(block=128) for dtype, c in module.CONFIGURATIONS.items()}
+            table = {dtype: c._replace(block=request.param) for dtype, c in module.CONFIGURATIONS.items()}
             monkeypatch.setattr(module, "CONFIGURATIONS", table)
+
+
+def in_blocks(columns: int) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize("small_blocks", [columns], indirect=True, ids=[""])
 
 
 def inside(block: Tensor, rows: int, columns: int) -> Tensor:
@@ -233,8 +237,8 @@ def rms(x: Tensor) -> float:
 
 
 def check_within_budget(got: Answer, case: Case, head: Head, dtype: torch.dtype, floor: float) -> None:
-    """RMS error at most 1.1 times plain PyTorch's, or ``floor`` machine epsilons of the truth's size where that is more:
-    on few elements plain PyTorch is exact by chance, in fp64 it is the truth itself."""
+    """RMS error at most 1.1 times plain PyTorch's, or ``floor`` machine epsilons of the truth's size where that is
+    more: on few elements plain PyTorch is exact by chance, in fp64 it is the truth itself."""
     truth, budget = plain(case, head, torch.float64), plain(case, head, dtype)
     for name in Answer._fields:
         exact = getattr(truth, name)
@@ -247,6 +251,7 @@ def grid(*sizes: tuple[int, ...]) -> Any:
     return [pytest.param(*p, id="x".join(map(str, p))) for p in itertools.product(*sizes)]
 
 
+@in_blocks(256)
 @pytest.mark.usefixtures("small_blocks")
 @pytest.mark.parametrize("dtype", FULL)
 @pytest.mark.parametrize(("rows", "columns"), grid(ROWS, COLUMNS))
@@ -294,20 +299,22 @@ def test_logprobs_of_half_precision_are_nearly_those_of_fp32_products(
     check_near_fp32(answer(case, head).logprob, case, head)
 
 
+@in_blocks(256)
 @pytest.mark.usefixtures("small_blocks")
 @pytest.mark.parametrize("hidden_size", [0, 67], ids=["tile", "exponentials"])
 def test_tiles_in_sequence_are_one_wide_tile(hidden_size: int) -> None:
     dtype = torch.bfloat16 if hidden_size else torch.float32
-    case = make_case(33, 507, True, dtype, hidden_size)
+    case = make_case(13, 507, True, dtype, hidden_size)
     # A single column, a ragged few, and a boundary inside a block.
     got = answer(case, EVERYTHING, cuts=(1, 66, 300))
     check_within_budget(got, case, EVERYTHING, dtype, floor=0.5)
 
 
+@in_blocks(256)
 @pytest.mark.usefixtures("small_blocks")
 @pytest.mark.parametrize("hidden_size", [0, 67], ids=["tile", "exponentials"])
 def test_two_runs_are_bitwise_equal_and_storing_changes_nothing(hidden_size: int) -> None:
-    case = make_case(33, 130, True, torch.bfloat16 if hidden_size else torch.float32, hidden_size)
+    case = make_case(9, 507, True, torch.bfloat16 if hidden_size else torch.float32, hidden_size)
     first, second = answer(case, EVERYTHING), answer(case, EVERYTHING)
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
     assert torch.equal(fold(case, EVERYTHING).logsumexp().where(case.target >= 0, 0.0), first.logsumexp)
@@ -324,6 +331,7 @@ def test_huge_logits_stay_finite_and_exact(hidden_size: int) -> None:
     assert all(torch.isfinite(part).all() for part in capped)
 
 
+@in_blocks(64)
 @pytest.mark.usefixtures("small_blocks")
 @pytest.mark.parametrize("hidden_size", [0, 5], ids=["tile", "exponentials"])
 def test_logits_of_minus_infinity_have_probability_zero(hidden_size: int) -> None:
@@ -416,6 +424,7 @@ def bits(x: Tensor) -> Tensor:
     return x.contiguous().view(torch.uint8)
 
 
+@in_blocks(64)
 @pytest.mark.usefixtures("small_blocks")
 @pytest.mark.parametrize("hidden_size", [0, 67], ids=["tile", "exponentials"])
 def test_nothing_outside_the_arguments_is_read_or_written(hidden_size: int) -> None:
@@ -524,6 +533,7 @@ class MixesUpOffsets(TritonBackend):
         super().exponential_gradient_(tile, offsets.roll(1, 0), *rest)
 
 
+@in_blocks(256)
 @pytest.mark.usefixtures("small_blocks")
 @pytest.mark.parametrize("hidden_size", [0, 67], ids=["tile", "exponentials"])
 @pytest.mark.parametrize(
@@ -531,7 +541,7 @@ class MixesUpOffsets(TritonBackend):
 )
 def test_negative_control_a_broken_kernel_exceeds_the_budget(broken: type[TritonBackend], hidden_size: int) -> None:
     dtype = torch.bfloat16 if hidden_size else torch.float32
-    case = make_case(33, 450, True, dtype, hidden_size)  # dropping the last column leaves as many blocks
+    case = make_case(17, 450, True, dtype, hidden_size)  # dropping the last column leaves as many blocks
     case.bias[-1] = 3.0  # type: ignore[index]
     with pytest.raises(AssertionError, match=r"error .* against fp64"):
         check_within_budget(answer(case, EVERYTHING, backend=broken()), case, EVERYTHING, dtype, floor=1.0)
@@ -709,6 +719,7 @@ def test_nothing_that_changes_with_the_batch_is_compiled_in() -> None:
                     "SCALED",
                     "STORE",
                     "EVEN_H",
+                    "EVEN_V",
                     "SIGMOID",
                 ), f"{name}: {argument}"
             elif "stride" in argument:

@@ -248,7 +248,7 @@ def test_the_weights_gradient_of_many_bf16_chunks_is_rounded_once(
     truth = run([t.detach().double().requires_grad_() for t in leaves], "reference")
     seen = folds(monkeypatch, backend)
     got = run(leaves, backend)
-    assert len(seen) >= 32, "too few chunks to show"
+    assert len(seen) >= 24, "too few chunks to show"
     for value, want in zip(got, truth, strict=True):
         rounding = (want.bfloat16().double() - want).norm()
         assert (value.double() - want).norm() <= 1.1 * rounding

@@ -1,4 +1,4 @@
-"""Backend "triton": tile work in the kernels of :mod:`mopo_kernels.kernels`, on NVIDIA GPUs and in Triton's interpreter.
+"""Backend "triton": tile work in :mod:`mopo_kernels.kernels`, on NVIDIA GPUs and in Triton's interpreter on the CPU.
 
 For bf16 and fp16 input it fuses: products are folded in registers, and a tile holds exponentials in the input's dtype.
 Triton is imported on first use, and this module without it.

@@ -51,7 +51,7 @@ def exponential_gradient_kernel(
     # Every logit of the block is -inf where its maximum is, and the exponentials are 0.
     share = tl.exp((maximum.to(tl.float64) - normalizer).to(tl.float32))
     share = tl.where(maximum == -float("inf"), 0.0, share)
-    if whole:
+    if whole:  # noqa: SIM108 - Triton has no conditional expression on a value of the device
         e = tl.load(at, mask=inside, other=0.0)
     else:
         e = tl.load(at, mask=inside & (v[None, :] < columns), other=0.0)

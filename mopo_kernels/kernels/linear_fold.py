@@ -44,7 +44,8 @@ CONFIGURATIONS = {
 }
 # For every other architecture: those of 8.6, 8.9 and 12.0 have 99 KiB of shared memory a block.
 OTHER = Configuration(64, 128, 32, 16, 4, 4)
-# What is smaller where the last block of a tile is stored a few bytes at a time, and where everything is: see _launches.
+# What is smaller where the last block of a tile is stored a few bytes at a time, and where every access is as narrow:
+# see _launches.
 NARROW_EDGE = {"block_r": 32, "block_h": 32, "num_warps": 4}
 NARROW = {"block_r": 32, "block_h": 16, "num_warps": 4}
 # Blocks of the vocabulary and rows that a program of the merge takes at a time.
@@ -62,17 +63,17 @@ def offset_blocks(columns: int) -> int:
 
 
 class Launch(NamedTuple):
-    """``count`` blocks of the vocabulary from ``first`` on; ``even``: none of them is cut short."""
+    """``blocks`` of the vocabulary from ``first`` on; ``even``: none of them is cut short."""
 
     first: int
-    count: int
+    blocks: int
     even: bool
     configuration: Configuration
 
 
 def _launches(columns: int, matrices: tuple[Tensor | None, ...]) -> list[Launch]:
-    """Launches for a tile of ``columns``. Loads and stores of 16 bytes need rows that start at multiples of 16 bytes and
-    a tile that ends at one; smaller ones need more registers than a thread has for a large block. So where rows do not,
+    """Launches for a tile of ``columns``. Accesses of 16 bytes need rows that start at multiples of 16 bytes and a tile
+    that ends at one; narrower ones need more registers than a thread has for a large block. So where rows do not, all
     blocks are small, and where only the end of the tile does not, the last ones are."""
     main = configuration()
     whole, rest = divmod(columns, main.block_v)
@@ -260,7 +261,7 @@ def linear_fold(
     sums = torch.empty_like(offsets)
     for launch in _launches(columns, (hidden, weight, exponentials)):
         c = launch.configuration
-        linear_fold_kernel[(triton.cdiv(rows, c.block_r) * launch.count,)](
+        linear_fold_kernel[(triton.cdiv(rows, c.block_r) * launch.blocks,)](
             hidden,
             weight,
             bias,
@@ -274,7 +275,7 @@ def linear_fold(
             hidden_size,
             start,
             launch.first,
-            launch.count,
+            launch.blocks,
             hidden.stride(0),
             weight.stride(0),
             0 if exponentials is None else exponentials.stride(0),

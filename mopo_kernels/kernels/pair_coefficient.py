@@ -83,10 +83,7 @@ def slope_kernel(
     for k in range(objectives):
         z = tl.load(preference + p * objectives + k, mask=inside, other=0.0)
         weight = tl.load(objective_weight + k)
-        if SIGMOID:
-            term = (1.0 - z) * above - z * below
-        else:
-            term = z - 0.5
+        term = (1.0 - z) * above - z * below if SIGMOID else z - 0.5
         # A missing label is NaN and contributes nothing.
         summed += tl.where(z == z, term * weight, 0.0)
     result = temperature * summed if SIGMOID else 2.0 * (h - summed / temperature)
