@@ -254,7 +254,7 @@ def source_hash() -> str:
 def show(rows: list[dict[str, Any]]) -> None:
     """The largest numbers of each kernel on each architecture, then every one that spills or draws advice."""
     table = Table(title=f"triton {triton.__version__}: the most that any variant takes, without a GPU")
-    for heading in ("kernel", "sm", "compiled", "registers", "spilled bytes", "shared KiB", "of", "warps", "stages"):
+    for heading in ("kernel", "sm", "compiled", "registers", "spilled bytes", "shared KiB", "warps", "stages"):
         table.add_column(heading, justify="left" if heading == "kernel" else "right", no_wrap=True)
     groups: dict[tuple[str, int], list[dict[str, Any]]] = {}
     for row in rows:
@@ -267,8 +267,7 @@ def show(rows: list[dict[str, Any]]) -> None:
             str(len(group)),
             str(most["registers"]),
             str(most["spill_store_bytes"] + most["spill_load_bytes"]),
-            f"{most['shared_bytes'] / 1024:.1f}",
-            str(SHARED_KIB[architecture]),
+            f"{most['shared_bytes'] / 1024:.1f} of {SHARED_KIB[architecture]}",
             str(most["warps"]),
             str(most["stages"]),
         )
@@ -291,11 +290,12 @@ def main(arguments: list[str] | None = None) -> None:
     if options.list:
         print("\n".join(variants(options.match)))
         return
+    sources = source_hash()
     rows = [row for architecture in options.arch for row in compile_all(architecture, options.match)]
     show(rows)
     record = {
         "triton": triton.__version__,
-        "sources": source_hash(),
+        "sources": sources,
         "commit": subprocess.run(
             ["git", "describe", "--always", "--dirty=+", "--abbrev=12"], capture_output=True, text=True
         ).stdout.strip(),
