@@ -149,7 +149,9 @@ class _Pass:
             yield Chunk(start, stop, rows, self.gather(self.hidden if of is None else of, rows), target)
 
     def gather(self, hidden: Tensor, rows: Rows) -> Tensor:
-        return hidden[rows].to(self.head.layout.operand)
+        chunk = hidden[rows].to(self.head.layout.operand)
+        # Products want unit stride in one dimension.
+        return chunk if 1 in chunk.stride() else chunk.contiguous()
 
     def fold(self, chunk: Chunk, tile: Tile | None = None, store: bool = True) -> Folded:
         """Log-probability, 0 where ignored, and log-sum-exp of the chunk's rows, (R,)."""

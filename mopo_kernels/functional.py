@@ -187,7 +187,7 @@ def linear_logprob(
         ValueError: a shape, dtype, device or value is wrong; the message names the argument.
         RuntimeError: the named backend is not available here.
     """
-    checks.expect(hidden.dim() >= 1, "hidden", "have shape (..., H)", tuple(hidden.shape))
+    checks.expect(hidden.dim() >= 1 and hidden.shape[-1] > 0, "hidden", "have shape (..., H)", tuple(hidden.shape))
     hidden, weight, bias = _autocast(hidden, weight, bias)
     _check_target(target, hidden)
     rows = hidden.reshape(-1, hidden.shape[-1])

@@ -144,7 +144,7 @@ def layout_of(
     plan for, if not the weight's own."""
     accumulate = accumulation_dtype(weight.dtype)
     fused, on_cpu, scratch = backend.fuses(weight.dtype), weight.device.type == "cpu", 0
-    if on_cpu:
+    if on_cpu and 1 in weight.stride():
         scratch = backend.product_scratch(weight.dtype, max_buffer_bytes // 4)
     operand = accumulate if on_cpu and not fused and not scratch else weight.dtype
     tile = (weight.dtype if stored else None) if fused else accumulate

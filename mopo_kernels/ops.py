@@ -222,7 +222,7 @@ def _segment_sum_setup(ctx: Any, inputs: tuple[Tensor, Tensor, str], output: Ten
 def _segment_sum_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
     (cu_seqlens,) = ctx.saved_tensors
     token = torch.arange(ctx.tokens, device=grad.device, dtype=cu_seqlens.dtype)
-    return grad[torch.searchsorted(cu_seqlens[1:], token, right=True)], None, None
+    return grad[torch.searchsorted(cu_seqlens[1:].contiguous(), token, right=True)], None, None
 
 
 segment_sum.register_autograd(_segment_sum_backward, setup_context=_segment_sum_setup)

@@ -326,3 +326,19 @@ def test_a_response_without_a_label_counts_as_parity_in_the_frozen_ratio() -> No
 def test_packing_takes_any_ignore_index() -> None:
     rows, target, cu_seqlens = pack_responses(torch.zeros(1, 4, 2), torch.tensor([[-1, 3, -1, 5]]), ignore_index=-1)
     assert (len(rows), target.tolist(), cu_seqlens.tolist()) == (2, [3, 5], [0, 2])
+
+
+@pytest.mark.parametrize("backend", CPU_BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_tensors_without_a_unit_stride_are_as_good_as_others(backend: str, dtype: torch.dtype) -> None:
+    batch = make_batch(dtype=dtype, hidden=32)
+    target = batch.target.clamp(min=0)
+    hidden, weight = batch.hidden[:, ::2], batch.weight[:, ::2]
+    expected = linear_logprob(hidden.contiguous(), weight.contiguous(), target, backend=backend)
+    for h, w in ((hidden, weight.contiguous()), (hidden.contiguous(), weight), (hidden, weight)):
+        torch.testing.assert_close(linear_logprob(h, w, target, backend=backend), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_hidden_states_of_size_zero_are_refused_by_name() -> None:
+    with pytest.raises(ValueError, match=r"hidden must have shape \(\.\.\., H\); got \(3, 0\)"):
+        linear_logprob(torch.zeros(3, 0), torch.zeros(5, 0), torch.tensor([0, 1, 2]))
