@@ -308,8 +308,10 @@ def measure(shape: Shape, device: str, seconds: float, dropped: set[str]) -> dic
                 call()
                 synchronize(device)
                 started = time.perf_counter()
-                peaks[name] = peak_mib(call, device)
+                call()
+                synchronize(device)
                 once[name] = 1e3 * (time.perf_counter() - started)
+                peaks[name] = peak_mib(call, device)
                 if once[name] < SLOW[device] * once[BARE]:
                     calls[name] = call
             except Exception as error:
