@@ -125,6 +125,7 @@ class _Pass:
             whole=whole,
             stored=stored,
             gathered=gathered or copies > 1 or self.scored is not None,
+            streamed=not call.trained,
             shard=shard,
         )
         self.dhidden: Tensor | None = None
@@ -176,13 +177,25 @@ class _Pass:
         rows = chunk.stop - chunk.start
         return self.head.tile(of * rows, self.head.weight.shape[0]).rows(0, rows)
 
+    def fold_unfold(self, chunk: Chunk) -> Folded:
+        """:meth:`fold`, and ``d logprob / d hidden`` of the chunk's rows into dhidden."""
+        assert self.dhidden is not None
+        dhidden = self.dhidden[chunk.rows]
+        folded = self._masked(self.head.fold_unfold(chunk.hidden, chunk.target, dhidden), chunk.target)
+        self._keep(dhidden, chunk)
+        return folded
+
+    def _keep(self, dhidden: Tensor | None, chunk: Chunk) -> None:
+        """Take back rows of dhidden that were copied."""
+        if self.dhidden is not None and dhidden is not None and not isinstance(chunk.rows, slice):
+            self.dhidden[chunk.rows] = dhidden
+
     def unfold(self, chunk: Chunk, folded: Folded, coefficient: Tensor | None, held: Tile | None) -> None:
         """Add the gradients of ``sum coefficient * logprob`` over the chunk; None stands for 1."""
         # A copy of the rows where they do not follow one another, else the zeros themselves.
         dhidden = None if self.dhidden is None else self.dhidden[chunk.rows]
         self.head.unfold(chunk.hidden, chunk.target, folded, coefficient, held, dhidden, self.dweight, self.dbias)
-        if self.dhidden is not None and dhidden is not None and not isinstance(chunk.rows, slice):
-            self.dhidden[chunk.rows] = dhidden
+        self._keep(dhidden, chunk)
 
     def accumulate(self, need_hidden: bool, need_weight: bool, need_bias: bool) -> tuple[Tensor, Tensor, Tensor]:
         """Accumulators for dhidden, dweight, dbias, of size 0 for what is not needed; all but dweight, which the first
@@ -223,12 +236,10 @@ def linear_logprob(
     kept = work.head.new_tile(hidden.shape[0]) if keep else None
     for chunk in work.chunks():
         into = None if kept is None else kept.rows(chunk.start, chunk.stop)
-        folded = work.fold(chunk, into)
+        folded = work.fold_unfold(chunk) if call.frozen else work.fold(chunk, into)
         if kept is not None and into is not None:
             kept.keep_offsets(into, chunk.start, chunk.stop)
         logprob[chunk.rows], logsumexp[chunk.rows] = folded
-        if call.frozen:
-            work.unfold(chunk, folded, None, work.held(chunk))
     work.finish()
     empty = hidden.new_empty(0, dtype=dtype)
     if kept is None:
@@ -252,6 +263,13 @@ def linear_logprob_backward(
     budget = call.max_buffer_bytes if kept is None else _kept_budget(call.max_buffer_bytes)
     work = _Pass(hidden, weight, target, bias, call, shard, budget, whole=kept is not None)
     gradients = work.accumulate(*call.needs)
+    unit = None
+    if work.head.layout.operand == torch.float16 and grad.numel():
+        # Loss scaling, or a mean over many tokens, leaves the range of fp16: a power of two stays outside.
+        unit = torch.ldexp(torch.ones_like(grad[:1]), torch.frexp(grad.abs().amax(0, keepdim=True)).exponent)
+        grad = grad / unit
+    if kept is not None and not work.head.whole:
+        kept = None  # there are more threads than in forward, whose own memory left room for it
     for chunk in work.chunks():
         tile = None
         if kept is not None:
@@ -261,6 +279,9 @@ def linear_logprob_backward(
         at_rows = Folded(folded.logprob[chunk.rows], folded.logsumexp[chunk.rows])
         work.unfold(chunk, at_rows, grad[chunk.rows].where(chunk.target != NOT_SCORED, 0), tile)
     work.finish()
+    if unit is not None:
+        for gradient in gradients:
+            gradient.mul_(unit)
     return gradients
 
 
@@ -353,12 +374,12 @@ def linear_mopo_loss(
             hidden, weight, target, bias, call, shard, copies=copies, stored=any(call.needs), gathered=gathered
         )
 
+    work = new_pass(copies=1)
     together = False
-    if ref_hidden is not None:
-        work = new_pass(copies=2)
-        together = work.head.whole and 2 * work.count <= work.head.plan.rows
-    if not together:
-        work = new_pass(copies=1)
+    if ref_hidden is not None and work.head.whole and work.count <= work.head.plan.rows:
+        both = new_pass(copies=2)
+        if both.head.whole and 2 * both.count <= both.head.plan.rows:
+            work, together = both, True
     planned = call.trained and data.loss_type != "cloning"
     steps = list(_schedule(work, host_cu_seqlens, pairs)) if planned else []
     if not together and any(isinstance(step.positions, Tensor) for step in steps):
@@ -370,9 +391,13 @@ def linear_mopo_loss(
     ref_token = torch.zeros_like(token)
     logsumexp = token.new_zeros(tokens, dtype=torch.float64)
 
-    def fold(chunk: Chunk) -> Folded:
+    def fold(chunk: Chunk, unfold: bool = False) -> Folded:
         if together and ref_hidden is not None:
             folded, ref_token[chunk.rows] = work.fold_both(chunk, ref_hidden)
+            if unfold:
+                work.unfold(chunk, folded, None, work.held(chunk, 2))
+        elif unfold:
+            folded = work.fold_unfold(chunk)
         else:
             folded = work.fold(chunk)
         token[chunk.rows], logsumexp[chunk.rows] = folded
@@ -404,9 +429,9 @@ def linear_mopo_loss(
         # Either g is known beforehand, or it only scales the rows of dhidden, which can wait.
         known = coefficients.frozen_coefficient(data, sequences)[owner] if call.trained else None
         for chunk in work.chunks():
-            folded = fold(chunk)
-            if any(call.needs):
-                work.unfold(chunk, folded, None if known is None else known[chunk.rows], work.held(chunk, copies))
+            folded = fold(chunk, unfold=call.frozen)
+            if known is not None:
+                work.unfold(chunk, folded, known[chunk.rows], work.held(chunk, copies))
         if call.frozen:
             gradients[0].mul_(coefficient_of_rows()[:, None])
     work.finish()

@@ -157,9 +157,10 @@ def linear_logprob(
     twice differentiable.
 
     With the head frozen (neither weight nor bias requires grad) forward and backward cost two products of N x V x H
-    while the logits of 32 rows fit ``max_buffer_bytes``, else three; with a trained head three while the logits of the
-    batch fit three quarters of it, else four; without gradients one. Ignored rows are dropped before any product on the
-    CPU; on an accelerator, for which nothing waits, pack them away first (:func:`pack_responses`).
+    (on a GPU in half precision three, where the logits of 32 rows do not fit ``max_buffer_bytes``); with a trained head
+    three while the logits of the batch fit three quarters of it, else four; without gradients one. Ignored rows are
+    dropped before any product on the CPU; on an accelerator, for which nothing waits, pack them away first
+    (:func:`pack_responses`).
 
     Args:
         hidden: (..., H) floating, last hidden states.

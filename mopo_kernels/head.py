@@ -4,15 +4,17 @@
 
 The backend does ``fold`` and ``gradient_`` (or, fused, the products with the fold); everything else is here, once for
 every backend. A tile spans the whole vocabulary (W = V) whenever the buffer holds enough such rows, so that no product
-is done twice; otherwise the vocabulary is tiled too and the gradient computes its products again. Accumulation is in
-fp32 (fp64 for fp64 input), in a fixed order, with one cast at the end.
+is done twice; otherwise the vocabulary is tiled too and the gradient computes its products again, except for a frozen
+head, whose gradient is rescaled from tile to tile instead. Accumulation is in fp32 (fp64 for fp64 input), in a fixed
+order, with one cast at the end.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
+from math import isqrt
 from typing import Any, NamedTuple
 
 import torch
@@ -24,6 +26,10 @@ from mopo_kernels.parallel import Shard
 # Fewer rows than this make a product so narrow that computing it twice over a tiled vocabulary is faster.
 MIN_ROWS = 32
 MIN_COLUMNS = 128
+# Products of so many rows are as fast as any. More would only make for narrower tiles where the vocabulary is tiled.
+STREAMED_ROWS = 1024
+# Bytes of target rows of the weight that a streamed gradient takes at a time, and at most a sixteenth of the buffer.
+TARGET_BYTES = 1 << 20
 # Bytes a row of a chunk takes besides hidden and logits: target, column, masks, running statistics, coefficient.
 ROW_OVERHEAD = 96
 # A fused fold that stores nothing still keeps a maximum and a sum for every 64 columns or more.
@@ -59,7 +65,9 @@ class Layout:
     ``operand`` is the dtype of the products' factors, ``tile`` that of a tile, of which there is none if None;
     ``copied``: a tile is converted to ``operand`` before the backward products, not by them; ``scratch``: bytes that
     the backend's own products take; ``temporary``: the backend's temporaries as a share of the tile; ``gathered``: the
-    rows of a chunk are copied together, rather than used where they stand.
+    rows of a chunk are copied together, rather than used where they stand; ``converted``: the weight is copied to
+    ``operand``, or for its strides, before it is multiplied; ``streamed``: nothing is lost by tiling the vocabulary, as
+    for a frozen head.
     """
 
     hidden_size: int
@@ -72,6 +80,8 @@ class Layout:
     scratch: int
     temporary: float
     gathered: bool
+    converted: bool
+    streamed: bool
 
     def tile_bytes(self) -> float:
         """Bytes an element of a tile takes: itself, the backend's temporary, a copy in the products' dtype."""
@@ -91,13 +101,26 @@ class Layout:
         return self.hidden_size * component + ROW_OVERHEAD
 
     def least_bytes(self) -> int:
-        """The smallest buffer that can work at all: one row, one column."""
-        converted = self.hidden_size * self.operand.itemsize if self.weight != self.operand else 0
-        return int(self.row_bytes() + self.tile_bytes() + self.accumulate.itemsize + converted + self.scratch) + 1
+        """The smallest buffer that can work at all, one row, one column, however its rows have to be put together."""
+        converted = self.hidden_size * self.operand.itemsize if self.converted else 0
+        fixed = converted + self.scratch + self._target_bytes(0)
+        row_bytes = replace(self, gathered=True).row_bytes()
+        return int(row_bytes + self.tile_bytes() + self.accumulate.itemsize + fixed) + 1
+
+    def target_rows(self, max_buffer_bytes: int) -> int:
+        """Target rows of the weight that a streamed gradient takes at a time."""
+        row = self.hidden_size * (self.weight.itemsize + self.accumulate.itemsize)
+        return max(1, min(max_buffer_bytes // 16, TARGET_BYTES) // max(1, row))
+
+    def _target_bytes(self, max_buffer_bytes: int) -> int:
+        if not self.streamed:
+            return 0
+        row = self.hidden_size * (self.weight.itemsize + self.accumulate.itemsize)
+        return self.target_rows(max_buffer_bytes) * row
 
     def weight_columns(self, max_buffer_bytes: int) -> int:
         """Vocabulary entries converted at a time; 0 if the weight is used as it is."""
-        if self.weight == self.operand:
+        if not self.converted:
             return 0
         scratch = min(max_buffer_bytes // 4, WEIGHT_SCRATCH_BYTES)
         return min(self.vocabulary, max(1, scratch // (self.hidden_size * self.operand.itemsize)))
@@ -105,7 +128,7 @@ class Layout:
     def tile_budget(self, max_buffer_bytes: int) -> int:
         """What is left for rows and tiles."""
         converted = self.weight_columns(max_buffer_bytes) * self.hidden_size * self.operand.itemsize
-        return max_buffer_bytes - converted - self.scratch
+        return max_buffer_bytes - converted - self.scratch - self._target_bytes(max_buffer_bytes)
 
     def whole_rows(self, max_buffer_bytes: int) -> int:
         """Rows that fit with a tile across the whole vocabulary; may be 0 or less."""
@@ -121,11 +144,13 @@ class Layout:
             )
         weight_columns, whole_rows = self.weight_columns(max_buffer_bytes), self.whole_rows(max_buffer_bytes)
         rows = max(1, rows)
-        if whole_rows >= (1 if whole else min(rows, MIN_ROWS)):
+        enough = STREAMED_ROWS if self.streamed else MIN_ROWS
+        if whole_rows >= (1 if whole else min(rows, enough)):
             return Plan(min(rows, whole_rows), self.vocabulary, weight_columns)
         available, per_element, per_row = self.tile_budget(max_buffer_bytes), self.tile_bytes(), self.row_bytes()
         least = per_row + min(self.vocabulary, MIN_COLUMNS) * per_element
-        chunk = max(1, min(rows, MIN_ROWS, int(available // least)))
+        square = isqrt(int(available / per_element)) if self.streamed else rows
+        chunk = max(1, min(rows, enough, square, int(available // least)))
         columns = int((available - chunk * per_row) // (chunk * per_element + self.accumulate.itemsize))
         return Plan(chunk, max(1, min(self.vocabulary, columns)), weight_columns)
 
@@ -137,11 +162,12 @@ def layout_of(
     *,
     stored: bool = True,
     gathered: bool = True,
+    streamed: bool = False,
     vocabulary: int | None = None,
 ) -> Layout:
     """The layout of a head (V, H) under a backend; ``stored`` False if no gradient will follow the fold, so that a
-    backend that fuses needs no tile; ``gathered`` False if chunks are rows that follow one another; ``vocabulary`` to
-    plan for, if not the weight's own."""
+    backend that fuses needs no tile; ``gathered`` False if chunks are rows that follow one another; ``streamed``
+    if the head is frozen or no gradient will follow; ``vocabulary`` to plan for, if not the weight's own."""
     accumulate = accumulation_dtype(weight.dtype)
     fused, on_cpu, scratch = backend.fuses(weight.dtype), weight.device.type == "cpu", 0
     if on_cpu and 1 in weight.stride():
@@ -159,6 +185,8 @@ def layout_of(
         scratch=scratch,
         temporary=backend.temporary_share,
         gathered=gathered,
+        converted=weight.dtype != operand or (not fused and 1 not in weight.stride()),
+        streamed=streamed and not fused,
     )
 
 
@@ -218,6 +246,7 @@ class LinearHead:
         whole: bool = False,
         stored: bool = True,
         gathered: bool = True,
+        streamed: bool = False,
         shard: Shard | None = None,
     ) -> None:
         self.weight = weight
@@ -228,8 +257,15 @@ class LinearHead:
         self.shard = shard
         vocabulary = None if shard is None else shard.largest
         self.layout = layout_of(
-            weight, backend, max_buffer_bytes, stored=stored, gathered=gathered, vocabulary=vocabulary
+            weight,
+            backend,
+            max_buffer_bytes,
+            stored=stored,
+            gathered=gathered,
+            streamed=streamed,
+            vocabulary=vocabulary,
         )
+        self._target_rows = self.layout.target_rows(max_buffer_bytes)
         self.untouched = True
         self.plan = self.layout.plan(rows, max_buffer_bytes, whole)
         self.bias = None if bias is None else bias.to(self.layout.accumulate)
@@ -331,11 +367,47 @@ class LinearHead:
             if tile is None and (not self.fused or (self.stored and self.whole and store)):
                 into = self.tile(rows, stop - start)
             self._fold_tile(hidden, target, start, stop, into, statistics)
+        return self._merged(statistics)
+
+    def _merged(self, statistics: list[Tensor]) -> Folded:
         if self.shard is not None:
             self.shard.merge_(*statistics)
         maximum, total, picked = statistics
         # Not picked - logsumexp: the difference to the maximum is small, so it rounds less.
-        return Folded((picked - maximum) - torch.log(total), maximum.double() + torch.log(total.double()))
+        return Folded((picked - maximum) - torch.log(total), _logsumexp(statistics))
+
+    def fold_unfold(self, hidden: Tensor, target: Tensor, dhidden: Tensor) -> Folded:
+        """:meth:`fold`, and ``d logprob / d hidden`` into dhidden (R, H), zeros before: 2 products if ``streamed``,
+        whatever the buffer.
+
+        Tile after tile, what was added so far is scaled down to the log-sum-exp so far (the online softmax of
+        arXiv:1805.02867). That scales the target's own row of the weight as well, which is made up for at the end.
+        """
+        if self.fused or (self.whole and self.shard is None):
+            folded = self.fold(hidden, target)
+            held = self.tile(hidden.shape[0], self.weight.shape[0]) if self.whole else None
+            self.unfold(hidden, target, folded, None, held, dhidden, None, None)
+            return folded
+        statistics = self._new_statistics(hidden.shape[0])
+        level = torch.full_like(statistics[0], -torch.inf, dtype=torch.float64)
+        at_target = level.clone()
+        for start, stop in self._column_tiles():
+            tile = self.tile(hidden.shape[0], stop - start)
+            self._fold_tile(hidden, target, start, stop, tile, statistics)
+            level, before = _logsumexp(statistics), level
+            _scale_rows_(dhidden, before, level)
+            local = target - (self._first + start)
+            at_target = level.where((local >= 0) & (local < stop - start), at_target)
+            self._unfold_tile(tile, hidden, target, start, stop, Folded(level, level), None, dhidden, None, None)
+        folded = self._merged(statistics)
+        _scale_rows_(dhidden, level, folded.logsumexp)
+        missing = -torch.expm1(at_target - folded.logsumexp) * self.head.slope(statistics[2].double())
+        missing = missing.where(at_target > -torch.inf, 0).to(dhidden.dtype)[:, None]
+        local = (target - self._first).clamp(0, self.weight.shape[0] - 1)
+        for a in range(0, hidden.shape[0] if self.weight.shape[0] else 0, self._target_rows):
+            b = a + self._target_rows
+            dhidden[a:b].addcmul_(self.weight[local[a:b]].to(dhidden.dtype), missing[a:b])
+        return folded
 
     def unfold(
         self,
@@ -351,12 +423,6 @@ class LinearHead:
         """Add the gradients of ``sum coefficient * logprob`` for a chunk, None standing for 1, to dhidden (R, H),
         dweight (V, H), dbias (V,); ``held`` are its products, if they are still there, and are overwritten. The first
         chunk overwrites dweight, which is ``untouched`` before: it would only be filled with zeros to add to them."""
-        exponent = None
-        if self.layout.operand == torch.float16:
-            # The mantissa goes into the tile, whose values then stay within -1 .. 1; the exponent, exactly, elsewhere.
-            coefficient = torch.ones_like(folded.logprob) if coefficient is None else coefficient
-            mantissa, exponent = torch.frexp(coefficient)
-            coefficient = mantissa * FP16_SCALE
         for start, stop in self._column_tiles():
             tile = held
             if tile is None:
@@ -365,9 +431,30 @@ class LinearHead:
                     self._fold_tile(hidden, target, start, stop, tile, self._new_statistics(hidden.shape[0]))
                 else:
                     self._products_(hidden, tile.values, start, stop)
-            self._gradient_(tile, target, start, stop, folded, coefficient)
-            self._backward_products(tile.values, hidden, exponent, start, stop, dhidden, dweight, dbias)
+            self._unfold_tile(tile, hidden, target, start, stop, folded, coefficient, dhidden, dweight, dbias)
         self.untouched = False
+
+    def _unfold_tile(
+        self,
+        tile: Tile,
+        hidden: Tensor,
+        target: Tensor,
+        start: int,
+        stop: int,
+        folded: Folded,
+        coefficient: Tensor | None,
+        dhidden: Tensor | None,
+        dweight: Tensor | None,
+        dbias: Tensor | None,
+    ) -> None:
+        exponent = None
+        if self.layout.operand == torch.float16:
+            # The mantissa goes into the tile, whose values then stay within -1 .. 1; the exponent, exactly, elsewhere.
+            coefficient = torch.ones_like(folded.logprob) if coefficient is None else coefficient
+            mantissa, exponent = torch.frexp(coefficient)
+            coefficient = mantissa * FP16_SCALE
+        self._gradient_(tile, target, start, stop, folded, coefficient)
+        self._backward_products(tile.values, hidden, exponent, start, stop, dhidden, dweight, dbias)
 
     def _gradient_(
         self, tile: Tile, target: Tensor, start: int, stop: int, folded: Folded, coefficient: Tensor | None
@@ -410,6 +497,17 @@ class LinearHead:
                 dhidden += added.mul_(power)
         if dweight is not None:
             self._product_(dweight[start:stop], operand.T, hidden, accumulate=not self.untouched, alpha=alpha)
+
+
+def _logsumexp(statistics: list[Tensor]) -> Tensor:
+    """In fp64, of a maximum and a sum relative to it."""
+    maximum, total, _ = statistics
+    return maximum.double() + torch.log(total.double())
+
+
+def _scale_rows_(values: Tensor, before: Tensor, after: Tensor) -> None:
+    """``values *= exp(before - after)`` by rows, 1 where nothing changed, be it infinite."""
+    values.mul_(torch.exp(before - after).where(before != after, 1).to(values.dtype)[:, None])
 
 
 def torch_product_(out: Tensor, a: Tensor, b: Tensor, accumulate: bool, alpha: float) -> None:

@@ -3,6 +3,7 @@ head of a reference, far-off importance weights, the memory of a softcap."""
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import weakref
 from typing import Any
@@ -16,6 +17,7 @@ from torch import Tensor
 from mopo_kernels import (
     DualAscent,
     LinearMOPOLoss,
+    driver,
     linear_logprob,
     linear_mopo_loss,
     linear_sequence_logprob,
@@ -24,8 +26,10 @@ from mopo_kernels import (
     reference,
 )
 from mopo_kernels.backends import Head
+from mopo_kernels.backends.cpp import CppBackend, has_native_products
 from mopo_kernels.driver import Call
 from mopo_kernels.groups import Group, closed_groups
+from mopo_kernels.head import Folded, Layout, layout_of
 
 
 def loss_of(batch: Batch, **options: Any) -> Tensor:
@@ -252,22 +256,120 @@ def test_cloning_without_pairs_is_plain_cloning_of_the_data() -> None:
     torch.testing.assert_close(output.loss, -logprob.mean())
 
 
-def test_a_frozen_head_costs_a_third_product_only_where_a_few_rows_of_logits_do_not_fit(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+@pytest.mark.parametrize("limit", [1 << 20, 90_000, 20_000, 4_000])
+def test_a_frozen_head_costs_two_products_whatever_the_buffer(limit: int, monkeypatch: pytest.MonkeyPatch) -> None:
     batch = make_batch(vocabulary=300)
     batch.leaves("hidden")
-    for limit, expected in ((1 << 20, 2.0), (101_000, 2.0), (90_000, 3.0)):
-        options: dict[str, Any] = {"backend": "torch", "max_buffer_bytes": limit}
-        with monkeypatch.context() as patch:
-            got = units(
-                lambda options=options: linear_logprob(
-                    batch.hidden, batch.weight, batch.target, batch.bias, **options
-                ).sum(),
-                batch,
-                patch,
-            )
-        assert got == pytest.approx(expected), limit
+    options: dict[str, Any] = {"backend": "torch", "max_buffer_bytes": limit}
+    got = units(
+        lambda: linear_logprob(batch.hidden, batch.weight, batch.target, batch.bias, **options).sum(),
+        batch,
+        monkeypatch,
+    )
+    assert got == pytest.approx(2.0)
+
+
+@pytest.mark.parametrize("spread", [1.0, 60.0], ids=["flat", "peaked"])
+@pytest.mark.parametrize("softcap", [None, 4.0])
+@pytest.mark.parametrize("limit", [200_000, 20_000, 5_000])
+@pytest.mark.parametrize("backend", CPU_BACKENDS)
+def test_a_gradient_streamed_over_the_vocabulary_is_as_exact_as_one_of_whole_rows(
+    backend: str, limit: int, softcap: float | None, spread: float
+) -> None:
+    """Rows whose largest logit is in the first tile, in the last, and is the target, all but certain, or not."""
+    generator = torch.Generator().manual_seed(0)
+    rows, size, vocabulary = 70, 16, 501
+    hidden = torch.randn(rows, size, generator=generator) * spread
+    weight = torch.randn(vocabulary, size, generator=generator) / size**0.5
+    target = torch.randint(0, vocabulary, (rows,), generator=generator)
+    target[::3] = (hidden @ weight.T).argmax(dim=1)[::3]
+    target[5] = -100
+    weight[-1], weight[0], target[6], target[7] = hidden[6] / spread, hidden[7] / spread, vocabulary - 1, 0
+
+    def gradient(dtype: torch.dtype, **options: Any) -> Tensor:
+        leaf = hidden.to(dtype, copy=True).requires_grad_()
+        value = linear_logprob(leaf, weight.to(dtype), target, softcap=softcap, **options)
+        (result,) = torch.autograd.grad(value, leaf, torch.linspace(-1, 1, rows, dtype=dtype))
+        return result.double()
+
+    exact = gradient(torch.float64, backend="reference")
+    double = gradient(torch.float64, backend=backend, max_buffer_bytes=2 * limit)
+    torch.testing.assert_close(double, exact, rtol=1e-11, atol=1e-13)
+    plain = (gradient(torch.float32, backend="reference") - exact).norm()
+    streamed = (gradient(torch.float32, backend=backend, max_buffer_bytes=limit) - exact).norm()
+    assert streamed <= 1.5 * plain + 1e-7 * exact.norm()
+
+
+@pytest.mark.parametrize("backend", CPU_BACKENDS)
+def test_a_weight_without_unit_stride_is_copied_within_the_buffer(backend: str) -> None:
+    batch = make_batch(prompts=12, responses=4, longest=9, hidden=64, vocabulary=2003, dtype=torch.float32)
+    weight = torch.stack([batch.weight, batch.weight], dim=-1)[..., 0]
+    assert 1 not in weight.stride()
+    (hidden,) = batch.leaves("hidden")
+    limit = 1 << 20
+
+    def call(head: Tensor) -> tuple[Tensor, ...]:
+        value = linear_logprob(hidden, head, batch.target, batch.bias, backend=backend, max_buffer_bytes=limit)
+        return torch.autograd.grad(value.sum(), hidden)
+
+    torch.testing.assert_close(call(weight), call(batch.weight))
+    peak, _ = peak_bytes(lambda: call(weight))
+    assert peak <= limit + 4 * hidden.numel() + 96 * hidden.shape[0] + 8 * batch.bias.numel() + 4096
+
+
+@pytest.mark.skipif("cpp" not in CPU_BACKENDS, reason="the C++ extension is not built")
+def test_threads_may_change_between_forward_and_backward(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the products' threads take, in bf16, may leave backward no room for what forward kept for it."""
+    if not has_native_products(torch.bfloat16):
+        pytest.skip("this processor multiplies bf16 in fp32")
+    batch = make_batch(prompts=1, responses=2, longest=2, hidden=8, vocabulary=20_000, dtype=torch.bfloat16)
+    leaves = batch.leaves("hidden", "weight")
+
+    def gradients(limit: int, *scratch: int) -> tuple[Tensor, ...]:
+        for bytes_ in scratch:
+            monkeypatch.setattr(CppBackend, "product_scratch", lambda *_, bytes_=bytes_: bytes_)
+            if bytes_ == scratch[0]:
+                value = linear_logprob(batch.hidden, batch.weight, batch.target, max_buffer_bytes=limit)
+        return torch.autograd.grad(value.sum(), leaves)
+
+    limit = 1_000_000
+    assert Call(-100, Head(None, 1.0, 1.0), "cpp", limit, None, (True, True, False)).keeps_products(3, batch.weight)
+    for got, want in zip(gradients(limit, 60_000, 120_000), gradients(64 << 20, 60_000), strict=True):
+        torch.testing.assert_close(got, want, rtol=2e-2, atol=2e-2)
+
+
+def test_the_least_buffer_that_an_error_names_is_enough() -> None:
+    batch = make_batch(prompts=2, responses=4, hidden=64, dtype=torch.float32)
+    batch.target = batch.target.clamp(min=0)
+    batch.pairs = torch.tensor([[0, 2], [1, 3], [4, 6], [5, 7]] * 3)  # rows of a pair do not follow one another
+    leaves = batch.leaves("hidden", "weight")
+    for changed in ({}, {"ref_hidden": batch.hidden.detach() + 1, "ref_logprob": None}):
+        options = {**batch.loss_options("regression"), **changed}
+        with pytest.raises(ValueError, match="max_buffer_bytes must be at least") as error:
+            linear_mopo_loss(*batch.loss_arguments(), **options, max_buffer_bytes=64)
+        least = int(str(error.value).split("at least ")[1].split()[0])
+        torch.autograd.grad(linear_mopo_loss(*batch.loss_arguments(), **options, max_buffer_bytes=least).loss, leaves)
+
+
+@pytest.mark.parametrize("scale", [2.0**20, 1.0, 2.0**-30])
+def test_fp16_products_stand_loss_scaling(scale: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU, whose products take fp16 factors: simulated by a layout that keeps them, and rounds the tile."""
+
+    def unconverted(*arguments: Any, **options: Any) -> Layout:
+        layout = layout_of(*arguments, **options)
+        return dataclasses.replace(layout, operand=torch.float16, copied=True, converted=False)
+
+    monkeypatch.setattr("mopo_kernels.head.layout_of", unconverted)
+    batch = make_batch(vocabulary=101, dtype=torch.float16)
+    call = Call(-100, Head(None, 1.0, 1.0), "torch", 100_000, None, (True, True, True))
+    inputs = (batch.hidden, batch.weight, batch.target, batch.bias)
+    logprob, logsumexp, *_ = driver.linear_logprob(*inputs, call, None)
+    up = torch.linspace(-1, 1, logprob.shape[0])
+    got = driver.linear_logprob_backward(up * scale, *inputs, Folded(logprob, logsumexp), None, call, None)
+    leaves = [t.double().requires_grad_() for t in (batch.hidden, batch.weight, batch.bias)]
+    oracle = linear_logprob(leaves[0], leaves[1], batch.target, leaves[2], backend="reference")
+    for result, want in zip(got, torch.autograd.grad(oracle, leaves, up.double()), strict=True):
+        assert (result.double() / scale - want).norm() < 1e-3 * want.norm()
 
 
 @pytest.mark.parametrize("backend", CPU_BACKENDS)

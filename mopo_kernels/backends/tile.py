@@ -28,6 +28,13 @@ class Head(NamedTuple):
     logit_scale: float
     temperature: float
 
+    def slope(self, logit: Tensor) -> Tensor:
+        """``dz/dproduct`` at logits z."""
+        slope = torch.full_like(logit, self.logit_scale / self.temperature)
+        if self.softcap is not None:
+            slope *= 1 - (logit * (self.temperature / self.softcap)) ** 2
+        return slope
+
 
 class TileBackend:
     """Tile work. ``tile`` (R, W), ``bias`` (W,) or None, ``target`` (R,) int64 in 0 .. V - 1 or ``NOT_SCORED``; the
