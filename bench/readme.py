@@ -46,8 +46,8 @@ def section() -> str:
     text = [
         f"{work['scored']} scored tokens, half of all rows prompt, H {work['hidden']}, V {work['vocabulary']}, fp32, "
         f"{trained['threads']} threads ({trained['cpu_capability']}), torch {trained['torch']}, medians of "
-        f"{trained['rounds']} interleaved rounds at commit {trained['commit']}; `python -m bench.head` and `python -m "
-        "bench.head --frozen`:\n\n",
+        f"{trained['rounds']} interleaved rounds; `python -m bench.head` (commit {trained['commit']}) and `python -m "
+        f"bench.head --frozen` (commit {frozen['commit']}):\n\n",
         "| | time / bare products, head trained | head frozen | peak memory, gradients included | head frozen |\n",
         "|---|---|---|---|---|\n",
         *rows(trained, frozen),
