@@ -530,8 +530,10 @@ def test_the_section_times_every_shape_in_a_child(
     assert section.failures == [], section.data
     found = section.data["shapes"][shape.name]
     assert found["unavailable"]["Liger DPO, scored rows"].endswith("not now")
-    results = found["results"]
-    assert {BARE, "mopo_kernels torch", "plain PyTorch, scored rows"} <= results.keys()
+    # On a busy machine anything may take so long that it is timed once.
+    timed = found["results"].keys() | found["slow"].keys()
+    assert {BARE, "mopo_kernels torch", "plain PyTorch, scored rows"} <= timed
+    assert BARE in found["results"]
     assert BARE in capsys.readouterr().out
 
 

@@ -27,8 +27,13 @@ def two_ranks(tmp_path_factory):
         *(sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"),
         *(str(Path(__file__).with_name("trainer_ranks.py")), str(folder)),
     ]
-    child = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert child.returncode == 0, child.stderr[-4000:]
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as child:
+        try:
+            _, errors = child.communicate(timeout=300)
+        except subprocess.TimeoutExpired:
+            child.terminate()  # not kill: on SIGTERM the launcher ends its ranks
+            raise
+    assert child.returncode == 0, errors[-4000:]
     names = [*KINDS, *(f"shards-{kind}" for kind in SHARDED)]
     return {name: torch.load(folder / f"{name}.pt", weights_only=False) for name in names}
 

@@ -108,7 +108,7 @@ class TileBackend:
     ) -> None:
         """:meth:`fold` of ``hidden (R, H) @ weight (W, H).T`` without the products ever being stored. With
         ``exponentials`` (R, W) in the input's dtype and ``offsets`` (blocks, R) fp32, ``exp(z - offset)`` is left in
-        them: a logit rounded to bf16 is off by up to 1/512 of itself, its exponential so stored by 1/512 of itself."""
+        them: a logit rounded to bf16 is off by up to 1/256 of itself, its exponential so stored by 1/256 of itself."""
         raise NotImplementedError
 
     def exponential_gradient_(
