@@ -144,13 +144,7 @@ def attainable_worst_slack(problem: TabularProblem) -> float:
 
 
 def with_thresholds(problem: TabularProblem, shift: float) -> TabularProblem:
-    return TabularProblem(
-        win_rate=problem.win_rate,
-        reference=problem.reference,
-        tau=problem.tau,
-        thresholds={k: bound + shift for k, bound in problem.thresholds.items()},
-        prompt_weight=problem.prompt_weight,
-    )
+    return problem.with_thresholds({k: bound + shift for k, bound in problem.thresholds.items()})
 
 
 @pytest.mark.parametrize("tau", [0.05, 0.3, 2.0])
@@ -291,20 +285,108 @@ def test_flat_objective_is_met_or_impossible() -> None:
     assert solution.best_value == pytest.approx(-0.01, abs=1e-12)
 
 
+@pytest.mark.parametrize("levels", [None, 3], ids=["continuous", "ties"])
 @pytest.mark.parametrize("tau", [1e-3, 0.1, 10.0])
-@pytest.mark.parametrize("shape", [(2, 3, 4), (3, 5, 4), (4, 20, 6)])
-def test_feasibility_changes_exactly_at_the_attainable_boundary(shape: tuple[int, int, int], tau: float) -> None:
-    for seed in range(3):
-        problem = random_problem(seed, *shape, tau=tau)
+@pytest.mark.parametrize("shape", [(2, 3, 4), (3, 5, 4), (6, 40, 8)])
+def test_feasibility_changes_exactly_at_the_attainable_boundary(
+    shape: tuple[int, int, int], tau: float, levels: int | None
+) -> None:
+    """On the boundary itself, and 1e-12 inside it, where the multipliers reach 1e5, the answer is as good as elsewhere.
+
+    It takes more than double precision: there the last bit of a multiplier moves the policy by more than the residual.
+    """
+    for seed in (0, 3, 5):
+        problem = random_problem(seed, *shape, tau=tau, levels=levels)
         edge = attainable_worst_slack(problem)
         assert solve(with_thresholds(problem, edge - 1e-4)).feasible
-        on_it = solve(with_thresholds(problem, edge - 1e-12))
-        assert on_it.feasible
-        assert on_it.kkt_residual < 1e-8
-        assert abs(on_it.gap) < 1e-9
+        for shift in (0.0, 1e-12, 1e-8):
+            on_it = solve(with_thresholds(problem, edge - shift))
+            assert on_it.feasible
+            assert on_it.kkt_residual < 1e-9
+            assert abs(on_it.gap) < 1e-9
+            bounds = list(with_thresholds(problem, edge - shift).thresholds.values())
+            assert (values(problem, on_it.policy)[1:] >= np.array(bounds) - 1e-9).all()
         beyond = solve(with_thresholds(problem, edge + 1e-6))
         assert not beyond.feasible
         assert beyond.best_value == pytest.approx(-1e-6, abs=1e-10)
+
+
+def test_policy_on_the_boundary_is_the_best_on_the_face_that_is_left() -> None:
+    """Prompt 0 must take its only best response; prompt 1, whose responses tie on the threshold, keeps its softmax."""
+    problem = TabularProblem(
+        win_rate=[[[0.9, 0.1, 0.5], [0.2, 0.8, 0.6]], [[0.1, 0.4, 0.7], [0.6, 0.6, 0.6]]],
+        reference=np.full((2, 3), 1 / 3),
+        tau=0.3,
+        thresholds={1: 0.65},
+    )
+    solution = solve(problem)
+    assert solution.feasible
+    assert solution.policy[0] == pytest.approx([0, 0, 1], abs=1e-9)
+    free = np.exp(np.array([0.2, 0.8, 0.6]) / 0.3)
+    assert solution.policy[1] == pytest.approx(free / free.sum(), abs=1e-9)
+
+
+@pytest.mark.parametrize("tau", [1e-3, 0.1, 10.0])
+def test_deterministic_preferences_total_orders_and_cycles(tau: float) -> None:
+    """Preferences of 0 and 1 only, some of them cycles, and a behaviour policy that never writes some responses."""
+    rng = np.random.default_rng(0)
+    binding = 0
+    for seed in range(4):
+        above = np.triu(rng.random((3, 6, 5, 5)) < 0.5, 1).astype(float)
+        if seed % 2:  # total orders: y beats z when its rank is higher
+            rank = rng.permuted(np.broadcast_to(np.arange(5), (3, 6, 5)), axis=2)
+            above = np.triu((rank[..., :, None] > rank[..., None, :]).astype(float), 1)
+        below = np.tril(1 - above.swapaxes(2, 3), -1)
+        preference = above + below + np.eye(5) / 2
+        behaviour = rng.dirichlet(np.ones(5), 6)
+        behaviour[:3, 4] = 0
+        behaviour /= behaviour.sum(1, keepdims=True)
+        reference = np.full((6, 5), 0.2)
+        free = TabularProblem(preference, behaviour, reference, tau, {})
+        assert free.win_rate == pytest.approx(np.einsum("kxyz,xz->kxy", preference, behaviour), abs=1e-15)
+        bounds = solve(free).value + 0.4 * free.win_rate.max(2).mean(1) - 0.4 * solve(free).value
+        problem = free.with_thresholds({1: float(bounds[1])})
+        solution = solve(problem)
+        check_optimal(problem, solution)
+        binding += solution.multiplier[1] > 1e-3
+    assert binding == 4
+
+
+def test_multipliers_are_the_price_of_their_thresholds() -> None:
+    """The optimum falls by ``multiplier`` per unit of threshold: central differences."""
+    problem = random_problem(3)
+    solution = solve(problem)
+    assert solution.multiplier[1:].min() > 0.01
+    for k, bound in problem.thresholds.items():
+        primal = [solve(problem.with_thresholds({**problem.thresholds, k: bound + h})).primal for h in (1e-5, -1e-5)]
+        assert (primal[1] - primal[0]) / 2e-5 == pytest.approx(solution.multiplier[k], abs=1e-5)
+
+
+@pytest.mark.parametrize("tau", [1e-3, 0.1, 10.0])
+def test_start_changes_nothing_but_the_time(tau: float) -> None:
+    problem = random_problem(2, tau=tau)
+    plain = solve(problem)
+    assert plain.multiplier[1:].max() > 0.01
+    for start in (plain.multiplier, plain.multiplier * 0.9, np.array([np.pi, 0, 1e4]), np.array([1.0, -2.0, 0.0])):
+        solution = solve(problem, start=start)
+        check_optimal(problem, solution)
+        assert solution.multiplier == pytest.approx(plain.multiplier, rel=1e-6, abs=1e-7)
+    impossible = with_thresholds(problem, 0.25)
+    assert not solve(impossible).feasible
+    assert solve(impossible, start=plain.multiplier).best_value == solve(impossible).best_value
+    for wrong in (plain.multiplier[1:], plain.multiplier * np.nan):
+        with pytest.raises(ValueError, match="start must be 3 finite values"):
+            solve(problem, start=wrong)
+
+
+def test_other_thresholds_share_the_arrays_and_are_checked() -> None:
+    problem = random_problem(0)
+    other = problem.with_thresholds({2: 0.4})
+    assert other.thresholds == {2: 0.4}
+    assert set(problem.thresholds) == {1, 2}
+    assert other.win_rate is problem.win_rate
+    with pytest.raises(ValueError, match=r"thresholds must not include the primary objective 0, got 0\.4"):
+        problem.with_thresholds({0: 0.4})
 
 
 @pytest.mark.parametrize("seed", range(6))
@@ -501,6 +583,38 @@ def test_vanishing_ball_gives_the_plain_problem() -> None:
         robustness=1e-12,
     )
     assert solve(tiny).policy == pytest.approx(solve(plain).policy, abs=1e-4)
+
+
+@pytest.mark.parametrize("radius", [0.01, 0.15, 0.5])
+def test_robust_infeasibility_is_bracketed_and_proved(radius: float) -> None:
+    """The policy attains one end; weighted worst cases of single distributions, no better for any policy, the other."""
+    for seed, shape in enumerate([(2, 1, 3), (2, 3, 4), (3, 5, 4), (4, 20, 6)]):
+        base = random_problem(seed, *shape, robustness=radius)
+        problem = with_thresholds(base, 0.3)
+        solution = solve(problem)
+        assert not solution.feasible
+        assert solution.best_bound is not None
+        assert solution.best_value is not None
+        assert -1e-12 <= solution.best_bound - solution.best_value < 1e-9
+        assert solution.best_bound < 0
+        mass = problem.prompt_weight[:, None] * problem.reference
+        ratio = np.divide(solution.policy, problem.reference, out=np.zeros_like(mass), where=problem.support)
+        slack = [robust_value(ratio, problem.win_rate[k], mass, radius)[0] - b for k, b in problem.thresholds.items()]
+        assert min(slack) == pytest.approx(solution.best_value, abs=1e-12)
+        # Thresholds moved to both sides of it: one problem has an answer, the other has none.
+        shift = solution.best_value
+        assert solve(with_thresholds(problem, shift - 1e-3)).feasible
+        assert not solve(with_thresholds(problem, shift + 1e-5)).feasible
+        # No policy that leans towards the constrained objectives does better than the bound.
+        for lean in np.linspace(0, 6, 25):
+            other = problem.reference * np.exp(lean * problem.win_rate[1:].mean(0))
+            other /= other.sum(1, keepdims=True)
+            other_ratio = np.divide(other, problem.reference, out=np.zeros_like(mass), where=problem.support)
+            worst = min(
+                robust_value(other_ratio, problem.win_rate[k], mass, radius)[0] - b
+                for k, b in problem.thresholds.items()
+            )
+            assert worst <= solution.best_bound
 
 
 def test_radius_of_the_paper_is_infeasible_near_parity_on_eight_candidates() -> None:
