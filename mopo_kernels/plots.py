@@ -1,4 +1,4 @@
-"""Two pictures: how the constraints were held during training, and where policies stand between two objectives.
+"""Three pictures: how constraints were held during training, policies between two objectives, an exact front.
 
 matplotlib (extra `plot`) is imported when a picture is drawn. Figures are drawn without pyplot, straight into a file,
 so no display is needed and the caller's own matplotlib state is left alone.
@@ -6,9 +6,13 @@ so no display is needed and the caller's own matplotlib state is left alone.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from mopo_kernels.evaluation import WinRate
 
@@ -17,10 +21,13 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+    from mopo_kernels.tabular import ParetoFront, TabularSolution
+
 # Okabe and Ito's palette: told apart under every common colour blindness. Vermilion is kept for thresholds.
 _BLUE, _GREEN, _VERMILION = "#0072B2", "#009E73", "#D55E00"
 _POLICY_COLOURS = (_BLUE, _GREEN, "#CC79A7", "#56B4E9", "#E69F00")
 _MARKERS = "osD^v"
+_LIGHT_BLUE, _GREY = "#56B4E9", "0.9"
 _DPI = 150
 
 
@@ -215,6 +222,120 @@ def _limits(
         margin = max(0.02, 0.12 * (high - low))
         limits.append((max(-0.02, low - margin), min(1.02, high + margin)))
     return limits[0], limits[1]
+
+
+def plot_front(
+    front: ParetoFront,
+    path: str | Path,
+    *,
+    objectives: Sequence[str],
+    primary: str,
+    tau: float,
+    sweeps: Mapping[str, ParetoFront],
+    boundary: Mapping[str, NDArray[np.float64]],
+    reference: Sequence[float] | NDArray[np.float64],
+    best: Sequence[float] | NDArray[np.float64],
+    solution: TabularSolution | None = None,
+    thresholds: Mapping[str, float] | None = None,
+    robust: bool = False,
+    title: str | None = None,
+) -> Path:
+    """Draw an exact front: a panel for every secondary objective, over one of its multiplier against its threshold.
+
+    front: from `tabular.pareto_front`. path: the PNG to write. objectives: the K names, `primary` among them.
+    tau: the strength of the KL term, which the vertical axis pays for.
+    sweeps: objective -> the front along its own thresholds alone, rising, which is drawn as a curve.
+    boundary: objective -> (F, 2) vertices (its win rate, the primary's), by falling primary, of what any policy
+        attains: `tabular.linear_front` of the two objectives. What lies beyond is shaded.
+    reference: (K,) win rates of the reference policy. best: (K,) the largest threshold that can be met on its own.
+    solution: the optimum at `thresholds` (objective -> win rate).
+    robust: whether thresholds are compared with a worst case, which is not on the axes; they are then left out above.
+    Returns path. Raises ValueError for a single objective, ImportError without matplotlib.
+    """
+    others = [k for k, name in enumerate(objectives) if name != primary]
+    if not others:
+        raise ValueError(f"objectives must be at least two for a front, got {list(objectives)}")
+    main = list(objectives).index(primary)
+    bounds = thresholds or {}
+    columns, blocks = min(4, len(others)), math.ceil(len(others) / 4)
+    figure = _figure(1.0 + 4.4 * columns, 0.9 + 5.6 * blocks)
+    grid = figure.subplots(2 * blocks, columns, squeeze=False, height_ratios=(3, 2) * blocks)
+    for axes in grid.flat:
+        axes.set_axis_off()
+    drawn = [front, *sweeps.values()]
+    level = np.concatenate([points.primal[points.feasible] for points in drawn] + [[reference[main]]])
+    top = max(edge[:, 1].max() for edge in boundary.values())
+    margin = 0.06 * (top - level.min()) + 1e-3
+    star: dict[str, Any] = {"marker": "*", "color": _VERMILION, "markersize": 16, "markeredgecolor": "white"}
+    for place, k in enumerate(others):
+        upper, lower = grid[2 * (place // 4)][place % 4], grid[2 * (place // 4) + 1][place % 4]
+        name, bound = objectives[k], bounds.get(objectives[k])
+        edge, sweep = boundary[name], sweeps[name]
+        values = np.concatenate([points.value[points.feasible, k] for points in (front, sweep)])
+        values = np.concatenate([values, edge[-1:, 0], [reference[k]], [] if bound is None else [bound]])
+        span = (values.min() - 0.05 * np.ptp(values) - 1e-3, values.max() + 0.06 * np.ptp(values) + 1e-3)
+        for axes in (upper, lower):
+            axes.set_axis_on()
+            _tidy(axes)
+        upper.set_xlim(*span)
+        if robust:
+            low, high = np.nanmin(sweep.threshold[:, k]), max(best[k], bound or 0.0)
+            span_below = (low - 0.05 * (high - low) - 1e-3, high + 0.06 * (high - low) + 1e-3)
+        else:
+            span_below = span
+        lower.set_xlim(*span_below)
+        upper.set_ylim(level.min() - margin, top + margin)
+        _shade_unattainable(upper, edge, span, top + margin)
+        lower.axvspan(best[k], span_below[1], color=_GREY, linewidth=0)
+        if len(others) > 1:
+            dots: dict[str, Any] = {"linestyle": "none", "marker": "o", "markersize": 4, "alpha": 0.5}
+            seen = front.nondominated
+            upper.plot(front.value[seen, k], front.primal[seen], color=_LIGHT_BLUE, label="front on the grid", **dots)
+            lower.plot(front.threshold[seen, k], front.multiplier[seen, k], color=_LIGHT_BLUE, **dots)
+        curve: dict[str, Any] = {"marker": "o", "markersize": 4, "linewidth": 1.8}
+        upper.plot(
+            sweep.value[:, k],
+            sweep.value[:, main],
+            color=_GREEN,
+            linewidth=1.4,
+            label=f"{primary} on the curve, its KL unpaid",
+        )
+        moved = "exact front" if len(others) == 1 else "front as this threshold alone moves"
+        upper.plot(sweep.value[:, k], sweep.primal, color=_BLUE, label=moved, **curve)
+        upper.plot(reference[k], reference[main], marker="s", color="0.2", linestyle="none", label="reference policy")
+        lower.plot(sweep.threshold[:, k], sweep.multiplier[:, k], color=_BLUE, **curve)
+        if bound is not None:
+            for axes in (lower,) if robust else (upper, lower):
+                axes.axvline(bound, color=_VERMILION, linestyle="--", linewidth=1.6, label="chosen threshold")
+        if solution is not None:
+            upper.plot(solution.value[k], solution.primal, linestyle="none", zorder=5, label="chosen solution", **star)
+            if bound is not None:
+                lower.plot(bound, solution.multiplier[k], zorder=5, clip_on=False, **star)
+        lower.set_ylim(bottom=-0.03 * lower.get_ylim()[1])
+        upper.set_title(f"{name} ({'held' if bound is not None else 'watched'})" if bounds else name)
+        upper.set_xlabel(f"{name}: win rate (0 to 1)")
+        lower.set_xlabel(f"{name}: threshold{' (worst case)' if robust else ''}")
+    for row in range(blocks):
+        grid[2 * row][0].set_ylabel(f"{primary} (maximised):\nwin rate - {tau:g} KL")
+        grid[2 * row + 1][0].set_ylabel("multiplier (no unit)")
+    handles, labels = [], []
+    for axes in grid.flat:
+        for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
+            if label not in labels:
+                handles.append(handle)
+                labels.append(label)
+    figure.legend(handles, labels, loc="outside lower center", ncols=min(3, 1 + columns), frameon=False, fontsize=9)
+    if title:
+        figure.suptitle(title)
+    return _save(figure, path)
+
+
+def _shade_unattainable(axes: Axes, edge: NDArray[np.float64], span: tuple[float, float], top: float) -> None:
+    """Shade what lies above or to the right of an edge (F, 2) of falling heights."""
+    across = np.concatenate([[span[0]], np.maximum(edge[:, 0], span[0]), [edge[-1, 0], span[1]]])
+    up = np.concatenate([[edge[0, 1]], edge[:, 1], [-1.0, -1.0]])
+    axes.fill_between(across, up, top, color=_GREY, linewidth=0, label="no policy attains this, at any KL")
+    axes.plot(across[:-1], up[:-1], color="0.55", linewidth=1.2)
 
 
 def _save(figure: Figure, path: str | Path) -> Path:

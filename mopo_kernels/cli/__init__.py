@@ -1,4 +1,4 @@
-"""The command line, installed as `mopo`: train, data, eval, doctor.
+"""The command line, installed as `mopo`: train, pareto, data, eval, doctor.
 
 Sub-commands import what they need when they run, so that `mopo doctor` works where the training extra is missing.
 Errors of the user's making end in one line on stderr: exit code 2 for bad arguments, values and files, 1 for a missing
@@ -17,6 +17,7 @@ import typer
 import mopo_kernels
 from mopo_kernels.cli.doctor import OPTIONAL_PACKAGES, diagnose, install_hint
 from mopo_kernels.cli.eval import evaluate
+from mopo_kernels.cli.pareto import exact_front
 
 _TRACEBACK = "MOPO_TRACEBACK"
 
@@ -34,6 +35,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
+app.command("pareto")(exact_front)
 app.command("eval")(evaluate)
 app.command("doctor")(diagnose)
 
