@@ -44,7 +44,7 @@ def pair_slope(
     label_rate: Tensor | None,
     offset: Tensor | None,
 ) -> Tensor:
-    """``d loss_p / d h_p`` of a pair of weight 1, (P,)."""
+    """``d loss_p / d h_p`` of a pair of weight 1, (P,): the slope in eq. (32) of docs/method.md."""
     if loss_type == "regression":
         return 2 * (margin - reference.pair_target(preference, objective_weight, tau, label_rate))
     u = tau * margin if offset is None else tau * margin - offset
@@ -55,7 +55,10 @@ def pair_slope(
 
 
 def sequence_coefficient(slope: Tensor, pairs: Tensor, sequences: int) -> Tensor:
-    """``sum_p slope_p (1[s = i_p] - 1[s = j_p])``: slope (P,), pairs (P, 2) -> (S,)."""
+    """``sum_p slope_p (1[s = i_p] - 1[s = j_p])``: slope (P,), pairs (P, 2) -> (S,).
+
+    The sum in eq. (32) of docs/method.md.
+    """
     g = slope.new_zeros(sequences)
     return reference.scatter_sum(reference.scatter_sum(g, pairs[:, 0], slope), pairs[:, 1], -slope)
 
@@ -75,7 +78,7 @@ def divisor(data: PairData, sequences: int) -> Tensor:
 
 
 def frozen_coefficient(data: PairData, sequences: int) -> Tensor:
-    """g for "cloning", (S,): minus the frozen ratio, whatever the policy."""
+    """g for "cloning", (S,): minus the frozen ratio, whatever the policy: eq. (32) of docs/method.md."""
     assert data.prompt_index is not None
     rho = reference.policy_ratio(
         data.preference, data.pairs, data.objective_weight, data.tau, data.prompt_index, data.max_ratio
@@ -85,7 +88,10 @@ def frozen_coefficient(data: PairData, sequences: int) -> Tensor:
 
 
 def coefficient(logprob: Tensor, ref_logprob: Tensor, data: PairData) -> Tensor:
-    """``g = d loss / d logprob``, (S,). That of a sequence depends on those it is paired with alone."""
+    """``g = d loss / d logprob``, (S,). That of a sequence depends on those it is paired with alone.
+
+    See eq. (31) of docs/method.md.
+    """
     if data.loss_type == "cloning":
         return frozen_coefficient(data, logprob.shape[0])
     log_ratio = logprob - ref_logprob

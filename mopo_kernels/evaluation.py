@@ -550,7 +550,8 @@ def win_rate(
     """Win rate of the candidate over the baseline, with a percentile bootstrap interval by prompt.
 
     candidate_scores, baseline_scores: [prompt][sample], the judge's scores; prompts correspond, the numbers of samples
-    may differ. Per prompt all pairs count 1, 1/2 or 0; the mean over prompts is unbiased for independent samples.
+    may differ. Per prompt all pairs count 1, 1/2 or 0; the mean over prompts is unbiased for independent samples:
+    eq. (29) of docs/method.md.
     n_boot: resamples of the prompts. The percentile interval is a little short for few prompts (below about 30), and
     has no width when every prompt has the same win rate.
     Raises ValueError for fewer than 2 prompts, which allow no interval, and for unequal numbers of prompts.

@@ -381,7 +381,8 @@ class LinearHead:
         whatever the buffer.
 
         Tile after tile, what was added so far is scaled down to the log-sum-exp so far (the online softmax of
-        arXiv:1805.02867). That scales the target's own row of the weight as well, which is made up for at the end.
+        arXiv:1805.02867). That scales the target's own row of the weight as well, which is made up for at the end: eq.
+        (35) and (36) of docs/method.md.
         """
         if self.fused or (self.whole and self.shard is None):
             folded = self.fold(hidden, target)
@@ -422,7 +423,10 @@ class LinearHead:
     ) -> None:
         """Add the gradients of ``sum coefficient * logprob`` for a chunk, None standing for 1, to dhidden (R, H),
         dweight (V, H), dbias (V,); ``held`` are its products, if they are still there, and are overwritten. The first
-        chunk overwrites dweight, which is ``untouched`` before: it would only be filled with zeros to add to them."""
+        chunk overwrites dweight, which is ``untouched`` before: it would only be filled with zeros to add to them.
+
+        See eq. (34) of docs/method.md.
+        """
         for start, stop in self._column_tiles():
             tile = held
             if tile is None:

@@ -24,7 +24,8 @@ class Shard:
     largest: int
 
     def merge_(self, maximum: Tensor, total: Tensor, picked: Tensor) -> None:
-        """Merge the running statistics (R,) of :meth:`mopo_kernels.backends.TileBackend.fold` over the ranks."""
+        """Merge the running statistics (R,) of :meth:`mopo_kernels.backends.TileBackend.fold` over the ranks:
+        eq. (37) of docs/method.md."""
         top = maximum.clone()
         dist.all_reduce(top, dist.ReduceOp.MAX, group=self.group)
         shift = top.where(top > -torch.inf, 0)

@@ -2,6 +2,7 @@
 
 These functions materialise everything and work in any floating dtype; in fp64 they are the oracle that every fast path
 is held against. They import nothing of ours and check nothing: arguments are checked in :mod:`mopo_kernels.functional`.
+docs/method.md derives the equations and numbers them.
 
 Dimension letters: N tokens, H hidden, V vocabulary, S sequences, P pairs, K objectives. Log-probabilities are in nats.
 Source of the method: Agnihotri, Jain, Ramachandran, Wen, "Multi-Objective Preference Optimization", arXiv 2505.10892.
@@ -76,7 +77,7 @@ def pair_target(
     """``T_p = (1 / tau) * sum_k w_k (z_pk - 1/2)``, a missing label (NaN) contributing 0: (P, K), (K,) -> (P,).
 
     With ``label_rate`` q_k the labels that exist count ``1 / q_k``, so that T is unbiased when labels are missing at
-    random.
+    random: eq. (17) and (20) of docs/method.md.
     """
     centred = torch.nan_to_num(preference - 0.5, nan=0.0)
     scale = objective_weight if label_rate is None else objective_weight / label_rate
@@ -84,7 +85,7 @@ def pair_target(
 
 
 def regression_loss(margin: Tensor, target: Tensor) -> Tensor:
-    """``(h_p - T_p)^2`` a pair, (P,). With K = 1 this is IPO."""
+    """``(h_p - T_p)^2`` a pair, (P,): eq. (16) of docs/method.md. With K = 1 this is IPO."""
     return (margin - target).square()
 
 
@@ -96,7 +97,8 @@ def sigmoid_loss(
     label_rate: Tensor | None = None,
     offset: Tensor | None = None,
 ) -> Tensor:
-    """``- sum_k w_k [z log sig(u) + (1 - z) log sig(-u)]`` with ``u = beta h - offset``, (P,).
+    """``- sum_k w_k [z log sig(u) + (1 - z) log sig(-u)]`` with ``u = beta h - offset``, (P,): eq. (25) of
+    docs/method.md.
 
     K = 1 is DPO, several fixed weights are linear scalarisation, the offset is MODPO's margin.
     """
@@ -109,7 +111,10 @@ def sigmoid_loss(
 
 
 def mean_label(preference: Tensor, pairs: Tensor, sequences: int) -> Tensor:
-    """``sbar_k(s)``: the mean of a response's labels for each objective, 0.5 where it has none: (S, K)."""
+    """``sbar_k(s)``: the mean of a response's labels for each objective, 0.5 where it has none: (S, K).
+
+    See eq. (21) of docs/method.md.
+    """
     labelled = ~torch.isnan(preference)
     z = torch.nan_to_num(preference, nan=0.0)
     total = preference.new_zeros(sequences, preference.shape[1])
@@ -136,7 +141,10 @@ def policy_ratio(
     prompt_index: Tensor,
     max_ratio: float | None = None,
 ) -> Tensor:
-    """``rho = n softmax(sum_k w_k sbar_k / tau)`` within each prompt's n responses, optionally capped, (S,)."""
+    """``rho = n softmax(sum_k w_k sbar_k / tau)`` within each prompt's n responses, optionally capped, (S,).
+
+    Eq. (21) of docs/method.md; (23) there is its bias.
+    """
     sequences = prompt_index.shape[0]
     score = (mean_label(preference, pairs, sequences) * objective_weight).sum(dim=1) / tau
     group = prompt_number(prompt_index)
@@ -162,6 +170,8 @@ def satisfaction(
     ``snis``         ``sum a m [e^r_i z + e^r_j (1 - z)] / sum a m [e^r_i + e^r_j]``
     ``closed_form``  the same with ``rho`` in place of ``e^r``
 
+    See eq. (26) and (28) of docs/method.md.
+
     The second result is the denominator, so values merge over micro-batches and ranks as
     ``sum(value * labelled) / sum(labelled)``. An objective without a label has value NaN and labelled 0.
     """
@@ -181,7 +191,10 @@ def satisfaction(
 
 
 def effective_sample_size(log_weight: Tensor) -> Tensor:
-    """``(sum w)^2 / sum w^2`` for ``w = exp(log_weight)``, computed without overflow: (S,) -> (), 0 for S = 0."""
+    """``(sum w)^2 / sum w^2`` for ``w = exp(log_weight)``, computed without overflow: (S,) -> (), 0 for S = 0.
+
+    See eq. (24) of docs/method.md.
+    """
     if log_weight.shape[0] == 0:
         return log_weight.new_zeros(())
     w = torch.exp(log_weight - log_weight.amax())
@@ -222,6 +235,8 @@ def mopo_loss(
     ``regression``  ``sum_p a_p (h_p - T_p)^2 / sum_p a_p``
     ``cloning``     ``- sum_s rho_s l_s / S``, rho frozen (the paper's Eq. 7)
     ``sigmoid``     ``sum_p a_p sigmoid_loss_p / sum_p a_p``
+
+    See eq. (16), (22) and (25) of docs/method.md.
     """
     if length is not None:
         logprob, ref_logprob = logprob / length, ref_logprob / length

@@ -29,7 +29,7 @@ class Head(NamedTuple):
     temperature: float
 
     def slope(self, logit: Tensor) -> Tensor:
-        """``dz/dproduct`` at logits z."""
+        """``dz/dproduct`` at logits z, in eq. (33) of docs/method.md."""
         slope = torch.full_like(logit, self.logit_scale / self.temperature)
         if self.softcap is not None:
             slope *= 1 - (logit * (self.temperature / self.softcap)) ** 2
@@ -70,7 +70,7 @@ class TileBackend:
     ) -> None:
         """Overwrite the tile with ``coefficient * d logprob / d product``, i.e. with
         ``coefficient * (onehot(target) - exp(z - logsumexp)) * dz/dproduct``; ``logsumexp`` is in fp64, and
-        ``coefficient`` None stands for 1. Zeros where the token is not scored."""
+        ``coefficient`` None stands for 1. Zeros where the token is not scored. See eq. (33) of docs/method.md."""
         raise NotImplementedError
 
     def product_scratch(self, dtype: torch.dtype, available: int) -> int:
@@ -122,7 +122,8 @@ class TileBackend:
         logprob: Tensor,
         coefficient: Tensor | None,
     ) -> None:
-        """:meth:`gradient_` of what :meth:`linear_fold` left, in place; ``logprob`` is the target's, in fp32."""
+        """:meth:`gradient_` of what :meth:`linear_fold` left, in place; ``logprob`` is the target's, in fp32.
+        See eq. (38) of docs/method.md."""
         raise NotImplementedError
 
     def segment_sum(self, value: Tensor, cu_seqlens: Tensor) -> Tensor:
