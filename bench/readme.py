@@ -57,6 +57,10 @@ def section() -> str:
     ]
     for title, files in SHAPES.items():
         text += rows(*map(load, files), label=f"{title}: ")
+    measured = ", ".join(
+        f"{record['rounds']} rounds at {record['commit']}" for files in SHAPES.values() for record in map(load, files)
+    )
+    text.append(f"\nIn the order of these shapes, trained and frozen: {measured} (+: with other files changed).\n")
     absent = [f"{name}: {why}" for name, why in trained["unavailable"].items() if not name.startswith("mopo_kernels")]
     return "".join([*text, "\nNot compared here. ", "; ".join(absent), ".\n"])
 

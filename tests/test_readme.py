@@ -34,6 +34,10 @@ def reader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         item["prompt"] += " " * number + str(number)
         item["pairs"][0]["preference"] = {"helpful": float(number % 2), "harmless": float(number % 3 == 0)}
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(item) + "\n" for item in rows))
+    (tmp_path / "judges.py").write_text(next(block for block in blocks("python") if block.startswith("JUDGES")))
+    (tmp_path / "prompts.txt").write_text("Name a fruit.\nName a tree.\n")
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
