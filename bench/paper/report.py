@@ -1,0 +1,585 @@
+"""Tables and pictures of the study, made from its JSON and from nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from bench.paper import figures
+from bench.paper.baselines import TOLERANCE, mean_interval
+from bench.paper.run import load
+from bench.paper.sections import MANY_PAIRS
+from bench.paper.structures import STRUCTURES
+
+README = "README.md"
+Record = Mapping[str, Any]
+Records = Mapping[str, Mapping[str, Record]]
+
+METHODS = {
+    "mopo": "MOPO",
+    "multiplier_grid": "multiplier grid",
+    "max_min": "max-min",
+    "modpo": "MODPO",
+    "scalarised_ipo": "scalarised IPO",
+    "scalarised_dpo": "scalarised DPO",
+    "soup_ipo": "soup of IPO",
+    "soup_dpo": "soup of DPO",
+    "ipo": "IPO",
+    "dpo": "DPO",
+}
+# What methods are compared by: the name in rows, and in words.
+MEASURES = {
+    "hypervolume": "hypervolume",
+    "budget_hypervolume": "hypervolume at equal KL",
+    "distance": "distance to the front",
+}
+
+
+def number(value: float | None, digits: int = 3) -> str:
+    """A number for a table: fixed digits, or powers of ten where those would show none; 0 where it is but rounding."""
+    if value is None:
+        return "-"
+    if abs(value) < 1e-9:
+        value = 0.0
+    if value != 0 and abs(value) < 0.5 * 10.0**-digits:
+        return f"{value:.0e}"
+    return f"{value:.{digits}f}"
+
+
+def interval(entry: Mapping[str, Any], key: str = "mean", digits: int = 3) -> str:
+    """``mean [low, high]``, as one cell that is not broken."""
+    # Adding 0 makes a negative zero positive.
+    mean, low, high = (f"{round(entry[part], digits) + 0.0:.{digits}f}" for part in (key, "low", "high"))
+    return f"{mean} [{low},&nbsp;{high}]"
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    """Lines of a Markdown table; the first column is text, the others are numbers."""
+    line = "|" + "---|" + "---:|" * (len(header) - 1)
+    return [f"| {' | '.join(header)} |", line, *(f"| {' | '.join(row)} |" for row in rows), ""]
+
+
+def listed(names: Sequence[str]) -> str:
+    """``a``, ``a and b``, ``a, b and c``."""
+    return "".join(names) if len(names) < 2 else f"{', '.join(names[:-1])} and {names[-1]}"
+
+
+def picture(record: Record, words: str) -> list[str]:
+    """The picture that lies beside a record's JSON."""
+    return [f"![{record['structure']}: {words}]({record['section']}/{record['structure']}.png)", ""]
+
+
+# --- exact ------------------------------------------------------------------------------------------------------------
+
+
+def exact_lines(record: Record) -> list[str]:
+    """The setting of a structure and its exact solution."""
+    optimum, thresholds = record["optimum"], record["thresholds"]
+    rows = []
+    for k, name in enumerate(record["objectives"]):
+        bound = thresholds.get(str(k))
+        role = "maximised" if k == record["primary"] else number(bound, 4)
+        rows.append([name, role, number(optimum["value"][k], 4), number(optimum["multiplier"][k], 4)])
+    return [
+        f"{record['description']} {record['prompts']} prompts, {record['responses']} responses, tau {record['tau']:g}.",
+        "",
+        *table(["objective", "threshold", "win rate at the optimum", "multiplier"], rows),
+        f"Optimum: win rate less tau KL {number(optimum['primal'], 6)}, KL {number(optimum['kl'], 4)} nats, "
+        f"KKT residual {optimum['kkt_residual']:.0e}, duality gap {abs(optimum['gap']):.0e}.",
+        "",
+    ]
+
+
+# --- baselines --------------------------------------------------------------------------------------------------------
+
+
+def by_method(record: Record) -> dict[str, Record]:
+    """Rows of the baselines by method, in the order of :data:`METHODS`."""
+    rows = {row["method"]: row for row in record["rows"] if row["method"] != "exact"}
+    return {method: rows[method] for method in METHODS if method in rows} | rows
+
+
+def exact_row(record: Record) -> Record:
+    """The row of the exact optima at MOPO's thresholds."""
+    found: Record = next(row for row in record["rows"] if row["method"] == "exact")
+    return found
+
+
+def standing(record: Record, measure: str) -> tuple[dict[str, Record], list[str]]:
+    """Methods ahead of MOPO, with their paired difference to it, and those that cannot be told from it."""
+    difference = {method: row["minus_mopo"][measure] for method, row in by_method(record).items() if method != "mopo"}
+    ahead = {method: each for method, each in difference.items() if each["verdict"] == "better"}
+    return ahead, [method for method, each in difference.items() if each["verdict"] == "no difference"]
+
+
+def where_it_does_not_win(record: Record) -> str:
+    """A paragraph: on which measure which methods do at least as well as MOPO."""
+    sentences = []
+    won = []
+    for measure, words in MEASURES.items():
+        ahead, level = standing(record, measure)
+        parts = []
+        if ahead:
+            better = [
+                f"{METHODS[method]} ({difference['mean']:+.3f})"
+                for method, difference in sorted(ahead.items(), key=lambda item: -abs(item[1]["mean"]))
+            ]
+            parts.append(f"{listed(better)} {'is' if len(better) == 1 else 'are'} ahead of it")
+        if level:
+            parts.append(f"{listed([METHODS[method] for method in level])} cannot be told from it")
+        if parts:
+            sentences.append(f"On {words} MOPO does not win: {'; '.join(parts)}.")
+        else:
+            won.append(words)
+    if won:
+        sentences.insert(0, f"MOPO is ahead of every other method on {listed(won)}.")
+    rows = by_method(record)
+    hits = {method: row["violation"]["count"] for method, row in rows.items()}
+    count = len(rows["mopo"]["hypervolume"]["each"])
+    fewer = [f"{METHODS[method]} ({hits[method]})" for method in hits if hits[method] < hits["mopo"]]
+    rest = f"fewer by {listed(fewer)}" if fewer else "fewer by none"
+    sentences.append(
+        f"Thresholds missed by more than {TOLERANCE:g}: on {hits['mopo']} of {count} data sets by MOPO, {rest}."
+    )
+    return " ".join(sentences)
+
+
+def methods_table(record: Record) -> list[str]:
+    """Every method on a structure by all measures."""
+    rows = []
+    for method, row in by_method(record).items():
+        violation = row["violation"]
+        rows.append(
+            [
+                f"**{METHODS[method]}**" if method == "mopo" else METHODS[method],
+                str(row["trained"]),
+                *(interval(row[measure]) for measure in MEASURES),
+                interval(violation, "rate", 2),
+                interval(row["slack"]),
+                interval(row["regret"]),
+            ]
+        )
+    ideal = exact_row(record)
+    # What exact optima at MOPO's thresholds cover: with infinite data MOPO would, and a finite grid covers no more.
+    rows.append(["exact optima", "-", number(ideal["hypervolume"]), "-", number(ideal["distance"]), "-", "-", "-"])
+    header = ["method", "policies trained", *MEASURES.values()]
+    return table([*header, "violation rate", "worst slack", "regret"], rows)
+
+
+def baseline_lines(record: Record) -> list[str]:
+    """The comparison of methods on a structure, and that with more pairs folded away."""
+    lines = [
+        f"### Methods, {record['pairs']} pairs",
+        "",
+        *picture(record, "policies of every method over the exact front"),
+        *methods_table(record),
+        where_it_does_not_win(record),
+        "",
+    ]
+    if many := record.get("many"):
+        lines += [
+            f"With {many['pairs']} pairs: {where_it_does_not_win(many)}",
+            "",
+            f"<details><summary>Methods, {many['pairs']} pairs</summary>",
+            "",
+            *methods_table(many),
+            "</details>",
+            "",
+        ]
+    return lines
+
+
+def baseline_figure(record: Record, exact: Record, path: Path) -> Path:
+    """The picture of a structure: every method's policies over the exact front."""
+    rows = by_method(record)
+    primary, objectives, held = exact["primary"], exact["objectives"], list(exact["thresholds"])
+    attainable = [row for row in exact["rows"] if row["kind"] == "attainable"]
+    return figures.plot_methods(
+        path,
+        title=exact["title"],
+        across=f"{objectives[int(held[0])]}: win rate - threshold" if len(held) == 1 else "worst slack",
+        up=f"{objectives[primary]}: win rate - {exact['tau']:g} KL",
+        front=exact_row(record)["front"],
+        attainable=[(row["worst_slack"], row["value"][primary]) for row in attainable],
+        points={METHODS[m]: [(p["worst_slack"], p["primal"]) for p in row["picture"]] for m, row in rows.items()},
+        taken={
+            METHODS[m]: list(zip(row["slack"]["each"], row["primal"]["each"], strict=True)) for m, row in rows.items()
+        },
+    )
+
+
+# --- learning ---------------------------------------------------------------------------------------------------------
+
+# A way of learning whose limit is further than this from the optimum is said to be biased.
+BIASED = 0.005
+GROUPS = ("estimators", "labels", "losses and pools", "policies and batches")
+
+
+def way(row: Mapping[str, Any]) -> tuple[str, str]:
+    """What a row of the learning study was trained by, in words, and its group; the default has no group."""
+    sampling = row["sampling"]
+    kinds = {
+        GROUPS[0]: [f"estimator {row['estimator']}"] if row["estimator"] != "snis" else [],
+        GROUPS[1]: [
+            *([f"{sampling['missing']:.0%} of labels missing"] if sampling["missing"] else []),
+            *(["one objective a pair"] if sampling["one_objective"] else []),
+            *([f"{sampling['label_noise']:.0%} of labels flipped"] if sampling["label_noise"] else []),
+            *(["pairs of distinct responses"] if sampling["distinct"] else []),
+        ],
+        GROUPS[2]: [
+            *([row["loss_type"]] if row["loss_type"] != "regression" else []),
+            *([f"pools of {row['pool']}"] if row["pool"] > 2 else []),
+        ],
+        GROUPS[3]: [
+            *([f"{row['policy']} policy"] if row["policy"] != "table" else []),
+            *([f"batches of {row['batch']}"] if row["batch"] else []),
+        ],
+    }
+    words = [each for some in kinds.values() for each in some]
+    return ", ".join(words) or DEFAULT_WAY, next((group for group, some in kinds.items() if some), "")
+
+
+DEFAULT_WAY = "regression, snis, table"
+
+
+def by_way(rows: Iterable[Mapping[str, Any]]) -> dict[str, list[Mapping[str, Any]]]:
+    """Rows by way of learning, in the order they come in."""
+    ways: dict[str, list[Mapping[str, Any]]] = {}
+    for row in rows:
+        ways.setdefault(way(row)[0], []).append(row)
+    return ways
+
+
+def by_count(rows: Iterable[Mapping[str, Any]]) -> dict[int, list[Mapping[str, Any]]]:
+    """Rows by the number of pairs."""
+    counts: dict[int, list[Mapping[str, Any]]] = {}
+    for row in rows:
+        counts.setdefault(row["count"], []).append(row)
+    return dict(sorted(counts.items()))
+
+
+def averaged(rows: Sequence[Mapping[str, Any]], key: str, digits: int = 4) -> str:
+    """Mean over data sets, with its interval where there are enough of them for one."""
+    values = [row[key] for row in rows]
+    if any(value is None for value in values):
+        return "-"
+    found = mean_interval(values)
+    return interval(found, digits=digits) if len(values) >= 5 else number(found["mean"], digits)
+
+
+def learning_lines(record: Record) -> list[str]:
+    """Rates of convergence, and all errors folded away."""
+    summary = {way(line)[0]: line for line in record["summary"]}
+    rates, errors = [], []
+    for name, line in summary.items():
+        slope = "-"
+        if line["slope"] is not None:
+            spread = 1.96 * line["slope_deviation"] if line["slope_deviation"] is not None else None
+            ends = {"mean": line["slope"]}
+            ends |= {"low": line["slope"] - spread, "high": line["slope"] + spread} if spread is not None else {}
+            slope = interval(ends, digits=2) if spread is not None else number(line["slope"], 2)
+        rejected = "-" if line["rejected"] is None else f"{line['rejected'] * line['tested']:.0f} of {line['tested']}"
+        rates.append([name, number(line["bias_tv"], 4), slope, "-0.50" if slope != "-" else "-", rejected])
+    for name, rows in by_way(record["rows"]).items():
+        for count, some in by_count(rows).items():
+            errors.append(
+                [
+                    name,
+                    str(count),
+                    str(len(some)),
+                    *(averaged(some, key) for key in ("tv", "kl", "slack", "gap", "tv_limit")),
+                    number(some[0]["expected_tv"], 4),
+                ]
+            )
+    header = ["trained by", "pairs", "data sets", "TV", "KL", "worst slack", "gap", "TV to the limit", "expected"]
+    fronts = [[str(count), averaged(some, "hypervolume_ratio")] for count, some in by_count(record["fronts"]).items()]
+    return [
+        "### Learning from pairs",
+        "",
+        *picture(record, "error against the number of pairs"),
+        learning_paragraph(record),
+        "",
+        *table(["trained by", "bias", "slope", "expected", "p < 0.01"], rates),
+        "<details><summary>Errors by number of pairs</summary>",
+        "",
+        *table(header, errors),
+        *table(["pairs", "hypervolume of learned points / exact"], fronts),
+        "</details>",
+        "",
+    ]
+
+
+def learning_paragraph(record: Record) -> str:
+    """What the default way of learning reaches and which others are biased."""
+    rows = by_count(by_way(record["rows"])[DEFAULT_WAY])
+    most = max(rows)
+    text = (
+        f"Learned from {most} pairs ({DEFAULT_WAY}): total variation to the exact optimum {averaged(rows[most], 'tv')}"
+    )
+    text += f", worst slack {averaged(rows[most], 'slack')}."
+    lines = [(way(line)[0], line["bias_tv"]) for line in record["summary"]]
+    biased = [f"{name} ({bias:.3f})" for name, bias in lines if bias is not None and bias > BIASED]
+    unknown = [name for name, bias in lines if bias is None]
+    text += f" Biased, in total variation: {'; '.join(biased)}." if biased else " No way of learning is biased here."
+    return text + (f" Without a limit that could be solved for: {'; '.join(unknown)}." if unknown else "")
+
+
+def learning_panels(record: Record) -> dict[str, list[figures.Curve]]:
+    """Groups of curves for :func:`bench.paper.figures.plot_rates`, the default way of learning in each."""
+    panels: dict[str, list[figures.Curve]] = {}
+    default = None
+    for name, rows in by_way(record["rows"]).items():
+        counts = by_count(rows)
+        errors = {count: [row["tv"] for row in some] for count, some in counts.items()}
+        expected = [(count, some[0]["expected_tv"]) for count, some in counts.items()] if name == DEFAULT_WAY else []
+        bias = rows[0]["bias_tv"]
+        curve = figures.Curve(
+            name,
+            [(count, sum(each) / len(each), min(each), max(each)) for count, each in errors.items()],
+            [point for point in expected if point[1] is not None],
+            bias if bias is not None and bias > BIASED else None,
+        )
+        if name == DEFAULT_WAY:
+            default = curve
+        else:
+            panels.setdefault(way(rows[0])[1], []).append(curve)
+    first = [] if default is None else [default]
+    return {group: [*first, *panels[group]] for group in GROUPS if group in panels}
+
+
+# --- ablations --------------------------------------------------------------------------------------------------------
+
+ABLATIONS = {
+    "tau": "tau",
+    "reference": "lagged reference: beta, t0",
+    "dual_step": "dual step",
+    "noise": "labels flipped",
+    "robustness": "robustness: radius (exact)",
+}
+# What a learned row is shown by: the key in rows, and in words.
+ABLATION_MEASURES = {
+    "slack": "worst slack",
+    "primary": "primary win rate",
+    "kl": "KL, nats",
+    "distance": "distance to exact",
+}
+
+
+def setting_label(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, int | float) else str(value)
+
+
+def ablation_table(record: Record, ablation: str) -> list[str]:
+    """One ablation's rows on a structure."""
+    some = [row for row in record["rows"] if row["ablation"] == ablation]
+    names = list(some[0]["setting"])
+    rows = []
+    for row in some:
+        setting = [setting_label(row["setting"][name]) for name in names]
+        if ablation == "robustness":
+            worth = [number(row["reference_slack"]), number(row["best_slack"]), number(row["price"])]
+            rows.append([*setting, "yes" if row["feasible"] else "no", *worth, number(row["largest_radius"], 4)])
+            continue
+        exact = row["exact"] or {}
+        slack = f"short by {exact['infeasible_by']:.3f}" if "infeasible_by" in exact else number(exact.get("slack"))
+        learned = [interval(row[key]) if row[key] else "-" for key in ABLATION_MEASURES]
+        rows.append([*setting, *learned, slack])
+    if ablation == "robustness":
+        header = ["can be met", "slack of the reference", "best slack", "price", "largest radius"]
+    else:
+        header = [*ABLATION_MEASURES.values(), "exact worst slack"]
+    return [f"{ABLATIONS[ablation][0].upper()}{ABLATIONS[ablation][1:]}:", "", *table([*names, *header], rows)]
+
+
+def ablation_lines(record: Record) -> list[str]:
+    """All ablations on a structure, folded away."""
+    lines = [f"### Ablations, {record['pairs']} pairs", "", *picture(record, "small multiples of the ablations")]
+    lines += ["<details><summary>Tables</summary>", ""]
+    for ablation in ABLATIONS:
+        lines += ablation_table(record, ablation)
+    return [*lines, "</details>", ""]
+
+
+def ablation_panels(record: Record, primary: int) -> dict[str, dict[str, figures.Series]]:
+    """Measure -> ablation -> curves for :func:`bench.paper.figures.plot_multiples`."""
+    panels: dict[str, dict[str, figures.Series]] = {words: {} for words in ABLATION_MEASURES.values()}
+    for row in record["rows"]:
+        ablation, setting = row["ablation"], dict(row["setting"])
+        if ablation == "robustness":
+            curve, value = f"robust, {setting['problem']}", setting["radius"]
+            exact = {"primary": row["value"][primary], "kl": row["kl"]} if row["feasible"] else {}
+            found = {key: (exact.get(key),) * 3 for key in ("primary", "kl")}
+        else:
+            lagged = setting.get("t0", "never") != "never"
+            curve = f"t0 {setting['t0']}" if lagged else "learned"
+            value = setting["beta"] if lagged else next(iter(setting.values()))
+            found = {
+                key: (row[key]["mean"], row[key]["low"], row[key]["high"])
+                for key in ABLATION_MEASURES
+                if row[key] is not None
+            }
+            solved = (row["exact"] or {}).get
+            for key, entry in (("slack", solved("slack")), ("kl", solved("kl")), ("distance", None)):
+                if entry is not None and not lagged:
+                    points = panels[ABLATION_MEASURES[key]].setdefault(ABLATIONS[ablation], {})
+                    points.setdefault("exact", []).append((setting_label(value), entry, entry, entry))
+        for key, (mean, low, high) in found.items():
+            panel = panels[ABLATION_MEASURES[key]].setdefault(ABLATIONS[ablation], {})
+            panel.setdefault(curve, []).append((setting_label(value), mean, low, high))
+    return panels
+
+
+HOW_TO_READ = f"""
+## How to read this
+
+Every structure is a finite problem whose exact solution is known; [bench/paper](../../bench/paper) makes them and all
+that follows. All policies are trained by the library's own loss and multiplier step. Square brackets hold 95%
+intervals over data sets: Student's for means, Wilson's for rates. There are many comparisons: of those where there is
+no difference, one in twenty will be said to have one.
+
+**Exact.** The optimum of the constrained problem, its multipliers, and how well the conditions for an optimum hold.
+
+**Learning.** Distance of what is learned from finite labels to the exact optimum, against the number of pairs. "Bias"
+is the total variation between the optimum and what training tends to with infinitely many labels (dashed lines in the
+pictures), for the losses and estimators that aim elsewhere; "slope" is that of log error against log pairs, error
+measured from that limit. "Expected" error and the p-values (of the learned policy and multipliers, from 100000 pairs
+on) are by the delta method. The slack is of the threshold that is kept worst, the gap is what the optimum has more of
+the maximised quantity. Bars in the pictures go from the least to the largest of the data sets.
+
+**Methods.** All train the same policy class on the same pairs from the same reference and place as many policies over
+the same strengths of the KL term; "policies trained" is what that costs. In the pictures a point is a policy by its
+exact win rates. Across: the worst slack, win rate less threshold, the least over all thresholds. Up: the primary's
+win rate less tau KL, which is what is to be maximised.
+
+* Hypervolume: of these points, as a share of the exact front's. At equal KL: by the win rate alone, of policies whose
+  KL is at most a budget, so that tau plays no part. Distance to the front: the mean distance by which points of the
+  exact front, in all objectives, are missed; less is better. "Exact optima" are those at MOPO's thresholds: what it
+  would have with infinite data.
+* Violation rate: how often the one policy that a user of the method would take (crosses in the pictures) misses some
+  threshold by more than {TOLERANCE:g}. MOPO's is trained for the thresholds; of all others' policies it is the best
+  of those that measure as keeping them. Worst slack and regret (what the exact optimum has more of the maximised
+  quantity; negative only for policies that miss a threshold) are of the same policy.
+* "Ahead" and "cannot be told from" are by the interval of the paired difference to MOPO.
+
+**Ablations.** One setting at a time away from the default. "Exact" is the solution of the problem that the setting
+makes, the distance is the total variation to it. With a lagged reference, each t0 steps the reference becomes the
+policy as it was and thresholds become beta times what it attained. Robustness is exact: the radius of the KL ball, in
+nats.
+"""
+
+# --- the whole --------------------------------------------------------------------------------------------------------
+
+
+def summary_lines(records: Records) -> list[str]:
+    """One row a structure: MOPO, the best other method, and who is ahead."""
+    baselines = records.get("baselines", {})
+    if not baselines:
+        return []
+    rows = []
+    for name in ordered(baselines):
+        methods = by_method(baselines[name])
+        others = {method: row for method, row in methods.items() if method != "mopo"}
+        best = max(others, key=lambda method: others[method]["hypervolume"]["mean"])
+        ahead = standing(baselines[name], "hypervolume")[0]
+        least = min(row["violation"]["rate"] for row in others.values())
+        many = by_method(baselines[name]["many"]) if "many" in baselines[name] else None
+        rows.append(
+            [
+                f"[{title(records, name)}](#{name})",
+                interval(methods["mopo"]["hypervolume"]),
+                f"{METHODS[best]} {interval(others[best]['hypervolume'])}",
+                listed([METHODS[method] for method in ahead]) if ahead else "none",
+                interval(methods["mopo"]["violation"], "rate", 2),
+                f"{least:.2f}",
+                "-" if many is None else interval(many["mopo"]["hypervolume"]),
+                "-" if many is None else interval(many["mopo"]["violation"], "rate", 2),
+            ]
+        )
+    header = ["structure", "MOPO, hypervolume", "best other", "ahead of MOPO", "MOPO, violations", "least of others"]
+    header += [f"MOPO, {measure}, {MANY_PAIRS} pairs" for measure in ("hypervolume", "violations")]
+    return ["## All structures", "", *table(header, rows)]
+
+
+def ordered(records: Collection[str]) -> list[str]:
+    """Names of structures in the order of :data:`bench.paper.structures.STRUCTURES`."""
+    return [name for name in STRUCTURES if name in records]
+
+
+def title(records: Records, name: str) -> str:
+    exact = records.get("exact", {}).get(name)
+    return str(exact["title"]) if exact else name
+
+
+def origin_lines(records: Records) -> list[str]:
+    """How the results were made."""
+    every = [record for section in records.values() for record in section.values()]
+    rows = []
+    for section, parts in records.items():
+        some = list(parts.values())
+        seeds = sorted({len(record["seeds"]) for record in some})
+        rows.append(
+            [
+                section,
+                str(len(some)),
+                ", ".join(f"0 to {count - 1}" for count in seeds),
+                ", ".join(sorted({record["commit"] for record in some})),
+                f"{sum(record['seconds'] for record in some) / 60:.1f}",
+            ]
+        )
+    versions = sorted({", ".join(f"{k} {v}" for k, v in record["versions"].items()) for record in every})
+    commands = listed(sorted({f"`{record['command']}`" for record in every}))
+    lines = [
+        f"Made by {commands}, one thread a part; {'; '.join(versions)}.",
+        "The same seeds give the same numbers, whatever the number of parts at once.",
+        "",
+        *table(["section", "structures", "seeds", "commit", "minutes of one core"], rows),
+    ]
+    if any(record["fast"] for record in every):
+        lines += ["**Made with --fast: sizes too small to conclude anything from.**", ""]
+    return lines
+
+
+Lines = Callable[[Record], list[str]]
+PER_STRUCTURE: dict[str, Lines] = {
+    "exact": exact_lines,
+    "learning": learning_lines,
+    "baselines": baseline_lines,
+    "ablations": ablation_lines,
+}
+
+
+def render(records: Records) -> str:
+    """README.md of a folder of results."""
+    lines = ["# Results", "", *origin_lines(records), *HOW_TO_READ.splitlines()[1:], "", *summary_lines(records)]
+    names = {name for section in records.values() for name in section}
+    for name in ordered(names):
+        lines += [f'<a id="{name}"></a>', "", f"## {title(records, name)}", ""]
+        for section, make in PER_STRUCTURE.items():
+            if name in records.get(section, {}):
+                lines += make(records[section][name])
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def write(folder: Path) -> list[Path]:
+    """Make README.md and all pictures from the JSON in a folder, if there is any; returns what was made."""
+    records = load(folder)
+    if not records:
+        return []
+    written = []
+    exact, learning = records.get("exact", {}), records.get("learning", {})
+    baselines, ablations = records.get("baselines", {}), records.get("ablations", {})
+    for name in ordered(exact):
+        if name in learning:
+            path = folder / "learning" / f"{name}.png"
+            panels = learning_panels(learning[name])
+            written.append(figures.plot_rates(path, title=exact[name]["title"], panels=panels))
+        if name in baselines:
+            written.append(baseline_figure(baselines[name], exact[name], folder / "baselines" / f"{name}.png"))
+        if name in ablations:
+            path = folder / "ablations" / f"{name}.png"
+            multiples = ablation_panels(ablations[name], exact[name]["primary"])
+            written.append(figures.plot_multiples(path, title=exact[name]["title"], panels=multiples))
+    readme = folder / README
+    readme.write_text(render(records), encoding="utf-8")
+    return [*written, readme]

@@ -1,0 +1,71 @@
+"""What each section of the study runs for a structure, and how large."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from bench.paper.ablations import STRUCTURES as ABLATED
+from bench.paper.ablations import ablate
+from bench.paper.baselines import compare
+from bench.paper.exact import solve_structure
+from bench.paper.learning import study_structure
+from bench.paper.run import Part, Progress
+from bench.paper.structures import STRUCTURES, make
+
+PAIRS = 5_000
+# Of the methods once more: with few pairs it is noise in the labels that tells them apart.
+MANY_PAIRS = 20_000
+FAST_PAIRS = 1_000
+FAST_STRUCTURES = ("bradley_terry_opposed", "condorcet_across", "restricted_class")
+
+
+def _exact(part: Part, progress: Progress) -> dict[str, Any]:
+    return solve_structure(part.structure, points=13 if part.fast else 41, progress=progress)
+
+
+def _learning(part: Part, progress: Progress) -> dict[str, Any]:
+    record = study_structure(make(part.structure), range(part.seeds), fast=part.fast, progress=progress)
+    for row in record["rows"]:
+        # The same seeds give the same numbers; how long it took is not one of them.
+        del row["seconds"]
+    return record
+
+
+def _baselines(part: Part, progress: Progress) -> dict[str, Any]:
+    pairs = FAST_PAIRS if part.fast else PAIRS
+    sizes = {"settings": 2, "steps": 30} if part.fast else {}
+    rows = compare(make(part.structure), pairs, range(part.seeds), progress=progress, **sizes)
+    record: dict[str, Any] = {"pairs": pairs, "rows": rows}
+    if not part.fast:
+        many = compare(make(part.structure), MANY_PAIRS, range(part.seeds), progress=progress)
+        for row in many:
+            # Of these there is no picture.
+            row.pop("picture", None)
+        record["many"] = {"pairs": MANY_PAIRS, "rows": many}
+    return record
+
+
+def _ablations(part: Part, progress: Progress) -> dict[str, Any]:
+    pairs = FAST_PAIRS if part.fast else PAIRS
+    sizes = {"steps": 50} if part.fast else {}
+    rows = ablate(make(part.structure), range(part.seeds), count=pairs, progress=progress, **sizes)
+    return {"pairs": pairs, "rows": rows}
+
+
+SECTIONS: dict[str, Callable[[Part, Progress], dict[str, Any]]] = {
+    "exact": _exact,
+    "learning": _learning,
+    "baselines": _baselines,
+    "ablations": _ablations,
+}
+
+
+def structures_of(section: str, names: Iterable[str] = STRUCTURES) -> list[str]:
+    """Those of ``names`` that a section covers: all, but the ablations only some."""
+    return [name for name in names if section != "ablations" or name in ABLATED]
+
+
+def study(part: Part, progress: Progress) -> dict[str, Any]:
+    """Run a part; see :func:`bench.paper.run.run_parts`."""
+    return SECTIONS[part.section](part, progress)

@@ -1,0 +1,231 @@
+"""The study's runner keeps what finishes, its numbers can be reproduced, and its tables say what its JSON says."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bench.paper import learning, report
+from bench.paper.baselines import METHODS
+from bench.paper.command import main
+from bench.paper.exact import solve_structure
+from bench.paper.run import RUN_FIELDS, Part, PartsFailed, Progress, load, plain, run_parts, save
+from bench.paper.sections import SECTIONS, structures_of, study
+from bench.paper.structures import make
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "docs" / "results"
+ORIGIN = {"commit": "0123456789ab", "command": "test", "date": "today", "versions": {"torch": "2"}, "machine": "m"}
+
+
+def a_study(part: Part, progress: Progress) -> dict[str, Any]:
+    """What each name does: finish, fail, kill the worker, or go on for long."""
+    import torch
+
+    progress(1, 2)
+    if part.structure == "endless":
+        time.sleep(120)
+    if part.structure == "failing":
+        raise ValueError("no such thing")
+    if part.structure == "killed":
+        os._exit(9)
+    spared = signal.SIGINT in signal.pthread_sigmask(signal.SIG_BLOCK, [])
+    row = {"threads": torch.get_num_threads(), "nothing": float("nan"), "pid": os.getpid(), "spared": spared}
+    return {"rows": [row]}
+
+
+def test_finished_parts_are_kept_whatever_becomes_of_the_others(tmp_path: Path) -> None:
+    parts = [Part("made", name) for name in ("first", "failing", "killed", "last")]
+    with pytest.raises(PartsFailed) as failed:
+        list(run_parts(a_study, parts, tmp_path, ORIGIN))
+    assert failed.value.failures.keys() == {parts[1], parts[2]}
+    assert "no such thing" in failed.value.failures[parts[1]]
+    assert "exit code 9" in failed.value.failures[parts[2]]
+    records = load(tmp_path)["made"]
+    assert records.keys() == {"first", "last"}
+    assert sorted(path.name for path in (tmp_path / "made").iterdir()) == ["first.json", "last.json"]
+    rows = [record["rows"][0] for record in records.values()]
+    # JSON has no NaN, and a worker is neither this process nor another part's.
+    assert [row["nothing"] for row in rows] == [None, None]
+    assert [row["threads"] for row in rows] == [1, 1]
+    # Ctrl-C is the parent's to deal with.
+    assert [row["spared"] for row in rows] == [True, True]
+    assert len({os.getpid(), *(row["pid"] for row in rows)}) == 3
+    assert records["first"].items() >= {**ORIGIN, "seeds": list(range(10)), "fast": False}.items()
+
+
+def test_workers_are_ended_not_waited_for(tmp_path: Path) -> None:
+    events = run_parts(a_study, [Part("made", "endless"), Part("made", "first")], tmp_path, ORIGIN)
+    while next(events).kind != "finished":
+        continue
+    begun = time.monotonic()
+    events.close()
+    assert time.monotonic() - begun < 60
+    assert load(tmp_path)["made"].keys() == {"first"}
+
+
+def test_a_kept_part_is_one_of_the_same_commit_and_options(tmp_path: Path) -> None:
+    part = Part("made", "first", seeds=3)
+    assert not part.is_kept(tmp_path, ORIGIN["commit"])
+    save({**ORIGIN, "seeds": [0, 1, 2], "fast": False, "rows": []}, part.path(tmp_path))
+    assert part.is_kept(tmp_path, ORIGIN["commit"])
+    assert not part.is_kept(tmp_path, "another")
+    assert not Part("made", "first", seeds=4).is_kept(tmp_path, ORIGIN["commit"])
+    assert not Part("made", "first", seeds=3, fast=True).is_kept(tmp_path, ORIGIN["commit"])
+    part.path(tmp_path).write_text("{")
+    assert not part.is_kept(tmp_path, ORIGIN["commit"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--only", "nothing"], "argument --only: invalid choice: 'nothing'"),
+        (["--structures", "nothing"], "argument --structures: invalid choice: 'nothing'"),
+        (["--seeds", "1"], "argument --seeds: must be at least 2, got 1"),
+        (["--jobs", "0"], "argument --jobs: must be at least 1, got 0"),
+    ],
+    ids=["section", "structure", "seeds", "jobs"],
+)
+def test_bad_arguments_are_named(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(arguments)
+    assert ended.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Results of a small study, every section of one structure."""
+    folder = tmp_path_factory.mktemp("results")
+    arguments = ["--fast", "--structures", "bradley_terry_opposed", "--seeds", "2", "--output", str(folder)]
+    assert main(arguments) == 0
+    return folder
+
+
+def test_a_study_leaves_json_a_picture_and_a_section_of_the_readme_for_every_part(made: Path) -> None:
+    records = load(made)
+    assert records.keys() == set(SECTIONS)
+    text = (made / "README.md").read_text()
+    assert "Made with --fast" in text
+    for section, parts in records.items():
+        record = parts["bradley_terry_opposed"]
+        assert record["rows"]
+        assert record["seeds"] == [0, 1]
+        assert {"commit", "command", "date", "seconds", "versions"} <= record.keys()
+        if section != "exact":
+            assert f"]({section}/bradley_terry_opposed.png)" in text
+            picture = (made / section / "bradley_terry_opposed.png").read_bytes()
+            assert picture.startswith(b"\x89PNG")
+            assert len(picture) > 20_000
+
+
+def numbers(record: dict[str, Any]) -> dict[str, Any]:
+    """A record without what differs from run to run."""
+    return {key: value for key, value in record.items() if key not in RUN_FIELDS}
+
+
+def test_the_same_seeds_give_the_same_numbers(made: Path, tmp_path: Path) -> None:
+    parts = [Part(section, "bradley_terry_opposed", seeds=2, fast=True) for section in ("exact", "baselines")]
+    list(run_parts(study, parts, tmp_path, ORIGIN, jobs=1))
+    again, before = load(tmp_path), load(made)
+    for part in parts:
+        assert numbers(again[part.section][part.structure]) == numbers(before[part.section][part.structure])
+    changed = numbers(before["baselines"]["bradley_terry_opposed"])
+    assert changed["rows"][0]["hypervolume"]["each"][0] != changed["rows"][0]["hypervolume"]["each"][1]
+
+
+def test_the_readme_in_docs_is_what_its_json_makes() -> None:
+    assert report.render(load(RESULTS)) == (RESULTS / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_results_in_docs_are_whole_and_have_their_pictures() -> None:
+    records = load(RESULTS)
+    assert records.keys() == set(SECTIONS)
+    for section, parts in records.items():
+        assert parts.keys() == set(structures_of(section))
+        for name, record in parts.items():
+            assert not record["fast"]
+            assert len(record["seeds"]) >= 10
+            assert section == "exact" or (RESULTS / section / f"{name}.png").exists()
+
+
+@pytest.mark.parametrize("name", ["condorcet_within", "flat_faces"])
+def test_the_results_in_docs_are_those_of_the_code(name: str) -> None:
+    """What is quick to do again: the exact front, and learning from the fewest pairs."""
+    records = load(RESULTS)
+    exact = plain(solve_structure(name))
+    for row, kept in zip(exact["rows"], records["exact"][name]["rows"], strict=True):
+        # Other processors round otherwise.
+        assert row["value"] == pytest.approx(kept["value"], abs=1e-7)
+    learned = learning.study(make(name), [1000], [0, 1])
+    kept = [row for row in records["learning"][name]["rows"] if report.way(row)[0] == report.DEFAULT_WAY]
+    for row, old in zip(learned, kept, strict=False):
+        assert (row["count"], row["seed"]) == (old["count"], old["seed"])
+        assert row["value"] == pytest.approx(old["value"], abs=1e-4)
+
+
+def a_row(method: str, shift: float, misses: int = 0, noise: float = 0.001) -> dict[str, Any]:
+    """A method whose every measure is better than MOPO's by ``shift``, give or take noise."""
+    interval = {"low": shift - noise, "high": shift + noise, "mean": shift, "each": [0.0] * 4}
+    verdict = "better" if shift > noise else "worse" if shift < -noise else "no difference"
+    rate = {"rate": misses / 4, "low": 0.0, "high": 1.0, "count": misses}
+    difference = {measure: {**interval, "verdict": verdict} for measure in report.MEASURES}
+    return {"method": method, "violation": rate, "minus_mopo": difference, **dict.fromkeys(report.MEASURES, interval)}
+
+
+def test_what_is_said_of_mopo_follows_from_the_numbers() -> None:
+    said = report.where_it_does_not_win
+    assert said({"rows": [a_row("mopo", 0.0), a_row("dpo", -0.2), a_row("ipo", -0.1), {"method": "exact"}]}) == (
+        "MOPO is ahead of every other method on hypervolume, hypervolume at equal KL and distance to the front. "
+        "Thresholds missed by more than 0.01: on 0 of 4 data sets by MOPO, fewer by none."
+    )
+    # One ahead on everything, one that differs from MOPO by noise alone.
+    mixed = said({"rows": [a_row("mopo", 0.0, misses=2), a_row("dpo", 0.2, misses=1), a_row("ipo", 0.0005)]})
+    for words in report.MEASURES.values():
+        expected = f"On {words} MOPO does not win: DPO (+0.200) is ahead of it; IPO cannot be told from it."
+        assert expected in mixed
+    assert "on 2 of 4 data sets by MOPO, fewer by IPO (0) and DPO (1)." in mixed
+    assert "ahead of every other" not in mixed
+
+
+def test_every_method_that_is_compared_has_a_name() -> None:
+    assert set(report.METHODS) == set(METHODS)
+
+
+def test_ctrl_c_ends_every_process_with_130_and_keeps_what_was_finished(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "bench.paper", "--only", "exact", "baselines", "--output", str(tmp_path)]
+    running = subprocess.Popen(
+        [*command, "--structures", "flat_faces"],
+        cwd=ROOT,
+        start_new_session=True,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    first = Part("exact", "flat_faces").path(tmp_path)
+    deadline = time.monotonic() + 120
+    while not first.exists() and running.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.02)
+    # As the terminal does: to the workers too.
+    os.killpg(running.pid, signal.SIGINT)
+    _, shown = running.communicate(timeout=60)
+    assert running.returncode == 130, shown
+    assert "Traceback" not in shown
+    assert "interrupted" in shown
+    assert json.loads(first.read_text())["rows"]
+    assert [path.name for path in tmp_path.rglob("*.*")] == ["flat_faces.json"]
+    while time.monotonic() < deadline:
+        try:
+            os.killpg(running.pid, 0)
+        except ProcessLookupError:
+            break
+        time.sleep(0.02)
+    else:
+        pytest.fail("a process is left")
