@@ -29,8 +29,9 @@ ESTIMATORS = ("pair", "snis", "closed_form")
 
 @dataclasses.dataclass(frozen=True)
 class Unmet:
-    """A threshold that could not be met although its multiplier is at its maximum; ``best_seen`` is the largest value
-    since it was last met, if it ever was, so it lies below the threshold."""
+    """A threshold that is not met. In training its multiplier is at its maximum, and ``best_seen`` is the largest value
+    since it was last met, if it ever was, so it lies below the threshold. On labels ``best_seen`` is the value at the
+    multipliers that were found."""
 
     objective: str
     threshold: float
@@ -38,22 +39,26 @@ class Unmet:
     multiplier: float
 
     def __str__(self) -> str:
-        digits = 2 if round(self.threshold, 2) == self.threshold else 4
         return (
-            f"threshold {self.objective} >= {self.threshold:.{digits}f} cannot be met: best seen {self.best_seen:.3f} "
+            f"threshold {_wanted(self.objective, self.threshold)} cannot be met: best seen {self.best_seen:.3f} "
             f"(multiplier at its maximum {self.multiplier:g})"
         )
 
 
 class ThresholdError(RuntimeError):
-    """Thresholds cannot be met; ``unmet`` says which, and the best values seen."""
+    """Thresholds cannot be met; ``unmet`` says which. ``message``: in words, where they are not those of ``unmet``."""
 
-    def __init__(self, unmet: Sequence[Unmet]) -> None:
+    def __init__(self, unmet: Sequence[Unmet], message: str | None = None) -> None:
         self.unmet = tuple(unmet)
-        super().__init__("; ".join(str(each) for each in self.unmet))
+        super().__init__("; ".join(map(str, self.unmet)) if message is None else message)
 
-    def __reduce__(self) -> tuple[type[ThresholdError], tuple[tuple[Unmet, ...]]]:
-        return type(self), (self.unmet,)
+    def __reduce__(self) -> tuple[type[ThresholdError], tuple[tuple[Unmet, ...], str]]:
+        return type(self), (self.unmet, str(self))
+
+
+def _wanted(objective: str, threshold: float) -> str:
+    digits = 2 if round(threshold, 2) == threshold else 4
+    return f"{objective} >= {threshold:.{digits}f}"
 
 
 def _check_objectives(objectives: Sequence[str], primary: str) -> tuple[str, ...]:
@@ -95,8 +100,8 @@ class DualAscent:
     """Multipliers under ``lambda_k <- clip(lambda_k + lr * (b_k - satisfaction_k), 0, maximum)``.
 
     The gradient of the dual with respect to ``lambda_k`` is ``satisfaction_k - b_k``, so this is projected gradient
-    descent on it: a multiplier grows while its objective is below its threshold and shrinks otherwise. All state is
-    held as double-precision Python numbers, so it survives a checkpoint exactly.
+    descent on it: a multiplier grows while its objective is below its threshold and shrinks otherwise: eq. (9) of
+    docs/method.md. All state is held as double-precision Python numbers, so it survives a checkpoint exactly.
 
     Args:
         objectives: names of the K objectives, in the order of the labels' columns.
@@ -195,7 +200,7 @@ class DualAscent:
         return {name: value - self._threshold[name] for name, value in self.smoothed.items() if name in self._threshold}
 
     def update(self, satisfaction: torch.Tensor | Sequence[float], labelled: torch.Tensor | Sequence[float]) -> None:
-        """One dual step.
+        """One dual step, eq. (9) of docs/method.md.
 
         Args:
             satisfaction: (K,) measured satisfaction, averaged over everything that belongs to the optimiser step; NaN
@@ -238,7 +243,8 @@ class DualAscent:
     def set_thresholds(self, thresholds: Mapping[str, float]) -> None:
         """Replace thresholds of objectives that have one, as when the reference moves and thresholds are relaxed.
 
-        What :meth:`unmet` knows about a replaced threshold starts afresh.
+        What :meth:`unmet` knows about a replaced threshold starts afresh. The relaxation is in eq. (15) of
+        docs/method.md.
 
         Raises:
             ValueError: an objective has no threshold to replace, or a value is outside [0, 1].
@@ -311,10 +317,11 @@ class LabelSolution:
         satisfaction: by objective, what the in-sample optimum at these multipliers has, on the estimator's scale; NaN
             for an objective without labels on the "pair" scale.
         feasible: whether every threshold is met.
-        unmet: the thresholds that are not, with what they reach with their multiplier at ``maximum``.
+        unmet: the thresholds that are not, with what these multipliers give.
         message: what a reader should know; empty when feasible and solved to the tolerance.
-        residual: largest violation of the conditions that define the multipliers. On the "pair" scale, on a handful of
-            prompts with strongly opposed objectives, the search can end above the tolerance; ``message`` then says so.
+        residual: largest violation of the conditions that define the multipliers.
+        converged: whether the residual is as small as that of a solution. On the "pair" scale the search can end above
+            it where objectives are strongly opposed; a threshold unmet there is not known to be out of reach.
     """
 
     multiplier: dict[str, float]
@@ -323,6 +330,7 @@ class LabelSolution:
     unmet: tuple[Unmet, ...]
     message: str
     residual: float
+    converged: bool = True
 
 
 class _PairScale:
@@ -426,6 +434,7 @@ def solve_labels(
     *,
     estimator: str = "pair",
     maximum: float = 10.0,
+    prompt_weight: npt.ArrayLike | None = None,
     prompt: npt.ArrayLike | None = None,
     i: npt.ArrayLike | None = None,
     j: npt.ArrayLike | None = None,
@@ -449,6 +458,7 @@ def solve_labels(
         tau: strength of the KL term, > 0.
         estimator: "pair", "snis" or "closed_form".
         maximum: cap on every multiplier, > 0.
+        prompt_weight: (X,) weights >= 0 of the prompts on the win-rate scale; equal by default.
         prompt: (P,) prompt index in 0..X-1 of every pair; this and the following are for "pair" only.
         i, j: (P,) indices in 0..Y-1 of the pair's responses.
         preference: (P, K) probability that response i beats response j, NaN where unlabelled.
@@ -472,6 +482,7 @@ def solve_labels(
         tau=tau,
         thresholds=dict(zip(constrained.tolist(), bounds.tolist(), strict=True)),
         primary=main,
+        prompt_weight=prompt_weight,
     )
     if len(problem.win_rate) != len(names):
         raise ValueError(f"win_rate must have {len(names)} objectives first, got shape {problem.win_rate.shape}")
@@ -495,22 +506,49 @@ def solve_labels(
         if reason:
             capped, satisfaction, residual = capped_multipliers(problem, maximum, tolerance)
             multiplier = capped[constrained]
-    missed = satisfaction[constrained] < bounds - 10 * tolerance
+    accepted = 100 * tolerance
+    # With a residual no larger, a threshold missed by more has its multiplier at the maximum.
+    missed = satisfaction[constrained] < bounds - accepted
+    # Where the win-rate scale has a reason, that is the proof, however well the capped problem was solved.
+    converged = bool(reason) or residual <= accepted
+    found = dict(zip(bounds_by_name, multiplier.tolist(), strict=True))
     unmet = tuple(
-        Unmet(name, float(bound), float(satisfaction[k]), maximum)
-        for name, bound, k, value, bad in zip(bounds_by_name, bounds, constrained, multiplier, missed, strict=True)
-        if bad and value == maximum
+        Unmet(name, bounds_by_name[name], float(satisfaction[names.index(name)]), found[name])
+        for name, bad in zip(bounds_by_name, missed, strict=True)
+        if bad
     )
-    message = "; ".join(map(str, unmet)) + reason
-    if residual > 100 * tolerance:
-        message += f"{'; ' if message else ''}multipliers are approximate, residual {residual:.1e}"
+    message = ""
+    if unmet and converged:
+        held = [name for name, bad in zip(found, missed, strict=True) if found[name] > 0 and not bad]
+        message = _impossible(unmet, [_wanted(name, bounds_by_name[name]) for name in held]) + reason
+    elif not converged:
+        reached = "".join(f", {_wanted(each.objective, each.threshold)} reaches {each.best_seen:.4f}" for each in unmet)
+        message = f"the multipliers are approximate (residual {residual:.1e}){reached}"
     return LabelSolution(
-        multiplier=dict(zip(bounds_by_name, multiplier.tolist(), strict=True)),
+        multiplier=found,
         satisfaction=dict(zip(names, satisfaction.tolist(), strict=True)),
-        feasible=not missed.any(),
+        feasible=not unmet,
         unmet=unmet,
         message=message,
         residual=residual,
+        converged=converged,
+    )
+
+
+def _impossible(unmet: Sequence[Unmet], held: Sequence[str]) -> str:
+    """That the multipliers of ``unmet`` are all at their maximum and do not suffice while ``held`` are met."""
+    wanted = " and ".join(_wanted(each.objective, each.threshold) for each in unmet)
+    beside = f" beside {' and '.join(held)}" if held else ""
+    if len(unmet) == 1:
+        (only,) = unmet
+        return (
+            f"threshold {wanted} cannot be met{beside}: {only.best_seen:.3f} with its multiplier at the maximum, "
+            f"{only.multiplier:g}"
+        )
+    reached = ", ".join(f"{each.objective} {each.best_seen:.3f}" for each in unmet)
+    return (
+        f"thresholds {wanted} cannot be met together{beside}: {reached} with their multipliers at the maximum, "
+        f"{unmet[0].multiplier:g}"
     )
 
 

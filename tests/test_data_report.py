@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from mopo_kernels.data import PreferenceData, PreferenceExample, PreferencePair, summarize, win_rates
+from mopo_kernels.dual import LabelSolution, solve_labels
 
 
 def example(pairs: dict[tuple[int, int], dict[str, float | None]], count: int = 2, **more: Any) -> PreferenceExample:
@@ -61,7 +62,7 @@ def test_agreement_looks_only_at_pairs_labelled_for_both_and_a_tie_is_no_conflic
     assert (entry.pairs, entry.conflict) == (2, 0.5)
 
 
-AGREE = "objectives agree within prompts: no constraint will bind, MOPO is single-objective here"
+AGREE = "objectives agree within prompts: no threshold will cost anything of the primary objective"
 
 
 @pytest.mark.parametrize(
@@ -80,8 +81,22 @@ def test_mostly_tied_labels_are_not_called_agreement() -> None:
 def test_when_only_some_objectives_agree_those_are_named() -> None:
     rows = [example({(0, 1): {"a": 1.0, "b": 1.0, "c": float(index % 2)}}) for index in range(10)]
     assert summarize(data(*rows)).messages == (
-        "a and b agree within prompts: a constraint on one will not bind while the other is maximised",
+        "a and b agree within prompts: a threshold on one will cost nothing of the other",
     )
+
+
+def test_a_threshold_on_an_agreeing_objective_can_bind_and_costs_the_primary_nothing() -> None:
+    """What the message says, and why it does not say that no constraint binds."""
+    agreeing = data(*(example({(0, 1): {"a": 1.0, "b": 1.0}}) for _ in range(10)))
+    assert summarize(agreeing).messages == (AGREE,)
+    rates = win_rates(agreeing)
+
+    def solution(thresholds: dict[str, float]) -> LabelSolution:
+        return solve_labels(rates.win_rate, rates.reference, ["a", "b"], "a", thresholds, 0.1, estimator="snis")
+
+    free, held = solution({}), solution({"b": 0.7499})
+    assert held.multiplier["b"] > 0.1
+    assert held.satisfaction["a"] > free.satisfaction["a"]
 
 
 def test_objectives_without_a_common_pair_cannot_be_compared() -> None:

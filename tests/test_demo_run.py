@@ -57,6 +57,28 @@ def test_a_claim_that_does_not_hold_fails(run: ModuleType, changes: dict[str, tu
     assert list(run.verify(run.Settings(), comparisons(**changes)).values()).count(False) == 1
 
 
+def test_an_interruption_gives_one_command_to_go_on_with(run: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["run.py", "--resume", "--output", "my runs"])
+    assert run.again(sys.argv[1:]) == f"{sys.executable} run.py --resume --output 'my runs'"
+    source = Path(run.__file__).read_text()
+    assert source.count("go on with") == 1
+    assert "resume with" not in source
+
+
+def test_a_log_file_shows_training_progress(run: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+    bar = run.Bar("constrained", lines_every=2)
+    state = SimpleNamespace(max_steps=5, global_step=0)
+    bar.on_train_begin(None, state, None)
+    for state.global_step in range(1, 6):
+        bar.on_log(None, state, None, logs={"satisfaction/plain": 0.5, "multiplier/plain": 1.25})
+        bar.on_step_end(None, state, None)
+    bar.on_train_end(None, state, None)
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("constrained ")]
+    assert [line for line in lines if "plain 0.50 (x1.25)" in line][:3] == [
+        f"constrained {step}/5  plain 0.50 (x1.25)" for step in (2, 4, 5)
+    ]
+
+
 def test_thresholds_can_be_met_on_the_shipped_labels(run: ModuleType) -> None:
     from mopo_kernels import load_preferences
     from mopo_kernels.data.report import win_rates

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import math
 import pickle
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
 from mopo_kernels import tabular
+from mopo_kernels.data import load_preferences, win_rates
 from mopo_kernels.dual import DualAscent, LabelSolution, ThresholdError, Unmet, solve_labels
 
 NAMES = ("detail", "plain", "warm")
@@ -143,6 +145,8 @@ def test_threshold_error_says_what_cannot_be_met() -> None:
     assert isinstance(error, RuntimeError)
     assert str(error) == text
     assert str(pickle.loads(pickle.dumps(error))) == text
+    told = pickle.loads(pickle.dumps(ThresholdError(error.unmet, "in other words")))
+    assert (str(told), told.unmet) == ("in other words", error.unmet)
     assert "helpful >= 0.3976 cannot" in str(Unmet("helpful", 0.3976, 0.1, 10.0))
 
 
@@ -338,7 +342,77 @@ def test_pair_threshold_out_of_reach_is_reported_with_what_the_maximum_gives() -
     assert solution.multiplier == {"o1": 4.0, "o2": 0.0}
     (unmet,) = solution.unmet
     assert unmet.best_seen == pytest.approx(pair_satisfaction(data, solution.multiplier)["o1"], abs=1e-12)
-    assert solution.message.startswith("threshold o1 >= 0.9990 cannot be met: best seen 0.")
+    reached = f"{solution.satisfaction['o1']:.3f}"
+    assert solution.message == f"threshold o1 >= 0.9990 cannot be met: {reached} with its multiplier at the maximum, 4"
+
+
+def test_thresholds_missed_together_are_named_together_beside_those_that_are_held() -> None:
+    data = label_data(0, objectives=4)
+    free = solve_labels(**data, thresholds={}).satisfaction
+    held = free["o3"] + 0.02
+    assert solve_labels(**data, thresholds={"o2": 0.9}).feasible, "alone it can be met"
+    solution = solve_labels(**data, thresholds={"o1": 0.95, "o2": 0.9, "o3": held}, maximum=6.0)
+    assert [unmet.objective for unmet in solution.unmet] == ["o1", "o2"]
+    assert solution.converged
+    value = solution.satisfaction
+    assert solution.message == (
+        f"thresholds o1 >= 0.95 and o2 >= 0.90 cannot be met together beside o3 >= {held:.4f}: o1 {value['o1']:.3f}, "
+        f"o2 {value['o2']:.3f} with their multipliers at the maximum, 6"
+    )
+
+
+def demo_labels() -> dict:
+    """The labels of the demo, whose ``plain`` and ``brevity`` are opposed to ``detail``."""
+    data = load_preferences(Path(__file__).parents[1] / "examples" / "demo" / "data" / "preferences.jsonl")
+    rates = win_rates(data)
+    pairs = [(x, pair) for x, example in enumerate(data) for pair in example.pairs]
+    return {
+        "win_rate": rates.win_rate,
+        "reference": rates.reference,
+        "objectives": data.objectives,
+        "primary": "detail",
+        "tau": 0.1,
+        "prompt": [x for x, _ in pairs],
+        "i": [pair.i for _, pair in pairs],
+        "j": [pair.j for _, pair in pairs],
+        "preference": [[pair.preference[name] for name in data.objectives] for _, pair in pairs],
+    }
+
+
+def test_a_search_that_ends_above_the_tolerance_names_what_it_missed_and_proves_nothing() -> None:
+    solution = solve_labels(**demo_labels(), thresholds={"plain": 0.76, "brevity": 0.76}, maximum=1000.0)
+    assert not solution.feasible
+    assert not solution.converged
+    assert [unmet.objective for unmet in solution.unmet] == ["plain", "brevity"]
+    assert all(unmet.best_seen < 0.76 and unmet.multiplier < 1000 for unmet in solution.unmet)
+    plain, brevity = (unmet.best_seen for unmet in solution.unmet)
+    assert solution.message == (
+        f"the multipliers are approximate (residual {solution.residual:.1e}), plain >= 0.76 reaches {plain:.4f}, "
+        f"brevity >= 0.76 reaches {brevity:.4f}"
+    )
+
+
+@pytest.mark.parametrize("estimator", ["snis", "closed_form"])
+def test_win_rate_scale_counts_prompts_by_their_weight(estimator: str) -> None:
+    data = {**label_data(1), "estimator": estimator}
+    weight = np.random.default_rng(0).random(60) ** 3
+    equal = solve_labels(**data, thresholds={})
+    thresholds = {"o1": equal.satisfaction["o1"] + 0.03}
+    solution = solve_labels(**data, thresholds=thresholds, prompt_weight=weight)
+    exact = tabular.solve(
+        tabular.TabularProblem(
+            win_rate=data["win_rate"],
+            reference=data["reference"],
+            tau=data["tau"],
+            thresholds={1: thresholds["o1"]},
+            prompt_weight=weight,
+        )
+    )
+    assert solution.multiplier["o1"] == exact.multiplier[1] > 0.01
+    assert list(solution.satisfaction.values()) == pytest.approx(exact.value, abs=1e-12)
+    assert abs(solution.multiplier["o1"] - solve_labels(**data, thresholds=thresholds).multiplier["o1"]) > 1e-3
+    with pytest.raises(ValueError, match="prompt_weight"):
+        solve_labels(**data, thresholds=thresholds, prompt_weight=weight[:-1])
 
 
 @pytest.mark.parametrize("estimator", ["snis", "closed_form"])

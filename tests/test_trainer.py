@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,12 +12,21 @@ from trainer_samples import lora, make_config, make_data, make_model, make_token
 from transformers import TrainerCallback
 
 from mopo_kernels import reference
-from mopo_kernels.data import DataError, PreferenceCollator, PreferenceData
-from mopo_kernels.dual import ThresholdError
+from mopo_kernels.data import (
+    DataError,
+    PreferenceCollator,
+    PreferenceData,
+    PreferenceExample,
+    PreferencePair,
+    load_preferences,
+    win_rates,
+)
+from mopo_kernels.dual import ThresholdError, solve_labels
 from mopo_kernels.trainer import MOPOConfig, MOPOTrainer
 from mopo_kernels.trainer.statistics import Statistics, importance_sums
 
 DOUBLE = torch.float64
+DEMO = Path(__file__).parents[1] / "examples" / "demo" / "data" / "preferences.jsonl"
 
 
 class Recorder(TrainerCallback):
@@ -163,11 +173,44 @@ def test_training_starts_at_the_exact_multipliers_of_the_labels(tmp_path):
 
 
 def test_thresholds_that_the_labels_cannot_meet_are_reported_before_training(tmp_path, caplog):
-    with pytest.raises(ThresholdError, match=r"threshold brief >= 0\.99 cannot be met: best seen 0\.\d+"):
+    told = (
+        r"^on the training labels \(estimator pair, dual_max 10\): threshold brief >= 0\.99 cannot be met: 0\.\d+ with"
+    )
+    with pytest.raises(ThresholdError, match=told) as caught:
         make_trainer(tmp_path, thresholds={"brief": 0.99})
+    assert [unmet.objective for unmet in caught.value.unmet] == ["brief"]
+    with pytest.raises(
+        ThresholdError, match=r"; on these responses every policy misses some threshold by at least 0\."
+    ):
+        make_trainer(tmp_path, thresholds={"brief": 0.99}, estimator="snis")
     trainer = make_trainer(tmp_path, thresholds={"brief": 0.99}, on_infeasible="warn")
     assert "threshold brief >= 0.99 cannot be met" in caplog.text
     assert trainer.dual.multiplier["brief"] == pytest.approx(10.0, rel=0.1)
+
+
+def test_a_search_for_multipliers_that_did_not_converge_is_told_and_does_not_stop_training(tmp_path, caplog):
+    trainer = make_trainer(
+        tmp_path,
+        data=load_preferences(DEMO),
+        primary="detail",
+        thresholds={"plain": 0.76, "brevity": 0.76},
+        tau=0.1,
+        dual_max=1000.0,
+    )
+    assert "(estimator pair, dual_max 1000): the multipliers are approximate (residual 2.0e-03), plain" in caplog.text
+    assert trainer.dual.multiplier == trainer.label_solution.multiplier
+    assert not trainer.label_solution.feasible
+
+
+def test_the_label_solution_counts_examples_by_their_weight(tmp_path):
+    data = make_data(8)
+    rates = win_rates(data)
+    arguments = (rates.win_rate, rates.reference, data.objectives, "helpful", {"brief": 0.5}, 0.5)
+    weighted = solve_labels(*arguments, estimator="snis", prompt_weight=rates.prompt_weight)
+    trainer = make_trainer(tmp_path, data=data, thresholds={"brief": 0.5}, estimator="snis")
+    assert trainer.label_solution == weighted
+    assert weighted.multiplier["brief"] > 0
+    assert weighted != solve_labels(*arguments, estimator="snis")
 
 
 def test_a_threshold_that_stays_unmet_at_the_largest_multiplier_stops_training_with_a_checkpoint(tmp_path):
@@ -455,6 +498,20 @@ def test_the_effective_sample_size_is_that_of_a_step_however_many_a_log_line_cov
     assert trainer.state.log_history[0]["effective_sample_size"] == pytest.approx(responses / 4, rel=1e-6)
 
 
+def test_the_effective_sample_size_of_a_log_line_is_the_mean_of_its_steps(tmp_path):
+    """Weights differ from step to step, so that the pooled size is not the sum of the steps' own."""
+    sizes = {}
+    for every in (1, 4):
+        trainer = make_trainer(
+            tmp_path / f"{every}", estimator="snis", tau=0.05, learning_rate=0.1, max_steps=4, logging_steps=every
+        )
+        trainer.train()
+        sizes[every] = [line["effective_sample_size"] for line in trainer.state.log_history if "loss" in line]
+    assert sizes[4] == [pytest.approx(sum(sizes[1]) / 4, rel=1e-12)]
+    assert min(sizes[1]) >= 1 - 1e-9
+    assert max(sizes[1]) > 1.5 * min(sizes[1])
+
+
 def test_held_out_satisfaction_can_choose_the_best_checkpoint(tmp_path):
     trainer = make_trainer(
         tmp_path,
@@ -503,6 +560,49 @@ def test_label_rates_are_measured_on_the_training_data(tmp_path):
     assert trainer.model._mopo_policy.label_rate == pytest.approx(expected)
     assert max(expected) < 1
     trainer.train()
+
+
+MISSING = "regression draws the margin of a pair without a label to 0"
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({}, "helpful 90.0%, brief 85.0%"),
+        ({"thresholds": None}, "helpful 90.0%)"),
+        ({"label_rate": "auto"}, None),
+        ({"loss_type": "sigmoid"}, None),
+    ],
+    ids=["acting objectives", "the primary alone acts", "label_rate", "another loss"],
+)
+def test_labels_that_are_missing_are_told_where_they_count_as_ties(changes, told, tmp_path, caplog):
+    pairs = [PreferencePair(0, 1, {"helpful": 1.0, "brief": 0.0}) for _ in range(20)]
+    for index in (3, 5):
+        pairs[index] = PreferencePair(0, 1, {"helpful": None, "brief": 0.0})
+    for index in (1, 5, 9):
+        pairs[index] = PreferencePair(0, 1, {**pairs[index].preference, "brief": None})
+    data = PreferenceData.from_examples([PreferenceExample("p", ("w1", "w2 w3"), (pair,)) for pair in pairs])
+    make_trainer(tmp_path, data=data, **{"initial_multiplier": "zero", **changes})
+    if told is None:
+        assert MISSING not in caplog.text
+    else:
+        assert caplog.text.count(MISSING) == 1
+        assert told in caplog.text
+
+
+def test_full_labels_are_passed_over_in_silence(tmp_path, caplog):
+    pair = PreferencePair(0, 1, {"helpful": 1.0, "brief": 0.5})
+    data = PreferenceData.from_examples([PreferenceExample("p", ("w1", "w2 w3"), (pair,))])
+    make_trainer(tmp_path, data=data, initial_multiplier="zero")
+    assert MISSING not in caplog.text
+
+
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="memory is pinned for the accelerator")
+def test_training_without_an_accelerator_pins_no_memory_and_torch_has_nothing_to_say(tmp_path, recwarn):
+    trainer = make_trainer(tmp_path, use_cpu=False)
+    trainer.train()
+    assert trainer.args.dataloader_pin_memory is False
+    assert not [warning for warning in recwarn if "pin_memory" in str(warning.message)]
 
 
 def test_bf16_autocast_trains_and_starts_at_the_reference(tmp_path):

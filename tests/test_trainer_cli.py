@@ -85,8 +85,18 @@ def test_objectives_can_be_listed_with_commas_or_spaces(files):
         (["--data_options", "[1]"], "data_options: expected a mapping"),
         (["--dtype", "int8"], "dtype: expected auto, float32, bfloat16 or float16; got 'int8'"),
         (["--lora_r", "0"], "lora_r: expected a positive rank"),
-        (["--thresholds", "brief=0.99"], "thresholds: threshold brief >= 0.99 cannot be met: best seen"),
-        (["--config", "nowhere.yaml"], "nowhere.yaml"),
+        (
+            ["--thresholds", "brief=0.99"],
+            "thresholds: on the training labels (estimator pair, dual_max 10): threshold brief >= 0.99 cannot be met",
+        ),
+        (["--config", "nowhere.yaml"], "config: cannot read nowhere.yaml: No such file or directory"),
+        (["--model_name_or_path", "./nowhere"], "expected a folder or hub name; there is no folder ./nowhere"),
+        (["--model_name_or_path", "~/nowhere"], "expected a folder or hub name; there is no folder ~/nowhere"),
+        (
+            ["--model_name_or_path", "a/b/c"],
+            "model_name_or_path: expected a folder or hub name; there is no folder a/b/c",
+        ),
+        (["--objectives", "helpful,kind"], "objectives: expected names among helpful, brief, which"),
         (["--resume_from_checkpoint", "true"], "resume_from_checkpoint: expected a complete checkpoint in output_dir"),
     ],
 )
@@ -95,6 +105,58 @@ def test_bad_arguments_exit_2_with_one_line_that_names_them(more, message, files
     lines = capsys.readouterr().err.strip().splitlines()
     assert message in lines[-1]
     assert lines[-1].startswith("mopo: error: ")
+
+
+def test_a_folder_without_a_model_and_a_model_that_cannot_be_loaded_are_named(files, tmp_path, capsys):
+    def error(model):
+        assert cli.main(["train", *arguments(files, "--model_name_or_path", str(model), "--output_dir", "runs")]) == 2
+        return capsys.readouterr().err.strip().splitlines()[-1]
+
+    assert error(tmp_path) == (
+        f"mopo: error: model_name_or_path: expected a folder with a config.json; {tmp_path} has none"
+    )
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    assert error(tmp_path).startswith(f"mopo: error: model_name_or_path: {tmp_path} cannot be loaded: ")
+    make_tokenizer().save_pretrained(tmp_path)
+    assert error(tmp_path).startswith(f"mopo: error: model_name_or_path: {tmp_path} cannot be loaded: ")
+
+
+def test_a_hub_name_that_cannot_be_loaded_is_named(files, capsys, monkeypatch, tmp_path):
+    def unreachable(*args, **options):
+        raise OSError("no connection")
+
+    monkeypatch.setattr("mopo_kernels.cli.train.AutoTokenizer.from_pretrained", unreachable)
+    more = ["--model_name_or_path", "some/model", "--output_dir", str(tmp_path)]
+    assert cli.main(["train", *arguments(files, *more)]) == 2
+    line = capsys.readouterr().err.strip().splitlines()[-1]
+    assert line == "mopo: error: model_name_or_path: some/model cannot be loaded: no connection"
+
+
+def test_an_output_folder_that_is_a_file_is_named(files):
+    for below in ("", "/run"):
+        with pytest.raises(ValueError, match=r"^output_dir: expected a folder, .*; .*train\.jsonl is a file"):
+            parse(arguments(files, "--output_dir", str(files / "train.jsonl") + below))
+
+
+def test_some_of_the_objectives_of_a_file_can_be_chosen(files, tmp_path):
+    more = ["--output_dir", str(tmp_path), "--thresholds", "", "--objectives"]
+    for chosen in (["brief"], ["brief", "helpful"]):
+        train(arguments(files, *more, *chosen))
+        summary = json.loads((tmp_path / "training_summary.json").read_text())
+        assert summary["objectives"] == chosen
+        assert set(summary["satisfaction"]) == set(chosen)
+
+
+def test_the_name_that_a_single_objective_format_needs_is_still_given_by_objectives(files, tmp_path):
+    """Its rows have no names to choose from."""
+    rows = [
+        {"prompt": "w1", "chosen": " w2 w3", "rejected": " w4"},
+        {"prompt": "w5", "chosen": " w6", "rejected": " w7"},
+    ]
+    (tmp_path / "trl.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    more = ["--train_file", str(tmp_path / "trl.jsonl"), "--objectives", "kind", "--thresholds", ""]
+    train(arguments(files, "--output_dir", str(tmp_path), *more))
+    assert json.loads((tmp_path / "training_summary.json").read_text())["objectives"] == ["kind"]
 
 
 def test_unknown_and_malformed_files_are_refused(tmp_path):
@@ -169,6 +231,30 @@ def test_resume_auto_starts_where_there_is_nothing_and_goes_on_where_there_is(fi
     assert json.loads((tmp_path / "training_summary.json").read_text())["steps"] == 5
     state = json.loads((tmp_path / "checkpoint-5" / "trainer_state.json").read_text())
     assert [line["step"] for line in state["log_history"]] == [1, 2, 3, 4, 5]
+
+
+def test_resuming_a_finished_run_says_so_and_leaves_its_results_as_they_were(files, tmp_path, caplog):
+    more = ["--output_dir", str(tmp_path), "--resume_from_checkpoint", "auto", "--save_strategy", "steps"]
+    train(arguments(files, *more))
+    kept = {name: (tmp_path / name).read_bytes() for name in ("training_summary.json", "adapter_model.safetensors")}
+    train(arguments(files, *more))
+    assert "nothing left to train" in caplog.text
+    assert {name: (tmp_path / name).read_bytes() for name in kept} == kept
+    assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-3"]
+    (tmp_path / "training_summary.json").unlink()
+    train(arguments(files, *more))
+    assert json.loads((tmp_path / "training_summary.json").read_text())["train"] is None
+
+
+def test_a_checkpoint_of_other_settings_is_refused_in_one_line(files, tmp_path, capsys):
+    more = ["--output_dir", str(tmp_path), "--save_strategy", "steps"]
+    train(arguments(files, *more))
+    assert cli.main(["train", *arguments(files, *more, "--tau", "0.3", "--resume_from_checkpoint", "true")]) == 2
+    line = capsys.readouterr().err.strip().splitlines()[-1]
+    assert line == (
+        f"mopo: error: tau: expected 0.5, with which {tmp_path / 'checkpoint-3'} was trained; got 0.3 (without "
+        "resume_from_checkpoint a run starts afresh)"
+    )
 
 
 def test_ctrl_c_exits_130_with_one_line_and_a_checkpoint(files, tmp_path):

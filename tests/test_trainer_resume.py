@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -19,7 +20,7 @@ from transformers import TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 
 from mopo_kernels.trainer import TrainingInterrupted, last_complete_checkpoint
-from mopo_kernels.trainer.checkpoint import MANIFEST_FILE, STATE_FILE, is_complete
+from mopo_kernels.trainer.checkpoint import MANIFEST_FILE, RUN_FILE, STATE_FILE, is_complete
 
 CHILD = Path(__file__).with_name("trainer_child.py")
 
@@ -170,6 +171,138 @@ def test_resuming_with_other_objectives_is_refused(saved, tmp_path):
         trainer.train(resume_from_checkpoint=True)
 
 
+# 4 steps an epoch: the Trainer itself would go on from within an epoch.
+@pytest.mark.parametrize(
+    "length",
+    [{"max_steps": 4}, {"max_steps": 6}, {"max_steps": -1, "num_train_epochs": 1.5}, {"max_steps": 3}],
+    ids=["whole epochs", "mid epoch", "epochs", "shortened"],
+)
+def test_a_finished_run_is_resumed_without_a_step(length, tmp_path, caplog):
+    settings = {
+        "save_strategy": "steps",
+        "save_steps": 100,
+        "thresholds": {"brief": 0.55},
+        "initial_multiplier": "zero",
+    }
+    settings |= {"on_infeasible": "warn", "estimator": "snis"}
+    first = make_trainer(tmp_path, **{**settings, **(length if length["max_steps"] != 3 else {"max_steps": 6})})
+    first.train()
+    assert not first.already_finished
+    steps = first.state.global_step
+    for _ in range(2):
+        caplog.clear()
+        again = make_trainer(tmp_path, **{**settings, **length})
+        again.train(resume_from_checkpoint=True)
+        assert again.already_finished
+        planned = 3 if length["max_steps"] == 3 else steps
+        told = f"nothing left to train: {tmp_path / f'checkpoint-{steps}'} has {steps} of {planned} steps"
+        assert caplog.messages.count(told) == 1
+        assert again.state.global_step == again.dual.steps == steps
+        same(dict(first.model.state_dict()), dict(again.model.state_dict()), "weights")
+        same(first.dual.state_dict(), again.dual.state_dict(), "dual")
+        assert [path.name for path in tmp_path.glob("checkpoint-*")] == [f"checkpoint-{steps}"]
+    longer = make_trainer(tmp_path, **settings, max_steps=steps + 1)
+    longer.train(resume_from_checkpoint=True)
+    assert not longer.already_finished
+    assert longer.state.global_step == steps + 1
+
+
+def test_new_thresholds_are_taken_on_resume_with_one_warning(tmp_path, caplog):
+    settings = {"initial_multiplier": "zero", "save_strategy": "steps", "save_steps": 2, "on_infeasible": "warn"}
+    make_trainer(tmp_path, thresholds={"brief": 0.5}, max_steps=2, **settings).train()
+    for bound, told in ((0.5, False), (0.7, True)):
+        caplog.clear()
+        resumed = make_trainer(tmp_path, thresholds={"brief": bound}, max_steps=3, **settings)
+        resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+        assert resumed.dual.threshold == {"brief": bound}
+        told_line = f"resuming from {tmp_path / 'checkpoint-2'} with other thresholds: brief 0.7 (was 0.5)"
+        assert (told_line in caplog.messages) is told
+
+
+def test_thresholds_that_the_run_itself_moved_are_kept_on_resume(tmp_path, caplog):
+    settings = {"thresholds": {"brief": 0.5}, "reference_update_steps": 2, "threshold_relaxation": 0.9}
+    settings |= {"initial_multiplier": "zero", "reference": "model", "save_strategy": "steps", "save_steps": 3}
+    whole = make_trainer(tmp_path, max_steps=3, **settings)
+    whole.train()
+    assert whole.dual.threshold["brief"] != 0.5
+    resumed = make_trainer(tmp_path, max_steps=3, **settings)
+    resumed.train(resume_from_checkpoint=True)
+    assert resumed.dual.threshold == whole.dual.threshold
+    assert "other thresholds" not in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"tau": 0.3}, r"^tau: expected 0\.5, with which .*checkpoint-4 was trained; got 0\.3"),
+        ({"loss_type": "sigmoid"}, "^loss_type: expected 'regression', with which .* got 'sigmoid'"),
+        ({"estimator": "snis"}, "^estimator: expected 'pair', with which .* got 'snis'"),
+        ({"reference_update_steps": 2}, "^reference_update_steps: expected None, with which .* got 2"),
+        ({"length_normalize": True}, "^length_normalize: expected False, with which .* got True"),
+        ({"label_rate": "auto"}, "^label_rate: expected None, with which .* got 'auto'"),
+        ({"primary": "brief", "thresholds": None}, "^primary: expected 'helpful', with which .* got 'brief'"),
+        ({"objectives": ["brief", "helpful"]}, r"^objectives: expected \['helpful', 'brief'\], with which"),
+        ({"thresholds": None}, r"^objectives with thresholds: expected \['brief'\], with which .* got \[\]"),
+    ],
+)
+def test_a_checkpoint_of_another_problem_is_refused(changes, message, saved, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(saved, folder)
+    trainer = make_trainer(folder, lora(make_model()), **{"max_steps": 6, "reference": "model", **changes})
+    with pytest.raises(ValueError, match=message):
+        trainer.train(resume_from_checkpoint=True)
+
+
+def test_a_checkpoint_of_a_version_without_settings_and_identities_is_resumed_from(saved, tmp_path):
+    new, folder = tmp_path / "new", tmp_path / "run"
+    shutil.copytree(saved, new)
+    shutil.copytree(saved, folder)
+    (folder / RUN_FILE).unlink()
+    newest = folder / "checkpoint-4"
+    state = torch.load(newest / STATE_FILE, weights_only=True)
+    del state["settings"], state["window_sizes"]
+    torch.save(state, newest / STATE_FILE)
+    manifest = json.loads((newest / MANIFEST_FILE).read_text())
+    del manifest["run"]
+    manifest["files"][STATE_FILE] = (newest / STATE_FILE).stat().st_size
+    (newest / MANIFEST_FILE).write_text(json.dumps(manifest))
+    ends = []
+    for run in (new, folder):
+        trainer = make_trainer(run, lora(make_model()), max_steps=6, save_strategy="steps", save_steps=6)
+        trainer.train(resume_from_checkpoint=str(run / "checkpoint-4"))
+        ends.append(dict(trainer.model.state_dict()))
+    same(*ends)
+    assert last_complete_checkpoint(folder) == str(folder / "checkpoint-6")
+
+
+def test_a_run_that_starts_afresh_beside_another_resumes_from_its_own_checkpoints(tmp_path, caplog):
+    settings = {"save_strategy": "steps", "save_steps": 2}
+    make_trainer(tmp_path, max_steps=6, **settings).train()
+    assert "starting afresh beside" not in caplog.text
+    second = make_trainer(tmp_path, max_steps=3, **settings, learning_rate=1e-3)
+    second.add_callback(InterruptAtStep())
+    with pytest.raises(TrainingInterrupted, match=r"resume with .*checkpoint-3$"):
+        second.train()
+    told = f"starting afresh beside checkpoints of an earlier run, the last of which is {tmp_path / 'checkpoint-6'}: "
+    assert caplog.text.count(told) == 1
+    third = make_trainer(tmp_path, max_steps=5, **settings, learning_rate=1e-3)
+    third.train(resume_from_checkpoint=True)
+    assert third.state.global_step == 5
+    assert not third.already_finished
+    assert last_complete_checkpoint(tmp_path) == str(tmp_path / "checkpoint-5")
+    # A checkpoint asked for by its name brings its run back.
+    first = make_trainer(tmp_path, max_steps=7, **settings)
+    first.train(resume_from_checkpoint=str(tmp_path / "checkpoint-6"))
+    assert last_complete_checkpoint(tmp_path) == str(tmp_path / "checkpoint-7")
+
+
+def test_a_run_without_a_checkpoint_yet_has_nothing_of_an_earlier_one_to_resume_from(tmp_path):
+    make_trainer(tmp_path, save_strategy="steps", save_steps=2).train()
+    make_trainer(tmp_path, max_steps=1).train()
+    with pytest.raises(ValueError, match="expected a complete checkpoint in output_dir"):
+        make_trainer(tmp_path, max_steps=4).train(resume_from_checkpoint=True)
+
+
 def test_a_second_train_starts_its_multipliers_afresh(tmp_path):
     trainer = make_trainer(tmp_path, thresholds={"brief": 0.55}, initial_multiplier="zero", max_steps=3)
     trainer.train()
@@ -214,6 +347,17 @@ def test_ctrl_c_finishes_the_step_and_leaves_a_checkpoint_to_resume_from(tmp_pat
     resumed.train(resume_from_checkpoint=True)
     same(dict(whole.model.state_dict()), dict(resumed.model.state_dict()), "weights")
     same(whole.dual.state_dict(), resumed.dual.state_dict(), "dual")
+
+
+def test_ctrl_c_in_the_last_step_leaves_a_finished_run(tmp_path):
+    stopped = make_trainer(tmp_path, max_steps=3)
+    stopped.add_callback(InterruptAtStep())
+    with pytest.raises(TrainingInterrupted, match=r"resume with .*checkpoint-3"):
+        stopped.train()
+    resumed = make_trainer(tmp_path, max_steps=3)
+    resumed.train(resume_from_checkpoint=True)
+    assert resumed.already_finished
+    same(dict(stopped.model.state_dict()), dict(resumed.model.state_dict()), "weights")
 
 
 def test_a_second_ctrl_c_stops_at_once(tmp_path):

@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import json
 import platform
+import shlex
 import shutil
 import subprocess
 import sys
@@ -82,9 +83,13 @@ class Settings:
 
 
 class Bar(TrainerCallback):
-    """One line that says how far training is, what each objective is worth and what holding it costs."""
+    """One line that says how far training is, what each objective is worth and what holding it costs.
 
-    def __init__(self, name: str) -> None:
+    Where nobody watches, as in a log file, a line of its own every so many steps.
+    """
+
+    def __init__(self, name: str, lines_every: int = 5) -> None:
+        self.name, self.lines_every = name, lines_every
         columns = (
             TextColumn(name),
             BarColumn(),
@@ -110,6 +115,10 @@ class Bar(TrainerCallback):
                 parts.append(f"{name} {value:.2f}" + ("" if price is None else f" (x{price:.2f})"))
         if parts:
             self.progress.update(self.task, state="  ".join(parts))
+            if not self.progress.console.is_terminal and (
+                state.global_step % self.lines_every == 0 or state.global_step == state.max_steps
+            ):
+                print(f"{self.name} {state.global_step}/{state.max_steps}  {'  '.join(parts)}", flush=True)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.progress.stop()
@@ -318,10 +327,16 @@ def main() -> int:
     return 0 if all(claims.values()) else 1
 
 
+def again(arguments: list[str]) -> str:
+    """The command that goes on where this one was interrupted."""
+    kept = [argument for argument in arguments if argument != "--resume"]
+    return shlex.join([sys.executable, sys.argv[0], "--resume", *kept])
+
+
 if __name__ == "__main__":
     try:
         sys.exit(main())
-    except KeyboardInterrupt as interrupt:
-        again = " ".join([sys.executable, sys.argv[0], "--resume", *(a for a in sys.argv[1:] if a != "--resume")])
-        print(f"{str(interrupt) or 'interrupted'}; go on with: {again}", file=sys.stderr)
+    except KeyboardInterrupt:
+        # Without the exception's own words: they name a checkpoint for those who call the trainer themselves.
+        print(f"interrupted; go on with: {again(sys.argv[1:])}", file=sys.stderr)
         sys.exit(130)

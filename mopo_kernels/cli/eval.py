@@ -14,7 +14,9 @@ from rich.table import Table
 
 import mopo_kernels
 from mopo_kernels.cli.doctor import installed_version
+from mopo_kernels.cli.output import prepare_file
 from mopo_kernels.evaluation import Comparison, compare_policies, is_adapter, load_judges, load_policy, load_prompts
+from mopo_kernels.mappings import parse_mapping
 
 Adapter = Annotated[str | None, typer.Option(help="A peft adapter (folder or hub name) to put on it.")]
 
@@ -63,9 +65,9 @@ def evaluate(
         for option, objective in (("--x", x), ("--y", y)):
             if objective not in judge_of:
                 raise ValueError(f"{option} must be one of {', '.join(judge_of)}, got {objective}")
-    for path in (output, plot):
+    for option, path in (("--output", output), ("--plot", plot)):
         if path is not None:
-            path.parent.mkdir(parents=True, exist_ok=True)
+            prepare_file(option, path)
 
     if baseline is None and policy_adapter is None and not is_adapter(policy):
         raise ValueError("--baseline is needed: the policy has no adapter, so no base model to be compared with")
@@ -122,19 +124,20 @@ def evaluate(
 
 
 def _thresholds(options: list[str], objectives: list[str]) -> dict[str, float]:
+    expected = (
+        f"--threshold must be OBJECTIVE=VALUE, an objective of {', '.join(objectives)} and a value in [0, 1], got"
+    )
     thresholds: dict[str, float] = {}
     for option in options:
-        name, equals, value = option.rpartition("=")
         try:
-            bound = float(value)
+            found = parse_mapping("--threshold", option)
         except ValueError:
-            equals = ""
-        if not equals or name not in objectives or not 0.0 <= bound <= 1.0:
-            raise ValueError(
-                f"--threshold must be OBJECTIVE=VALUE, an objective of {', '.join(objectives)} and a value in [0, 1], "
-                f"got {option!r}"
-            )
-        thresholds[name] = bound
+            raise ValueError(f"{expected} {option!r}") from None
+        if not all(name in objectives and 0.0 <= bound <= 1.0 for name, bound in found.items()):
+            raise ValueError(f"{expected} {option!r}")
+        if twice := [name for name in found if name in thresholds]:
+            raise ValueError(f"--threshold: {twice[0]!r} is given twice")
+        thresholds |= found
     return thresholds
 
 

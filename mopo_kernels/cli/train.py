@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -101,8 +103,7 @@ def parse(argv: list[str]) -> tuple[ModelArguments, DataArguments, MOPOConfig]:
     """The three groups of arguments from ``[--config FILE.yaml] [--key value ...]``; the command line wins.
 
     Raises:
-        ValueError: an unknown key, or a value that does not fit, by name.
-        OSError: the file cannot be read.
+        ValueError: an unknown key, or a value or file that does not fit, by name.
     """
     parser = _Parser(
         (ModelArguments, DataArguments, MOPOConfig),  # type: ignore[arg-type]
@@ -116,6 +117,10 @@ def parse(argv: list[str]) -> tuple[ModelArguments, DataArguments, MOPOConfig]:
     if config.config is not None:
         try:
             values = yaml.safe_load(Path(config.config).read_text(encoding="utf-8"))
+        except OSError as error:
+            raise ValueError(f"config: cannot read {config.config}: {error.strerror}") from error
+        except UnicodeDecodeError as error:
+            raise ValueError(f"config: {config.config} is not UTF-8: {error}") from error
         except yaml.YAMLError as error:
             raise ValueError(f"config: {config.config} is not YAML: {error}") from error
         if not isinstance(values, dict):
@@ -127,6 +132,9 @@ def parse(argv: list[str]) -> tuple[ModelArguments, DataArguments, MOPOConfig]:
     if rest:
         raise ValueError(f"unknown argument {' '.join(rest)}")
     model, data, training = groups
+    output = Path(str(training.output_dir))
+    if file := next((path for path in (output, *output.parents) if path.exists() and not path.is_dir()), None):
+        raise ValueError(f"output_dir: expected a folder, there or to be made; {file} is a file")
     return model, data, training
 
 
@@ -135,18 +143,42 @@ def load_data(
 ) -> tuple[PreferenceData, PreferenceData | None]:
     """(training data, held-out data or None)."""
 
-    def load(source: str, split: str | None) -> PreferenceData:
-        data = load_preferences(
+    def read(source: str, split: str | None, format: str, objectives: list[str] | None, limit: int | None) -> Any:
+        return load_preferences(
             source,
-            format=arguments.data_format,
-            objectives=config.objectives,
+            format=format,
+            objectives=objectives,
             split=split,
             on_error=arguments.on_data_error,  # type: ignore[arg-type]
             name=arguments.dataset_config,
             data_dir=arguments.dataset_dir,
-            limit=arguments.max_examples,
+            limit=limit,
             **(arguments.data_options or {}),
         )
+
+    def is_canonical(source: str, split: str | None) -> bool:
+        if arguments.data_format != "auto":
+            return arguments.data_format == "canonical"
+        try:
+            read(source, split, "canonical", None, 1)
+        except ValueError:
+            return False
+        return True
+
+    def load(source: str, split: str | None) -> PreferenceData:
+        wanted = config.objectives
+        if wanted is None or not is_canonical(source, split):
+            data = read(source, split, arguments.data_format, wanted, arguments.max_examples)
+        else:
+            # These rows name their own objectives, of which any choice can be trained on; load_preferences takes a name
+            # that it was not given for a mistake.
+            data = read(source, split, "canonical", None, arguments.max_examples)
+            if unknown := [name for name in wanted if name not in data.objectives]:
+                raise ValueError(
+                    f"objectives: expected names among {', '.join(data.objectives)}, which {source} has; "
+                    f"got {', '.join(unknown)}"
+                )
+            data = PreferenceData.from_examples(data, wanted, data.skipped)
         if arguments.skip_overlong:
             data = data.drop_overlong(
                 PreferenceCollator(
@@ -170,12 +202,36 @@ def load_data(
     return train, None
 
 
+def check_model_name(name: str) -> None:
+    """What transformers would take for a hub name, and ask for over the network, though it is plainly a path.
+
+    Raises:
+        ValueError: a path that is no folder of a model.
+    """
+    folder = Path(name)
+    if not folder.is_dir():
+        if name.startswith((".", "/", "~")) or name.count("/") > 1 or folder.exists():
+            raise ValueError(f"model_name_or_path: expected a folder or hub name; there is no folder {name}")
+    elif not any((folder / file).is_file() for file in ("config.json", "adapter_config.json")):
+        raise ValueError(f"model_name_or_path: expected a folder with a config.json; {name} has none")
+
+
+@contextmanager
+def _loading(name: str) -> Iterator[None]:
+    """The libraries' errors do not all say which model they are about, or where its name was given."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        raise ValueError(f"model_name_or_path: {name} cannot be loaded: {error}") from error
+
+
 def load_model(arguments: ModelArguments) -> Any:
     """The model, with fresh LoRA adapters when asked for."""
     options: dict[str, Any] = {"dtype": arguments.dtype, "revision": arguments.model_revision}
     if arguments.attn_implementation is not None:
         options["attn_implementation"] = arguments.attn_implementation
-    model = AutoModelForCausalLM.from_pretrained(arguments.model_name_or_path, **options)
+    with _loading(arguments.model_name_or_path):
+        model = AutoModelForCausalLM.from_pretrained(arguments.model_name_or_path, **options)
     if arguments.lora_r is None:
         return model
     from peft import LoraConfig, get_peft_model
@@ -204,6 +260,14 @@ def _resume(config: MOPOConfig) -> str | bool | None:
     return value
 
 
+def _earlier_metrics(summary: Path) -> Any:
+    """Those of the call that trained; None where there is no summary of it."""
+    try:
+        return json.loads(summary.read_text(encoding="utf-8")).get("train")
+    except (OSError, ValueError):
+        return None
+
+
 def _version(package: str) -> str:
     try:
         return version(package)
@@ -223,9 +287,11 @@ def train(argv: list[str]) -> None:
     """
     model_arguments, data_arguments, config = parse(argv)
     set_seed(config.seed)
-    tokenizer = AutoTokenizer.from_pretrained(
-        model_arguments.model_name_or_path, revision=model_arguments.model_revision
-    )
+    check_model_name(model_arguments.model_name_or_path)
+    with _loading(model_arguments.model_name_or_path):
+        tokenizer = AutoTokenizer.from_pretrained(
+            model_arguments.model_name_or_path, revision=model_arguments.model_revision
+        )
     train_data, eval_data = load_data(data_arguments, config, tokenizer)
     main_process = config.process_index == 0
     report = summarize(train_data)
@@ -257,6 +323,7 @@ def train(argv: list[str]) -> None:
     metrics = trainer.evaluate() if eval_data is not None else {}
     trainer.save_model()
     if main_process:
+        path = Path(str(config.output_dir)) / SUMMARY_FILE
         solution = trainer.label_solution
         summary = {
             "model": model_arguments.model_name_or_path,
@@ -267,12 +334,11 @@ def train(argv: list[str]) -> None:
             "threshold": trainer.dual.threshold,
             "satisfaction": trainer.dual.smoothed,
             "multiplier_on_labels": None if solution is None else solution.multiplier,
-            "train": output.metrics,
+            "train": _earlier_metrics(path) if trainer.already_finished else output.metrics,
             "eval": metrics,
             "versions": {name: _version(name) for name in ("mopo-kernels", "torch", "transformers", "peft")},
             "device": str(config.device),
             "threads": torch.get_num_threads(),
         }
-        path = Path(str(config.output_dir)) / SUMMARY_FILE
         write_atomically(path, json.dumps(summary, indent=2, default=str) + "\n")
         print(f"saved {config.output_dir} and {path}")

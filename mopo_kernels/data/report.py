@@ -64,7 +64,7 @@ class AgreementReport:
 
     @property
     def agree(self) -> bool:
-        """Whether a constraint on one is idle while the other is maximised."""
+        """Whether a threshold on one costs nothing of the other: what raises one raises both."""
         return (
             self.correlation is not None
             and self.conflict is not None
@@ -107,11 +107,11 @@ class PreferenceReport:
         if len(self.objectives) == 1:
             found.append("one objective only: there is nothing to constrain, MOPO is IPO here")
         elif all(item.agree for item in self.agreement):
-            found.append("objectives agree within prompts: no constraint will bind, MOPO is single-objective here")
+            found.append("objectives agree within prompts: no threshold will cost anything of the primary objective")
         else:
             found += [
-                f"{item.first} and {item.second} agree within prompts: a constraint on one will not bind while the "
-                "other is maximised"
+                f"{item.first} and {item.second} agree within prompts: a threshold on one will cost nothing of the "
+                "other"
                 for item in self.agreement
                 if item.agree
             ]

@@ -2,54 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 from transformers import TrainingArguments
 
+from mopo_kernels.mappings import parse_mapping
 from mopo_kernels.reference import ESTIMATORS, LOSS_TYPES
 
 REFERENCES = ("auto", "precomputed", "model")
 ON_INFEASIBLE = ("error", "warn")
-
-
-def parse_mapping(name: str, value: Mapping[str, Any] | str | None) -> dict[str, float]:
-    """``{"helpful": 0.45}``, ``"helpful=0.45,other=0.5"`` or a JSON object, as a dict of floats.
-
-    Raises:
-        ValueError: naming the argument ``name``, what was expected and what came.
-    """
-    expected = f"{name}: expected a mapping of objective to number, or 'name=0.45,other=0.5'"
-    if value is None or value == "":
-        return {}
-    items: list[tuple[str, Any]]
-    if isinstance(value, str):
-        if value.lstrip().startswith("{"):
-            try:
-                items = list(json.loads(value).items())
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{expected}; got {value!r}") from error
-        else:
-            parts = [part.partition("=") for part in value.split(",") if part.strip()]
-            if any(not sign for _, sign, _ in parts):
-                raise ValueError(f"{expected}; got {value!r}")
-            items = [(key.strip(), number.strip()) for key, _, number in parts]
-    elif isinstance(value, Mapping):
-        items = list(value.items())
-    else:
-        raise ValueError(f"{expected}; got {value!r}")
-    result: dict[str, float] = {}
-    for key, number in items:
-        try:
-            result[str(key)] = float(number)
-        except (TypeError, ValueError):
-            raise ValueError(f"{expected}; got {number!r} for {key!r}") from None
-        if not math.isfinite(result[str(key)]):
-            raise ValueError(f"{name}[{key!r}]: expected a finite number; got {number!r}")
-    return result
 
 
 def parse_names(name: str, value: list[str] | str | None) -> list[str] | None:
@@ -98,7 +60,8 @@ class MOPOConfig(TrainingArguments):
             t0). None: never.
         threshold_relaxation: beta; at each such update ``b_k = beta * value_k``. None keeps the thresholds.
         label_rate: objective -> share of pairs that carry its label, to weight the labels that exist by 1/rate;
-            ``"auto"`` measures it on the training data. None: a missing label counts as 1/2.
+            ``"auto"`` measures it on the training data. None: a missing label counts as 1/2, which with ``regression``
+            draws the pair's margin to 0.
         max_ratio: cap on the policy ratio of ``cloning`` and ``closed_form``; at least 1.
         length_normalize: divide log-probabilities by the number of scored tokens.
         max_length: tokens of prompt plus response; None is no limit.
@@ -152,6 +115,9 @@ class MOPOConfig(TrainingArguments):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.device.type == "cpu":
+            # Pinned memory speeds up copies to an accelerator; without one torch warns about it in every run.
+            self.dataloader_pin_memory = False
         self.objectives = parse_names("objectives", self.objectives)
         self.thresholds = parse_mapping("thresholds", self.thresholds)
         if self.initial_multiplier is None:

@@ -61,8 +61,8 @@ class Statistics:
         """One of the sums by name."""
         return float(sums[2 * len(self.objectives) + self.scalars.index(name)])
 
-    def summary(self, sums: Tensor, steps: int = 1) -> dict[str, float]:
-        """Satisfaction per objective, margin (nats), both KL estimates (nats) and effective sample size a step.
+    def summary(self, sums: Tensor) -> dict[str, float]:
+        """Satisfaction per objective, margin (nats), both KL estimates (nats) and the sums' effective sample size.
 
         The KL of the policy to a reference is estimated on the data, which the first reference (or a policy near it)
         wrote: it is the KL between the two as distributions over the responses at hand, each weighted by its ratio to
@@ -86,7 +86,7 @@ class Statistics:
                 mean_log = self.scalar(sums, key) / importance
                 result[name] = max(0.0, mean_log - math.log(importance / total))
         if square := self.scalar(sums, "ratio_square"):
-            result["effective_sample_size"] = self.scalar(sums, "ratio") ** 2 / square / steps
+            result["effective_sample_size"] = self.scalar(sums, "ratio") ** 2 / square
         return result
 
 

@@ -19,13 +19,15 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, TrainOutput, rotate_checkpoints
 
-from mopo_kernels.data import PreferenceCollator, PreferenceData, PreferenceExample, summarize, win_rates
+from mopo_kernels.data import PreferenceCollator, PreferenceData, PreferenceExample, win_rates
 from mopo_kernels.dual import DualAscent, LabelSolution, ThresholdError, Unmet, solve_labels
 from mopo_kernels.trainer.checkpoint import (
     MANIFEST_FILE,
     STATE_FILE,
     begin_checkpoint,
+    begin_run,
     complete_checkpoint,
+    continue_run,
     is_complete,
     last_complete_checkpoint,
 )
@@ -46,6 +48,18 @@ logger = logging.getLogger(__name__)
 
 # Below this share of the responses the importance-weighted estimate rests on a handful of them.
 _COLLAPSED_SHARE = 0.1
+
+# What a run solves: a checkpoint is resumed from only under the same. (Thresholds may change.)
+_PROBLEM = (
+    "tau",
+    "loss_type",
+    "estimator",
+    "reference_update_steps",
+    "threshold_relaxation",
+    "label_rate",
+    "max_ratio",
+    "length_normalize",
+)
 
 
 class TrainingInterrupted(KeyboardInterrupt):
@@ -96,6 +110,7 @@ class MOPOTrainer(Trainer):
     Attributes:
         dual: the ``DualAscent`` that holds the multipliers.
         label_solution: what the exact solve on the training labels found, or None.
+        already_finished: whether the last ``train`` resumed from a checkpoint that had every step, and so took none.
 
     Raises:
         ValueError: an argument that cannot work, named.
@@ -187,6 +202,7 @@ class MOPOTrainer(Trainer):
                 "reference: expected 'precomputed' (or LoRA) and reference_update_steps=None under FSDP, whose shards "
                 f"cannot be swapped; got {args.reference!r} and {args.reference_update_steps}"
             )
+        _warn_of_missing_labels(args, self.objectives, self.primary, train_dataset)
         self.reference = ReferenceModel(initial=copy_parameters(model) if keep_copy else None)
         attach(
             model,
@@ -204,7 +220,8 @@ class MOPOTrainer(Trainer):
                 max_buffer_bytes=args.max_buffer_bytes,
             ),
         )
-        self._interrupted = self._stopped = False
+        self.already_finished = self._interrupted = self._stopped = False
+        self._run: str | None = None
         self._unmet: list[Unmet] = []
         self._warned: set[str] = set()
         self._eval_sums: Tensor | None = None
@@ -251,16 +268,21 @@ class MOPOTrainer(Trainer):
             args.tau,
             estimator=args.estimator,
             maximum=args.dual_max,
+            prompt_weight=rates.prompt_weight,
             prompt=[x for x, _ in pairs],
             i=[pair.i for _, pair in pairs],
             j=[pair.j for _, pair in pairs],
             preference=labels,
             weight=[examples[x].weight for x, _ in pairs],
         )
-        if not solution.feasible:
-            if args.on_infeasible == "error":
-                raise ThresholdError(solution.unmet)
-            logger.warning("on the training labels: %s", solution.message)
+        if solution.message:
+            message = (
+                f"on the training labels (estimator {args.estimator}, dual_max {args.dual_max:g}): {solution.message}"
+            )
+            # A search that has not converged proves nothing: training starts from where it ended, and finds out.
+            if not solution.feasible and solution.converged and args.on_infeasible == "error":
+                raise ThresholdError(solution.unmet, message)
+            logger.warning(message)
         return solution.multiplier
 
     # -------------------------------------------------------------------------------------------------- reference
@@ -327,10 +349,11 @@ class MOPOTrainer(Trainer):
     ) -> TrainOutput:
         """As ``transformers.Trainer.train``; ``resume_from_checkpoint=True`` takes the newest *complete* checkpoint.
 
-        The first Ctrl-C finishes the optimiser step and writes a checkpoint, the second stops at once.
+        The first Ctrl-C finishes the optimiser step and writes a checkpoint, the second stops at once. From a finished
+        run's checkpoint the weights are loaded, and nothing is trained.
 
         Raises:
-            ValueError: nothing complete to resume from, or a checkpoint of another reference.
+            ValueError: nothing complete to resume from, or a checkpoint of another reference or another problem.
             ThresholdError: a threshold could not be met and ``on_infeasible="error"``; a checkpoint is there.
             TrainingInterrupted: after Ctrl-C; a checkpoint is there.
         """
@@ -340,15 +363,49 @@ class MOPOTrainer(Trainer):
         self.reference.snapshot = None
         self._reset_sums()
         self._unmet, self._interrupted, self._stopped = [], False, False
+        self.already_finished = False
         if checkpoint is not None:
             self._load_state(checkpoint)
+        self._name_run(checkpoint)
+        resumed_at = self.dual.steps
         with self._deferred_interrupt():
             output = super().train(checkpoint, trial, ignore_keys_for_eval)
+        self.already_finished = checkpoint is not None and self.dual.steps == resumed_at
+        if self.already_finished and self.is_world_process_zero():
+            logger.warning(
+                "nothing left to train: %s has %d of %d steps",
+                checkpoint,
+                self.state.global_step,
+                self.state.max_steps,
+            )
         if self._stopped:
             raise TrainingInterrupted(last_complete_checkpoint(self._output_dir()))
         if self._unmet and self.args.on_infeasible == "error":
             raise ThresholdError(self._unmet)
         return output
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        """Not entered when every step is done: the Trainer looks at that only after another one."""
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+        else:
+            super()._run_epoch(*args, **kwargs)
+
+    def _name_run(self, checkpoint: str | None) -> None:
+        """Settle which run the checkpoints to come belong to."""
+        if not self.args.should_save:
+            return
+        folder = self._output_dir()
+        if checkpoint is not None:
+            self._run = continue_run(folder, checkpoint)
+            return
+        if (other := last_complete_checkpoint(folder)) is not None:
+            logger.warning(
+                "starting afresh beside checkpoints of an earlier run, the last of which is %s: "
+                "resume_from_checkpoint=true will take this run's only",
+                other,
+            )
+        self._run = begin_run(folder)
 
     def _output_dir(self) -> Path:
         """Where the run keeps its files; the Trainer has filled in a default."""
@@ -433,6 +490,7 @@ class MOPOTrainer(Trainer):
         self._step_sums = torch.zeros(self._statistics.size, dtype=torch.float64, device=_fp64_device(self.args.device))
         self._window_sums = torch.zeros(self._statistics.size, dtype=torch.float64)
         self._window_steps = 0
+        self._window_sizes: list[float] = []
         self._window_seconds = 0.0
         self._step_started = time.perf_counter()
 
@@ -454,6 +512,10 @@ class MOPOTrainer(Trainer):
             )
         self._window_sums += sums
         self._window_steps += 1
+        # Sums merge over steps, effective sample sizes do not: each is of one step's weights among themselves.
+        size = self._statistics.summary(sums).get("effective_sample_size")
+        if size is not None:
+            self._window_sizes.append(size)
         self._window_seconds += time.perf_counter() - self._step_started
         self.dual.update(*self._statistics.satisfaction(sums))
 
@@ -470,8 +532,7 @@ class MOPOTrainer(Trainer):
                     }
                 )
         if args.estimator == "snis":
-            size = self._statistics.summary(sums).get("effective_sample_size", 0.0)
-            share = size / self._statistics.scalar(sums, "responses")
+            share = (size or 0.0) / self._statistics.scalar(sums, "responses")
             if share < _COLLAPSED_SHARE:
                 self._warn_once(
                     "snis",
@@ -497,11 +558,14 @@ class MOPOTrainer(Trainer):
         if "loss" in logs and self._window_steps:
             logs.update(self._window_metrics())
             self._window_sums = torch.zeros_like(self._window_sums)
-            self._window_steps, self._window_seconds = 0, 0.0
+            self._window_steps, self._window_sizes, self._window_seconds = 0, [], 0.0
         super().log(logs, start_time)
 
     def _window_metrics(self) -> dict[str, float]:
-        result = self._control_metrics(self._statistics.summary(self._window_sums, self._window_steps))
+        result = self._control_metrics(self._statistics.summary(self._window_sums))
+        result.pop("effective_sample_size", None)
+        if self._window_sizes:
+            result["effective_sample_size"] = sum(self._window_sizes) / len(self._window_sizes)
         seconds = max(self._window_seconds, 1e-9)
         result["tokens_per_second"] = self._statistics.scalar(self._window_sums, "tokens") / seconds
         result["scored_tokens_per_second"] = self._statistics.scalar(self._window_sums, "scored_tokens") / seconds
@@ -599,7 +663,7 @@ class MOPOTrainer(Trainer):
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
             if not self.args.save_only_model:
-                complete_checkpoint(folder)
+                complete_checkpoint(folder, self._run)
             rotate_checkpoints(
                 output_dir=run_dir,
                 save_total_limit=limit,
@@ -611,30 +675,59 @@ class MOPOTrainer(Trainer):
         snapshot = self.reference.snapshot
         return {
             "dual": self.dual.state_dict(),
+            "settings": self._settings(),
             "reference_fingerprint": self._reference_fingerprint,
             "snapshot": None if snapshot is None else {name: value.cpu() for name, value in snapshot.items()},
             "window_sums": self._window_sums,
             "window_steps": self._window_steps,
+            "window_sizes": self._window_sizes,
             "window_seconds": self._window_seconds,
         }
 
+    def _settings(self) -> dict[str, Any]:
+        """The problem as it was set: ``self.dual`` has the thresholds as they have moved."""
+        assert isinstance(self.args.thresholds, dict)
+        return {
+            "objectives": list(self.objectives),
+            "primary": self.primary,
+            **{name: getattr(self.args, name) for name in _PROBLEM},
+            "thresholds": dict(self.args.thresholds),
+        }
+
     def _load_state(self, checkpoint: str) -> None:
-        """What ``_state`` saved.
+        """What ``_state`` saved. Thresholds that were set to another value since then are taken, with a warning.
 
         Raises:
-            ValueError: the checkpoint's reference was another model than this trainer's.
+            ValueError: the checkpoint's reference was another model than this trainer's, or its problem another.
         """
         state = torch.load(os.path.join(checkpoint, STATE_FILE), map_location="cpu", weights_only=True)
+        # Earlier versions did not keep the settings: nothing is known to differ.
+        current = self._settings()
+        settings = current | state.get("settings", {})
+        wanted, before = current.pop("thresholds"), settings.pop("thresholds")
+        current["objectives with thresholds"], settings["objectives with thresholds"] = sorted(wanted), sorted(before)
+        for name, value in current.items():
+            if value != settings[name]:
+                raise ValueError(
+                    f"{name}: expected {settings[name]!r}, with which {checkpoint} was trained; got {value!r} (without "
+                    "resume_from_checkpoint a run starts afresh)"
+                )
         if state["reference_fingerprint"] != self._reference_fingerprint:
             raise ValueError(
                 f"model: expected the model that {checkpoint} started from, which is its reference; got other weights"
             )
         self.dual.load_state_dict(state["dual"])
+        if changed := {name: bound for name, bound in wanted.items() if bound != before[name]}:
+            self.dual.set_thresholds(changed)
+            if self.is_world_process_zero():
+                shown = ", ".join(f"{name} {bound:g} (was {before[name]:g})" for name, bound in changed.items())
+                logger.warning("resuming from %s with other thresholds: %s", checkpoint, shown)
         if state["snapshot"] is not None:
             devices = {name: parameter.device for name, parameter in self.model.named_parameters()}
             self.reference.snapshot = {name: value.to(devices[name]) for name, value in state["snapshot"].items()}
         self._window_sums = state["window_sums"]
         self._window_steps, self._window_seconds = state["window_steps"], state["window_seconds"]
+        self._window_sizes = list(state.get("window_sizes", []))
 
 
 def as_preference_data(data: Any, argument: str) -> PreferenceData:
@@ -680,6 +773,12 @@ def _resolve_objectives(args: MOPOConfig, train: PreferenceData | None, evaluati
     return objectives, primary
 
 
+def _coverage(data: PreferenceData, objectives: Sequence[str]) -> dict[str, float]:
+    """The share of all pairs that carry a label, by objective."""
+    labels = [pair["preference"] for row in data.dataset.select_columns(["pairs"]) for pair in row["pairs"]]
+    return {name: sum(label[name] is not None for label in labels) / len(labels) for name in objectives}
+
+
 def _label_rates(args: MOPOConfig, objectives: Sequence[str], data: PreferenceData | None) -> list[float] | None:
     """The share of labelled pairs per objective, in their order, or None."""
     if args.label_rate is None:
@@ -688,10 +787,26 @@ def _label_rates(args: MOPOConfig, objectives: Sequence[str], data: PreferenceDa
         return [args.label_rate.get(name, 1.0) for name in objectives]
     if data is None:
         raise ValueError("label_rate: expected numbers when there is no train_dataset to measure; got 'auto'")
-    coverage = {item.objective: item.coverage for item in summarize(data).objectives}
+    coverage = _coverage(data, objectives)
     if empty := [name for name in objectives if not coverage[name]]:
         raise ValueError(f"label_rate: expected every objective to be labelled somewhere; got none for {empty}")
-    return [coverage[name] for name in objectives]
+    return list(coverage.values())
+
+
+def _warn_of_missing_labels(
+    args: MOPOConfig, objectives: Sequence[str], primary: str, data: PreferenceData | None
+) -> None:
+    """A missing label acts on the policy as a tie does, which is no wish of anyone's."""
+    if data is None or args.label_rate is not None or args.loss_type != "regression" or args.process_index != 0:
+        return
+    assert isinstance(args.thresholds, dict)
+    acting = [name for name in objectives if name == primary or name in args.thresholds]
+    if missing := {name: share for name, share in _coverage(data, acting).items() if share < 1}:
+        logger.warning(
+            "labels are missing (pairs that have one: %s): regression draws the margin of a pair without a label to 0, "
+            "as for a tie; label_rate=auto weights the labels there are instead",
+            ", ".join(f"{name} {share:.1%}" for name, share in missing.items()),
+        )
 
 
 def _disable_dropout(model: nn.Module) -> None:
