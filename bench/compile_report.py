@@ -33,6 +33,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
 from mopo_kernels.backends.tile import Head
+from mopo_kernels.cli.output import prepare_file
 from mopo_kernels.coefficients import PairData
 from mopo_kernels.kernels.common import interpreted
 from mopo_kernels.kernels.exponential_gradient import exponential_gradient_
@@ -284,19 +285,33 @@ def show(rows: list[dict[str, Any]]) -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--arch", type=int, nargs="+", choices=SHARED_KIB, default=ARCHITECTURES, help="90 is 9.0")
+    parser.add_argument("--arch", type=int, nargs="+", choices=SHARED_KIB, help=f"90 is 9.0; default: {ARCHITECTURES}")
     parser.add_argument("--match", default="", metavar="REGEX", help="only the variants whose name it is found in")
     parser.add_argument("--list", action="store_true", help="print the variants' names and compile nothing")
-    parser.add_argument("--output", type=Path, default=OUTPUT, help="JSON file to write; by default %(default)s")
+    parser.add_argument(
+        "--output", type=Path, help=f"JSON file to write; default: {OUTPUT}, but with --arch or --match none"
+    )
     options = parser.parse_args(arguments)
     if interpreted():
         parser.error("TRITON_INTERPRET must not be set: interpreted kernels cannot be compiled")
     if options.list:
         print("\n".join(variants(options.match)))
         return
+    # A part of the report must not take the place of the whole.
+    partial = options.arch is not None or options.match
+    output = options.output or (None if partial else OUTPUT)
+    if output is not None:
+        try:
+            prepare_file("--output", output)
+        except ValueError as error:
+            parser.error(str(error))
     sources = source_hash()
-    rows = [row for architecture in options.arch for row in compile_all(architecture, options.match)]
+    rows = [row for architecture in options.arch or ARCHITECTURES for row in compile_all(architecture, options.match)]
     show(rows)
+    compiled = f"{sum(row['compiled'] for row in rows)} kernels compiled"
+    if output is None:
+        print(f"{compiled}; a part of the report, written only with --output")
+        return
     record = {
         "triton": triton.__version__,
         "sources": sources,
@@ -307,8 +322,8 @@ def main(arguments: list[str] | None = None) -> None:
         "match": options.match,
     }
     lines = ",\n".join(f"  {json.dumps(row)}" for row in rows)
-    options.output.write_text(f'{json.dumps(record)[:-1]}, "rows": [\n{lines}\n]}}\n', encoding="utf-8")
-    print(f"{sum(row['compiled'] for row in rows)} kernels compiled: {options.output}")
+    output.write_text(f'{json.dumps(record)[:-1]}, "rows": [\n{lines}\n]}}\n', encoding="utf-8")
+    print(f"{compiled}: {output}")
 
 
 if __name__ == "__main__":

@@ -28,6 +28,7 @@ from rich.progress import track
 from rich.table import Table
 
 from bench.contenders import BARE, Contender, Inputs, Workload, available
+from mopo_kernels.cli.output import prepare_file
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 # Relative, of the loss and of each gradient. In bf16 a log-probability near -11 nats is rounded to 1/16 nats by a peer
@@ -153,8 +154,21 @@ def main(arguments: list[str] | None = None) -> None:
     )
     parser.add_argument("--output", type=Path, help="JSON file to write")
     options = parser.parse_args(arguments)
-    if options.rounds < 2:
-        parser.error(f"argument --rounds: must be at least 2; got {options.rounds}")
+    for name, least in (
+        ("hidden", 1),
+        ("vocabulary", 1),
+        ("prompts", 1),
+        ("length", 1),
+        ("objectives", 1),
+        ("rounds", 2),
+    ):
+        if (got := getattr(options, name)) < least:
+            parser.error(f"argument --{name}: must be at least {least}; got {got}")
+    if options.output is not None:
+        try:
+            prepare_file("--output", options.output)
+        except ValueError as error:
+            parser.error(str(error))
     try:
         contenders, unavailable = available(tuple(options.contenders))
     except ValueError as error:

@@ -27,7 +27,29 @@ def choice(argument: str, got: str, allowed: tuple[str, ...]) -> None:
     expect(got in allowed, argument, f"be one of {', '.join(allowed)}", repr(got))
 
 
+def tensors(**arguments: object) -> None:
+    for argument, got in arguments.items():
+        if not isinstance(got, Tensor):
+            raise ValueError(f"{argument} must be a tensor; got {type(got).__name__}")
+
+
+def optional_tensors(**arguments: object) -> None:
+    tensors(**{argument: got for argument, got in arguments.items() if got is not None})
+
+
+def number(argument: str, got: object) -> None:
+    # numpy's numbers pass by the second test, which torch.compile cannot make of one that changes from call to call.
+    if not isinstance(got, (int, float)) and not hasattr(got, "__float__"):
+        raise ValueError(f"{argument} must be a number; got {got!r}")
+
+
+def integer(argument: str, got: object) -> None:
+    if not isinstance(got, int) and not hasattr(got, "__index__"):
+        raise ValueError(f"{argument} must be an integer; got {got!r}")
+
+
 def positive(argument: str, got: float) -> None:
+    number(argument, got)
     expect(got > 0 and got != float("inf"), argument, "be positive and finite", got)
 
 
@@ -37,16 +59,20 @@ def loss_options(tau: float, loss_type: str, max_ratio: float | None, estimator:
     choice("estimator", estimator, ESTIMATORS)
     positive("tau", tau)
     if max_ratio is not None:
-        positive("max_ratio", max_ratio)
+        number("max_ratio", max_ratio)
+        # Where labels favour no response the ratio is 1: a smaller cap would bind even there.
+        expect(1 <= max_ratio < float("inf"), "max_ratio", "be finite and at least 1", max_ratio)
 
 
 def head_options(softcap: float | None, logit_scale: float, temperature: float, max_buffer_bytes: int | None) -> None:
     """Options of :func:`mopo_kernels.linear_logprob`."""
     if softcap is not None:
         positive("softcap", softcap)
+    number("logit_scale", logit_scale)
     expect(abs(logit_scale) < float("inf"), "logit_scale", "be finite", logit_scale)
     positive("temperature", temperature)
     if max_buffer_bytes is not None:
+        integer("max_buffer_bytes", max_buffer_bytes)
         expect(max_buffer_bytes > 0, "max_buffer_bytes", "be positive", max_buffer_bytes)
 
 
@@ -60,6 +86,11 @@ def dimensions(argument: str, tensor: Tensor, letters: str) -> None:
     count = letters.count(",") + (0 if letters.endswith(",)") else 1)
     if tensor.dim() != count:
         raise ValueError(f"{argument} must have shape {letters}; got {tuple(tensor.shape)}")
+
+
+def columns(argument: str, tensor: Tensor, size: int) -> None:
+    if tensor.shape[1] != size:
+        raise ValueError(f"{argument} must have H = {size} columns, as hidden has; got {tuple(tensor.shape)}")
 
 
 def dtype(argument: str, tensor: Tensor, allowed: tuple[torch.dtype, ...]) -> None:
@@ -100,6 +131,7 @@ def value(
 
 
 def ignore_index(got: int, vocabulary: int) -> None:
+    integer("ignore_index", got)
     expect(not 0 <= got < vocabulary, "ignore_index", f"lie outside 0 .. V - 1 = {vocabulary - 1}", got)
 
 
@@ -112,10 +144,31 @@ def targets(target: Tensor, vocabulary: int, ignored: int) -> None:
     )
 
 
-def cu_seqlens(offsets: Tensor, tokens: int) -> None:
+def _cu_seqlens_ends(offsets: Tensor, tokens: int) -> None:
     value("cu_seqlens[0]", offsets[:1], lambda t: t == 0, "be 0")
     value("cu_seqlens[-1]", offsets[-1:], lambda t: t == tokens, f"be N = {tokens}")
+
+
+def per_sequence(offsets: Tensor, tokens: int, **arguments: Tensor | None) -> None:
+    """The arguments have shape (S,), S + 1 being the length of cu_seqlens."""
+    expected = (offsets.shape[0] - 1,)
+    for argument, tensor in arguments.items():
+        if tensor is not None and tuple(tensor.shape) != expected:
+            # Lengths given as offsets are one too few. Where values can be read, say that they are wrong instead.
+            if type(offsets) is Tensor and offsets.device.type == "cpu" and not torch.compiler.is_compiling():
+                _cu_seqlens_ends(offsets, tokens)
+            shape(argument, tensor, expected, "(S,)")
+
+
+def cu_seqlens(offsets: Tensor, tokens: int) -> None:
+    _cu_seqlens_ends(offsets, tokens)
     value("cu_seqlens", offsets.diff(), lambda t: t >= 0, "not decrease", where="step")
+
+
+def ref_logprob(tensor: Tensor) -> None:
+    # On an accelerator a failed assert would end the process before it can save anything; there the loss is NaN.
+    if tensor.device.type == "cpu":
+        value("ref_logprob", tensor, torch.isfinite, "be finite")
 
 
 def pair_values(

@@ -66,6 +66,7 @@ def _check_linear(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     checks.dtype("hidden", hidden, checks.FLOATING)
     checks.dimensions("weight", weight, "(V, H)")
     checks.expect(weight.shape[0] > 0, "weight", "have at least one row", tuple(weight.shape))
+    checks.columns("weight", weight, hidden.shape[1])
     _check_head(hidden, weight, bias, weight.shape[0], "H")
 
 
@@ -86,12 +87,14 @@ def _check_head(
 def _reference_head(head: _Linear, ref_hidden: Tensor, ref_weight: Tensor | None, ref_bias: Tensor | None) -> _Linear:
     """The reference's head, checked: what is not given is the policy's, but its bias only along with its weight."""
     checks.dimensions("ref_hidden", ref_hidden, "(N, H')")
-    if ref_weight is None:
+    if ref_weight is not None:
+        checks.dimensions("ref_weight", ref_weight, "(V, H')")
+        checks.shape("ref_weight", ref_weight, (head.weight.shape[0], ref_hidden.shape[1]), "(V, H')")
+    else:
         ref_weight, ref_bias = head.weight, head.bias if ref_bias is None else ref_bias
     reference_head = _autocast(ref_hidden, ref_weight, ref_bias)
     checks.dtype("ref_hidden", reference_head.hidden, checks.FLOATING)
     checks.device("ref_hidden", ref_hidden, head.hidden.device)
-    checks.dimensions("ref_weight", ref_weight, "(V, H')")
     checks.shape("ref_hidden", ref_hidden, (head.hidden.shape[0], ref_weight.shape[1]), "(N, H')")
     _check_head(*reference_head, head.weight.shape[0], "H'", prefix="ref_")
     return reference_head
@@ -186,8 +189,10 @@ def linear_logprob(
 
     Raises:
         ValueError: a shape, dtype, device or value is wrong; the message names the argument.
-        RuntimeError: the named backend is not available here.
+        BackendUnavailableError: the named backend cannot run here; a RuntimeError.
     """
+    checks.tensors(hidden=hidden, weight=weight, target=target)
+    checks.optional_tensors(bias=bias)
     checks.expect(hidden.dim() >= 1 and hidden.shape[-1] > 0, "hidden", "have shape (..., H)", tuple(hidden.shape))
     hidden, weight, bias = _autocast(hidden, weight, bias)
     _check_target(target, hidden)
@@ -259,6 +264,7 @@ def linear_sequence_logprob(
     Returns:
         (S,) log-probabilities in nats, fp32 (fp64 for fp64 input).
     """
+    checks.tensors(hidden=hidden, cu_seqlens=cu_seqlens)
     checks.dimensions("hidden", hidden, "(N, H)")
     _check_cu_seqlens(cu_seqlens, hidden)
     token_logprob = linear_logprob(
@@ -299,6 +305,10 @@ def _check_pairs(
     host_pairs: bool = False,
 ) -> None:
     checks.loss_options(tau, loss_type, max_ratio, estimator)
+    checks.tensors(pairs=pairs, preference=preference, objective_weight=objective_weight)
+    checks.optional_tensors(
+        pair_weight=pair_weight, label_rate=label_rate, margin=margin, length=length, prompt_index=prompt_index
+    )
     checks.dtype("pairs", pairs, (torch.int64,))
     checks.dimensions("pairs", pairs, "(P, 2)")
     count = pairs.shape[0]
@@ -341,6 +351,7 @@ def _normalizer(normalizer: float | Tensor | None, dtype: torch.dtype, device: t
         checks.expect(normalizer.numel() == 1, "normalizer", "have one element", tuple(normalizer.shape))
         checks.device("normalizer", normalizer, device)
         return normalizer.detach().reshape(())
+    checks.number("normalizer", normalizer)
     return torch.full((), normalizer, dtype=dtype, device=device)
 
 
@@ -374,25 +385,31 @@ def mopo_loss(
 
     Args:
         logprob: (S,) policy log-probabilities in nats, fp32 or fp64 (half precision is computed in fp32).
-        ref_logprob: (S,) reference log-probabilities, a constant.
+        ref_logprob: (S,) reference log-probabilities, finite (checked on the CPU), a constant.
         pairs: (P, 2) int64, rows (i, j) of two responses to the same prompt.
-        preference: (P, K), P(i beats j) for each objective in [0, 1]; 0.5 a tie, NaN no label.
+        preference: (P, K), P(i beats j) for each objective in [0, 1]; 0.5 a tie, NaN no label. A missing label is left
+            out of "sigmoid", "cloning" and ``satisfaction``. To the target T_p of "regression" it contributes 0, as a
+            tie does: NaN and 0.5 give the same loss, a pair without any label is drawn to margin 0, and the policy
+            stays nearer to the reference than w and tau say. ``label_rate`` makes up for that.
         objective_weight: (K,), 1 for the primary objective and the multipliers (>= 0) of the others.
         tau: strength of the KL regularisation, on the scale of preferences; beta of "sigmoid".
         pair_weight: (P,) >= 0, default 1. "cloning" does not weigh labels by it, "satisfaction" does.
-        label_rate: (K,) in (0, 1], the share of pairs labelled for each objective: labels that exist count 1 / rate.
+        label_rate: (K,) in (0, 1], the share of pairs labelled for each objective: labels that exist count 1 / rate, so
+            that T_p is right on average if labels are missing at random or each pair is labelled for one objective
+            only. Not for "cloning".
         margin: (P,), for "sigmoid" only.
         length: (S,) tokens: use log-probabilities per token.
         prompt_index: (S,) int: which prompt each response answers; needed by "cloning" and "closed_form". Where given,
             the two responses of a pair must answer the same prompt.
-        max_ratio: cap on the frozen ratio.
+        max_ratio: cap on the frozen ratio, at least 1.
         estimator: how ``satisfaction`` is measured. "pair": how often the policy, choosing between the two responses by
             its own ratio, picks the preferred one: bounded, low variance, 0.5 at the reference, but not the win rate
             P_k, so its thresholds are on its own scale. "snis": win rate by self-normalised importance weights,
             consistent when the reference wrote the data; log-ratios beyond 60 nats either way count as 60.
             "closed_form": the value of the frozen ratio on the labels.
         normalizer: divide by this in place of the batch's own ``sum_p a_p`` (or S for "cloning"): the total over
-            micro-batches and ranks makes accumulation and data parallelism exact.
+            micro-batches and ranks makes accumulation and data parallelism exact. 0 counts as 1, like the weight of a
+            batch without pairs.
 
     Returns:
         :class:`MOPOLossOutput`. A batch without pairs has loss 0 and zero gradients, but with "cloning", whose frozen
@@ -401,6 +418,7 @@ def mopo_loss(
     Raises:
         ValueError: a shape, dtype, device or value is wrong; the message names the argument.
     """
+    checks.tensors(logprob=logprob, ref_logprob=ref_logprob)
     checks.dimensions("logprob", logprob, "(S,)")
     checks.dtype("logprob", logprob, checks.FLOATING)
     checks.shape("ref_logprob", ref_logprob, tuple(logprob.shape), "(S,)")
@@ -486,9 +504,10 @@ def linear_mopo_loss(
 
     Args:
         hidden, weight, target, cu_seqlens, bias: the packed policy batch, as in :func:`linear_sequence_logprob`.
-        pairs, preference, objective_weight: as in :func:`mopo_loss`, rows being sequences. Where ``cu_seqlens`` and
-            ``pairs`` are both on the CPU, whatever the device of the rest, the chunks are planned so that pairs close
-            in them. On an accelerator without that, all pairs must close in one chunk, or every row is recomputed.
+        pairs, preference, objective_weight: as in :func:`mopo_loss`, rows being sequences; what a missing label does,
+            and what ``label_rate`` does about it, is said there. Where ``cu_seqlens`` and ``pairs`` are both on the
+            CPU, whatever the device of the rest, the chunks are planned so that pairs close in them. On an accelerator
+            without that, all pairs must close in one chunk, or every row is recomputed.
         ref_logprob: (S,) reference log-probabilities in nats; or else
         ref_hidden: (N, H') the reference's hidden states for the same rows, with
         ref_weight: (V, H'), default ``weight``, and
@@ -500,8 +519,12 @@ def linear_mopo_loss(
 
     Raises:
         ValueError: a shape, dtype, device or value is wrong; the message names the argument.
-        RuntimeError: the named backend is not available here.
+        BackendUnavailableError: the named backend cannot run here; a RuntimeError.
     """
+    checks.tensors(hidden=hidden, weight=weight, target=target, cu_seqlens=cu_seqlens)
+    checks.optional_tensors(
+        bias=bias, ref_logprob=ref_logprob, ref_hidden=ref_hidden, ref_weight=ref_weight, ref_bias=ref_bias
+    )
     checks.dimensions("hidden", hidden, "(N, H)")
     hidden, weight, bias = _autocast(hidden, weight, bias)
     _check_linear(hidden, weight, bias)
@@ -510,6 +533,8 @@ def linear_mopo_loss(
     max_buffer_bytes = _check_options(
         softcap, logit_scale, temperature, max_buffer_bytes, weight.shape[0], ignore_index
     )
+    checks.optional_tensors(length=length, prompt_index=prompt_index)
+    checks.per_sequence(cu_seqlens, hidden.shape[0], ref_logprob=ref_logprob, length=length, prompt_index=prompt_index)
     sequences = cu_seqlens.shape[0] - 1
     _check_pairs(
         sequences,
@@ -558,7 +583,6 @@ def linear_mopo_loss(
             with torch.no_grad():
                 ref_logprob = linear_sequence_logprob(ref.hidden, ref.weight, target, cu_seqlens, ref.bias, **linear)
     if ref_logprob is not None:
-        checks.shape("ref_logprob", ref_logprob, (sequences,), "(S,)")
         checks.dtype("ref_logprob", ref_logprob, checks.FLOATING)
         checks.device("ref_logprob", ref_logprob, hidden.device)
         ref_logprob = ref_logprob.detach().to(dtype)
@@ -635,6 +659,8 @@ def pack_responses(hidden: Tensor, labels: Tensor, ignore_index: int = -100) -> 
     Raises:
         ValueError: a shape, dtype or device is wrong.
     """
+    checks.tensors(hidden=hidden, labels=labels)
+    checks.integer("ignore_index", ignore_index)
     checks.dimensions("hidden", hidden, "(B, T, H)")
     checks.dtype("hidden", hidden, checks.FLOATING)
     checks.dtype("labels", labels, (torch.int64,))

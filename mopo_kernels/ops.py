@@ -297,6 +297,7 @@ def _pair_data(
 def mopo_loss(
     logprob: Tensor, ref_logprob: Tensor, pairs: Tensor, preference: Tensor, objective_weight: Tensor, *rest: Any
 ) -> tuple[Tensor, ...]:
+    checks.ref_logprob(ref_logprob)
     *arguments, backend = rest
     data = _pair_data(ref_logprob.shape[0], ref_logprob.dtype, pairs, preference, objective_weight, *arguments)
     output = driver.evaluate_loss(logprob, ref_logprob, data)
@@ -364,6 +365,8 @@ def linear_mopo_loss(
     shard = call.shard(hidden, weight, target)
     _check_targets(target, weight, shard, call)
     checks.cu_seqlens(cu_seqlens, hidden.shape[0])
+    if ref_logprob is not None:
+        checks.ref_logprob(ref_logprob)
     device_pairs = driver.to_device(pairs, hidden.device)
     data = _pair_data(cu_seqlens.shape[0] - 1, accumulation_dtype(hidden.dtype), device_pairs, *pair_arguments)
     with torch.autocast(hidden.device.type, enabled=False):

@@ -199,7 +199,11 @@ def test_only_the_contenders_asked_for_run_and_the_bare_products_always() -> Non
     ("arguments", "message"),
     [
         (("--contenders", "nobody"), "no contender is called like 'nobody'"),
-        (("--rounds", "1"), "must be at least 2; got 1"),
+        (("--rounds", "1"), "argument --rounds: must be at least 2; got 1"),
+        *(
+            ((f"--{name}", "0"), f"argument --{name}: must be at least 1; got 0")
+            for name in ("hidden", "vocabulary", "prompts", "length", "objectives")
+        ),
         (("--dtype", "float16"), "invalid choice: 'float16'"),
     ],
     ids=str,
@@ -211,6 +215,21 @@ def test_a_wrong_argument_is_refused_with_one_line(
         head.main(list(arguments))
     assert stop.value.code == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("place", "message"), [("", "got the folder"), ("file/head.json", "cannot make the folder")])
+def test_a_file_that_cannot_be_written_is_refused_before_anything_is_measured(
+    place: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def never(*arguments: object) -> None:
+        raise AssertionError("measured")
+
+    monkeypatch.setattr(head, "check", never)
+    (tmp_path / "file").touch()
+    with pytest.raises(SystemExit) as stop:
+        head.main(["--output", str(tmp_path / place)])
+    assert stop.value.code == 2
+    assert f"--output: {'expected a file to write, ' * (not place)}{message}" in capsys.readouterr().err
 
 
 def test_the_peak_of_memory_is_that_of_the_call() -> None:

@@ -5,11 +5,21 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from samples import Batch, make_batch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from mopo_kernels import LinearMOPOLoss, linear_logprob, linear_mopo_loss, mopo_loss, pack_responses
+from mopo_kernels import (
+    LinearMOPOLoss,
+    checks,
+    linear_logprob,
+    linear_mopo_loss,
+    linear_sequence_logprob,
+    mopo_loss,
+    pack_responses,
+)
 
 
 def changed(batch: Batch, **changes: Any) -> Batch:
@@ -29,7 +39,11 @@ WRONG: dict[str, tuple[Callable[[Batch], dict[str, Any]], str]] = {
     "hidden dtype": (lambda b: {"hidden": b.hidden.long()}, "hidden must have dtype float32.*got int64"),
     "weight shape": (
         lambda b: {"weight": b.weight[:, :3]},
-        r"weight must have shape \(V, H\) = \(37, 16\); got \(37, 3\)",
+        r"weight must have H = 16 columns, as hidden has; got \(37, 3\)",
+    ),
+    "weight transposed": (
+        lambda b: {"weight": b.weight.T},
+        r"weight must have H = 16 columns, as hidden has; got \(16, 37\)",
     ),
     "weight dtype": (lambda b: {"weight": b.weight.float()}, "weight must have dtype float64; got float32"),
     "bias shape": (lambda b: {"bias": b.bias[:5]}, r"bias must have shape \(V,\) = \(37,\); got \(5,\)"),
@@ -46,6 +60,14 @@ WRONG: dict[str, tuple[Callable[[Batch], dict[str, Any]], str]] = {
     "cu_seqlens order": (
         lambda b: {"cu_seqlens": with_value(b.cu_seqlens, 3, 0)},
         "cu_seqlens must not decrease; got -[0-9]+ at step 2",
+    ),
+    "cu_seqlens is lengths": (
+        lambda b: {"cu_seqlens": b.cu_seqlens.diff()},
+        r"cu_seqlens\[0\] must be 0; got [1-9]",
+    ),
+    "cu_seqlens is lengths, the first 0": (
+        lambda b: {"cu_seqlens": with_value(b.cu_seqlens.diff(), 0, 0)},
+        r"cu_seqlens\[-1\] must be N = ",
     ),
     "pairs shape": (lambda b: {"pairs": b.pairs[:, :1]}, r"pairs must have shape \(P, 2\) = \(12, 2\); got \(12, 1\)"),
     "pairs dtype": (lambda b: {"pairs": b.pairs.int()}, "pairs must have dtype int64; got int32"),
@@ -92,6 +114,7 @@ def test_a_wrong_tensor_is_named_with_expectation_and_value(case: str, backend: 
 
 WRONG_OPTIONS: dict[str, tuple[dict[str, Any], str]] = {
     "tau": ({"tau": 0.0}, "tau must be positive and finite; got 0.0"),
+    "tau is text": ({"tau": "0.1"}, "tau must be a number; got '0.1'"),
     "loss_type": ({"loss_type": "ppo"}, "loss_type must be one of regression, cloning, sigmoid; got 'ppo'"),
     "estimator": ({"estimator": "mean"}, "estimator must be one of pair, snis, closed_form; got 'mean'"),
     "prompt_index missing": ({"loss_type": "cloning"}, "prompt_index must be given for loss_type"),
@@ -101,14 +124,29 @@ WRONG_OPTIONS: dict[str, tuple[dict[str, Any], str]] = {
     "pair_weight negative": ({"pair_weight": -torch.ones(12)}, "pair_weight must be finite and not negative; got -1.0"),
     "label_rate range": ({"label_rate": torch.tensor([1.0, 0.0, 1.0])}, r"label_rate must lie in \(0, 1\]; got 0.0"),
     "length zero": ({"length": torch.zeros(12)}, "length must be positive and finite; got 0.0 at index 0"),
-    "max_ratio": ({"max_ratio": -1.0}, "max_ratio must be positive"),
+    "max_ratio": ({"max_ratio": -1.0}, "max_ratio must be finite and at least 1; got -1.0"),
+    "max_ratio below 1": ({"max_ratio": 0.5}, "max_ratio must be finite and at least 1; got 0.5"),
+    "max_ratio infinite": ({"max_ratio": float("inf")}, "max_ratio must be finite and at least 1; got inf"),
+    "max_ratio is text": ({"max_ratio": "2"}, "max_ratio must be a number; got '2'"),
+    "normalizer is a list": ({"normalizer": [3.0]}, r"normalizer must be a number; got \[3.0\]"),
     "normalizer": ({"normalizer": -3.0}, "normalizer must be finite and not negative; got -3.0"),
     "softcap": ({"softcap": 0.0}, "softcap must be positive"),
+    "softcap is text": ({"softcap": "30"}, "softcap must be a number; got '30'"),
+    "temperature is text": ({"temperature": "1"}, "temperature must be a number; got '1'"),
     "temperature": ({"temperature": -1.0}, "temperature must be positive"),
     "logit_scale": ({"logit_scale": float("nan")}, "logit_scale must be finite; got nan"),
+    "logit_scale missing": ({"logit_scale": None}, "logit_scale must be a number; got None"),
+    "ignore_index is no integer": ({"ignore_index": -100.0}, "ignore_index must be an integer; got -100.0"),
+    "max_buffer_bytes is no integer": ({"max_buffer_bytes": 1e6}, "max_buffer_bytes must be an integer; got 1000000.0"),
     "ignore_index": ({"ignore_index": 3}, "ignore_index must lie outside 0 .. V - 1 = 36; got 3"),
     "max_buffer_bytes": ({"max_buffer_bytes": 0}, "max_buffer_bytes must be positive; got 0"),
     "backend": ({"backend": "tpu"}, "backend must be one of auto, reference, torch, cpp, triton, cuda; got 'tpu'"),
+    "length shape": ({"length": torch.ones(3)}, r"length must have shape \(S,\) = \(12,\); got \(3,\)"),
+    "reference NaN": (
+        {"ref_logprob": torch.tensor([-1.0] * 11 + [torch.nan])},
+        "ref_logprob must be finite; got nan at index 11",
+    ),
+    "reference infinite": ({"ref_logprob": torch.full((12,), -torch.inf)}, "ref_logprob must be finite; got -inf"),
     "both references": ({"ref_hidden": torch.zeros(3, 3)}, "ref_logprob and ref_hidden must be given one without"),
     "reference shape": ({"ref_logprob": torch.zeros(3)}, r"ref_logprob must have shape \(S,\) = \(12,\); got \(3,\)"),
 }
@@ -127,13 +165,127 @@ def test_the_unfused_loss_checks_as_well() -> None:
     arguments = (batch.pairs, batch.preference, batch.objective_weight)
     with pytest.raises(ValueError, match=r"ref_logprob must have shape \(S,\) = \(12,\); got \(11,\)"):
         mopo_loss(batch.ref_logprob, batch.ref_logprob[1:], *arguments)
+    with pytest.raises(ValueError, match="ref_logprob must be finite; got inf at index 3"):
+        mopo_loss(batch.ref_logprob, with_value(batch.ref_logprob, 3, torch.inf), *arguments)
     with pytest.raises(ValueError, match=r"pairs must lie in 0 .. S - 1 = 4; got 5"):
         mopo_loss(batch.ref_logprob[:5], batch.ref_logprob[:5], *arguments)
+
+
+REQUIRED = ("hidden", "weight", "target", "cu_seqlens", "pairs", "preference", "objective_weight")
+OPTIONAL = ("bias", "ref_logprob", "ref_weight", "ref_bias", "pair_weight", "label_rate", "margin", "length")
+
+
+@pytest.mark.parametrize("name", [*REQUIRED, *OPTIONAL, "ref_hidden", "prompt_index"])
+def test_what_is_no_tensor_is_named(name: str) -> None:
+    batch = make_batch()
+    arguments = {argument: getattr(batch, argument) for argument in REQUIRED}
+    options: dict[str, Any] = {"ref_logprob": batch.ref_logprob, "loss_type": "sigmoid"}
+    with pytest.raises(ValueError, match=f"^{name} must be a tensor; got list$"):
+        linear_mopo_loss(**arguments | options | {name: [1.0, 1.0]})
+    with pytest.raises(ValueError, match=f"^{name} must be a tensor; got float$"):
+        linear_mopo_loss(**arguments | options | {name: 0.5})
+
+
+@pytest.mark.parametrize("name", REQUIRED)
+def test_a_missing_tensor_is_named(name: str) -> None:
+    batch = make_batch()
+    arguments = {argument: getattr(batch, argument) for argument in REQUIRED}
+    with pytest.raises(ValueError, match=f"^{name} must be a tensor; got NoneType$"):
+        linear_mopo_loss(**arguments | {name: None}, ref_logprob=batch.ref_logprob)
+
+
+NO_TENSOR: dict[str, tuple[Callable[..., Any], tuple[str, ...]]] = {
+    "linear_logprob": (linear_logprob, ("hidden", "weight", "target", "bias")),
+    "linear_sequence_logprob": (linear_sequence_logprob, ("hidden", "weight", "target", "cu_seqlens", "bias")),
+    "mopo_loss": (mopo_loss, ("logprob", "ref_logprob", "pairs", "preference", "objective_weight")),
+    "pack_responses": (pack_responses, ("hidden", "labels")),
+}
+
+
+@pytest.mark.parametrize("function", NO_TENSOR)
+def test_every_function_names_what_is_no_tensor(function: str) -> None:
+    batch = make_batch()
+    call, names = NO_TENSOR[function]
+    others = {"logprob": batch.ref_logprob, "labels": torch.zeros(1, 1, dtype=torch.int64)}
+    arguments = {name: others.get(name, getattr(batch, name, None)) for name in names}
+    for name in names:
+        with pytest.raises(ValueError, match=f"^{name} must be a tensor; got ndarray$"):
+            call(**arguments | {name: arguments[name].numpy()})
+
+
+def test_numbers_of_numpy_are_numbers() -> None:
+    batch = make_batch()
+    options = {"tau": 0.5, "temperature": 2.0, "softcap": 4.0, "logit_scale": 0.5, "normalizer": 3.0}
+    expected = linear_mopo_loss(*batch.loss_arguments(), ref_logprob=batch.ref_logprob, **options)
+    scalars: dict[str, Any] = {name: np.float32(value) for name, value in options.items()}
+    scalars |= {"max_buffer_bytes": np.int64(10**6), "ignore_index": np.int64(-100), "max_ratio": np.float32(2)}
+    got = linear_mopo_loss(*batch.loss_arguments(), ref_logprob=batch.ref_logprob, **scalars)
+    assert got.loss == expected.loss
+
+
+def every_option(batch: Batch) -> dict[str, Any]:
+    return batch.loss_options("cloning") | {
+        "length": batch.length,
+        "tau": 0.5,
+        "max_ratio": 2.0,
+        "normalizer": 3.0,
+        "softcap": 4.0,
+        "max_buffer_bytes": 10**6,
+    }
+
+
+def test_a_compiled_call_is_one_graph_that_still_refuses_a_reference_of_nan() -> None:
+    batch = make_batch()
+
+    def call(ref_logprob: torch.Tensor) -> torch.Tensor:
+        return linear_mopo_loss(*batch.loss_arguments(), **every_option(batch) | {"ref_logprob": ref_logprob}).loss
+
+    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+    assert compiled(batch.ref_logprob) == call(batch.ref_logprob)
+    with pytest.raises(ValueError, match="ref_logprob must be finite; got nan at index 2"):
+        compiled(with_value(batch.ref_logprob, 2, torch.nan))
+
+
+def test_numbers_may_change_from_call_to_call_of_a_compiled_function() -> None:
+    batch = make_batch()
+
+    def call(number: float, limit: int) -> torch.Tensor:
+        names = ("tau", "normalizer", "softcap", "logit_scale", "temperature")
+        options = every_option(batch) | dict.fromkeys(names, number) | {"max_ratio": 1 + number}
+        return linear_mopo_loss(*batch.loss_arguments(), **options | {"max_buffer_bytes": limit}).loss
+
+    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+    for number, limit in ((0.5, 10**6), (0.75, 10**6 + 1), (1.5, 10**5)):
+        assert compiled(number, limit) == call(number, limit)
+
+
+def test_fake_tensors_are_checked_for_shape_and_no_values_are_read() -> None:
+    mode = FakeTensorMode()
+    batch = make_batch()
+    for name, tensor in vars(batch).items():
+        setattr(batch, name, mode.from_tensor(tensor))
+    with mode:
+        assert linear_mopo_loss(*batch.loss_arguments(), **every_option(batch)).loss.shape == ()
+        batch.cu_seqlens = batch.cu_seqlens[1:]
+        with pytest.raises(ValueError, match=r"ref_logprob must have shape \(S,\) = \(11,\); got \(12,\)"):
+            linear_mopo_loss(*batch.loss_arguments(), **every_option(batch))
+
+
+def test_a_reference_of_nan_fails_no_assert_of_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """That would end the process, where a loss of NaN lets the trainer stop and tell."""
+
+    def never(*arguments: object) -> None:
+        raise AssertionError("asserted")
+
+    monkeypatch.setattr(torch, "_assert_async", never)
+    checks.ref_logprob(torch.full((2,), torch.nan, device="meta"))
 
 
 def test_packing_and_the_module_check_as_well() -> None:
     with pytest.raises(ValueError, match=r"labels must have shape \(B, T\) = \(2, 3\); got \(2, 4\)"):
         pack_responses(torch.zeros(2, 3, 5), torch.zeros(2, 4, dtype=torch.int64))
+    with pytest.raises(ValueError, match="ignore_index must be an integer; got None"):
+        pack_responses(torch.zeros(2, 3, 5), torch.zeros(2, 3, dtype=torch.int64), ignore_index=None)
     with pytest.raises(ValueError, match="loss_type must be one of"):
         LinearMOPOLoss(loss_type="dpo")
 
@@ -143,6 +295,12 @@ def test_a_backend_asked_for_by_name_never_falls_back(monkeypatch: pytest.Monkey
 
     monkeypatch.setitem(backends._REASONS, "cpp", "the C++ extension was not built: for this test")
     batch = make_batch()
-    with pytest.raises(RuntimeError, match="backend 'cpp' is not available: the C\\+\\+ extension was not built"):
+    assert issubclass(backends.BackendUnavailableError, RuntimeError)
+    with pytest.raises(
+        backends.BackendUnavailableError, match="backend 'cpp' is not available: the C\\+\\+ extension was not built"
+    ):
         linear_logprob(batch.hidden, batch.weight, batch.target, backend="cpp")
     assert backends.resolve("auto", torch.device("cpu")) == "torch"
+    monkeypatch.setitem(backends._REASONS, "cpp", None)
+    with pytest.raises(backends.BackendUnavailableError, match="backend 'cpp' serves CPU tensors; got tensors on meta"):
+        backends.resolve("cpp", torch.device("meta"))

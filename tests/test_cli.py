@@ -16,6 +16,8 @@ import typer
 import mopo_kernels.backends
 import mopo_kernels.cli.doctor as doctor_module
 from mopo_kernels import cli
+from mopo_kernels.backends import BackendUnavailableError, cpp
+from mopo_kernels.cli.output import prepare_file
 
 JUDGES = """
 JUDGES = {
@@ -93,6 +95,7 @@ def error_line(capsys: pytest.CaptureFixture[str]) -> str:
     ("argv", "words"),
     [
         ([], "Missing command"),
+        (["data"], "Missing command"),
         (["nonsense"], "No such command 'nonsense'"),
         (["--nonsense"], "--nonsense"),
         (["eval"], "--policy"),
@@ -121,6 +124,9 @@ def test_bad_arguments_exit_2_with_one_line_that_names_them(capsys, argv, words)
             "--y must be one of length, variety [of words], got heat",
         ),
         (["--plot", "p.png"], "--x must be one of"),
+        (["--output", "folder"], "--output: expected a file to write, got the folder folder"),
+        (["--output", "file/report.json"], "--output: cannot make the folder file: File exists"),
+        (["--plot", "folder", "--x", "length", "--y", "variety [of words]"], "--plot: expected a file to write"),
         (["--policy", "nowhere/at/all"], "--baseline is needed"),
         (["--policy", "nowhere/at/all", "--baseline", "b"], "got nowhere/at/all, which does not exist"),
         (["--top-p", "0"], "top_p must be in (0, 1], got 0.0"),
@@ -137,6 +143,8 @@ def test_bad_values_of_eval_exit_2_with_one_line_and_before_sampling(
 
     monkeypatch.setattr(LlamaForCausalLM, "generate", never)
     monkeypatch.chdir(tmp_path)
+    Path("folder").mkdir()
+    Path("file").touch()
     assert cli.main(eval_arguments(workspace, *more)) == 2
     captured = capsys.readouterr()
     line = captured.err.strip().splitlines()[-1]  # loading weights shows a bar of its own
@@ -173,6 +181,11 @@ def raising(error: BaseException):
     [
         (ValueError("tau must be positive,\n  got -1"), 2, "mopo: error: tau must be positive, got -1"),
         (FileNotFoundError(2, "No such file", "c.yaml"), 2, "mopo: error: [Errno 2] No such file: 'c.yaml'"),
+        (
+            BackendUnavailableError("backend 'cuda' is not available: no GPU"),
+            2,
+            "mopo: error: backend 'cuda' is not available: no GPU",
+        ),
         (KeyboardInterrupt(), 130, "mopo: interrupted"),
         (typer.Abort(), 130, "mopo: interrupted"),
         (
@@ -204,6 +217,28 @@ def test_debug_and_the_environment_variable_show_the_traceback(monkeypatch):
         cli.main(["train"])
     monkeypatch.setenv("MOPO_TRACEBACK", "0")
     assert cli.main(["train"]) == 2
+
+
+def test_a_file_without_permission_is_refused_beforehand(monkeypatch, tmp_path):
+    asked = []
+    # Whoever runs as root has every permission.
+    monkeypatch.setattr(os, "access", lambda path, mode: asked.append(path) or path != tmp_path / "kept.json")
+    prepare_file("--output", tmp_path / "new" / "report.json")
+    (tmp_path / "kept.json").touch()
+    with pytest.raises(ValueError, match=r"^--output: no permission to write .*kept\.json$"):
+        prepare_file("--output", tmp_path / "kept.json")
+    assert asked == [tmp_path / "new", tmp_path / "kept.json"]
+    assert list((tmp_path / "new").iterdir()) == []
+
+
+def test_ctrl_c_while_packages_are_imported_is_one_line():
+    """In a fresh process in which Ctrl-C comes at the import of the first package of the command line's own."""
+    script = "import sys\nfrom mopo_kernels.cli import main\n"
+    script += "class Interrupted:\n    def find_spec(self, name, path=None, target=None):\n"
+    script += "        if name == 'typer': raise KeyboardInterrupt\n"
+    script += "sys.meta_path.insert(0, Interrupted())\nassert 'typer' not in sys.modules\nsys.exit(main(['doctor']))\n"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "mopo: interrupted\n")
 
 
 # Sub-commands
@@ -317,6 +352,44 @@ def test_doctor_gives_every_backend_and_the_reason_one_is_missing(monkeypatch, c
     }
     assert cli.main(["doctor", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["backends"] == found
+
+
+def test_doctor_folds_no_line_in_a_pipe(monkeypatch, capsys):
+    reason = "no compiler was found: " + 40 * "a long reason "
+    monkeypatch.setattr(mopo_kernels.backends, "availability", lambda: {"torch": None, "cpp": reason.strip()})
+    monkeypatch.setenv("COLUMNS", "80")
+    assert cli.main(["doctor"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert any(line.startswith("backend cpp") and line.endswith(reason.strip()) for line in lines)
+    assert all(line == line.rstrip() for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("reason", "native", "said"),
+    [
+        (None, True, "in use by backend cpp (avx512_bf16)"),
+        (None, False, "no: no avx512_bf16 here, or torch was told not to use AVX512: bf16 is multiplied in fp32"),
+        ("not built", None, "no: only backend cpp has them, and it is not available"),
+    ],
+    ids=["native", "not_native", "no_cpp"],
+)
+def test_doctor_says_whether_bf16_is_multiplied_natively(monkeypatch, capsys, reason, native, said):
+    monkeypatch.setattr(mopo_kernels.backends, "availability", lambda: {"torch": None, "cpp": reason})
+    monkeypatch.setattr(cpp, "has_native_products", lambda dtype: native)
+    assert cli.main(["doctor"]) == 0
+    line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("bf16 products"))
+    assert line.removeprefix("bf16 products").strip() == said
+    assert cli.main(["doctor", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)["cpu"]["bf16_products"]["reason"]
+    assert said.endswith(found or "(avx512_bf16)")
+
+
+def test_every_extra_that_doctor_names_is_one_of_the_package():
+    pyproject = (Path(__file__).parents[1] / "pyproject.toml").read_text(encoding="utf-8")
+    extras = pyproject.split("[project.optional-dependencies]")[1].split("[project.scripts]")[0]
+    for package, extra in doctor_module.OPTIONAL_PACKAGES.items():
+        required = extras.split(f"\n{extra} = [")[1].split("]\n")[0]
+        assert f'"{package}>=' in required
 
 
 def test_doctor_says_in_one_line_that_there_is_no_compiler(monkeypatch, capsys, tmp_path):

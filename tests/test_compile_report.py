@@ -178,6 +178,53 @@ def test_a_new_number_of_rows_sequences_or_pairs_compiles_nothing(tmp_path: Path
     assert lines == ["8 8 0"] * 4
 
 
+@pytest.mark.parametrize(
+    ("arguments", "written"),
+    [
+        ([], True),
+        (["--match", "fold"], False),
+        (["--arch", "90"], False),
+        (["--match", "fold", "--output", "part.json"], True),
+    ],
+    ids=["whole", "match", "arch", "output"],
+)
+def test_a_part_of_the_report_does_not_replace_the_whole(
+    arguments: list[str],
+    written: bool,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    asked = []
+
+    def compiled(architecture: int, match: str) -> list[dict[str, Any]]:
+        asked.append(architecture)
+        return [{"compiled": 3}]
+
+    monkeypatch.setattr(compile_report, "compile_all", compiled)
+    monkeypatch.setattr(compile_report, "show", lambda rows: None)
+    monkeypatch.setattr(compile_report, "interpreted", lambda: False)
+    monkeypatch.setattr(compile_report, "OUTPUT", tmp_path / "compile_report.json")
+    monkeypatch.chdir(tmp_path)
+    compile_report.main(arguments)
+    name = "part.json" if "--output" in arguments else "compile_report.json"
+    assert [path.name for path in tmp_path.iterdir()] == [name] * written
+    assert asked == ([90] if "--arch" in arguments else list(compile_report.ARCHITECTURES))
+    said = capsys.readouterr().out
+    assert f"{3 * len(asked)} kernels compiled" in said
+    assert (name in said) == written
+
+
+def test_a_report_that_cannot_be_written_is_refused_before_anything_is_compiled(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(compile_report, "interpreted", lambda: False)
+    with pytest.raises(SystemExit) as stop:
+        compile_report.main(["--match", "segment_sum", "--output", str(tmp_path)])
+    assert stop.value.code == 2
+    assert "--output: expected a file to write, got the folder" in capsys.readouterr().err
+
+
 def test_interpreted_kernels_are_refused() -> None:
     env = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT)}
     program = [sys.executable, "-m", "bench.compile_report", "--list"]

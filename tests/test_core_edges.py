@@ -115,6 +115,11 @@ WRONG_REFERENCE: dict[str, tuple[dict[str, Any], str]] = {
         {"ref_hidden": torch.zeros(59, 16), "ref_weight": torch.zeros(30, 16)},
         r"ref_weight must have shape \(V, H'\) = \(37, 16\); got \(30, 16\)",
     ),
+    "weight transposed": (
+        {"ref_hidden": torch.zeros(59, 16), "ref_weight": torch.zeros(16, 37)},
+        r"ref_weight must have shape \(V, H'\) = \(37, 16\); got \(16, 37\)",
+    ),
+    "hidden columns": ({"ref_hidden": torch.zeros(59, 8)}, r"ref_hidden must have shape \(N, H'\) = \(59, 16\); got"),
     "bias shape": (
         {"ref_hidden": torch.zeros(59, 8), "ref_weight": torch.zeros(37, 8), "ref_bias": torch.zeros(3)},
         r"ref_bias must have shape \(V,\) = \(37,\); got \(3,\)",
@@ -135,10 +140,12 @@ def test_a_wrong_argument_of_the_reference_is_named_as_such(case: str) -> None:
 @pytest.mark.parametrize(
     ("option", "message"),
     [
-        ({"max_ratio": -1.0}, "max_ratio must be positive"),
+        ({"max_ratio": -1.0}, "max_ratio must be finite and at least 1; got -1.0"),
         ({"softcap": -1.0}, "softcap must be positive"),
         ({"logit_scale": float("nan")}, "logit_scale must be finite; got nan"),
         ({"temperature": 0.0}, "temperature must be positive"),
+        ({"max_buffer_bytes": 1e6}, "max_buffer_bytes must be an integer; got 1000000.0"),
+        ({"tau": "0.1"}, "tau must be a number; got '0.1'"),
         ({"max_buffer_bytes": 0}, "max_buffer_bytes must be positive; got 0"),
         ({"backend": "tpu"}, "backend must be one of auto, reference, torch, cpp, triton, cuda; got 'tpu'"),
     ],
@@ -423,6 +430,39 @@ def test_a_response_without_a_label_counts_as_parity_in_the_frozen_ratio() -> No
         torch.ones(1, 1), torch.tensor([[0, 1]]), torch.ones(1), 1.0, torch.zeros(3, dtype=torch.int64)
     )
     torch.testing.assert_close(got, 3 * torch.softmax(torch.tensor([1.0, 0.0, 0.5]), 0))
+
+
+@pytest.mark.parametrize("fused", [False, True], ids=["mopo_loss", "linear_mopo_loss"])
+def test_a_normalizer_of_zero_counts_as_one(fused: bool) -> None:
+    batch = make_batch()
+    labels = (batch.pairs, batch.preference, batch.objective_weight)
+    zero, one = (
+        loss_of(batch, normalizer=value)
+        if fused
+        else mopo_loss(batch.ref_logprob * 2, batch.ref_logprob, *labels, normalizer=value).loss
+        for value in (0.0, 1.0)
+    )
+    assert zero == one > 0
+
+
+def test_a_missing_label_is_a_tie_to_the_regression_and_nothing_to_the_others() -> None:
+    """As the docstring says. The pair without a label has margin 1, the other 2 and target 1/2."""
+    logprob = torch.tensor([1.0, 0.0, 2.0, 0.0], requires_grad=True)
+    pairs = torch.tensor([[0, 1], [2, 3]])
+
+    def loss(label: float, loss_type: str, **options: Any) -> tuple[float, list[float]]:
+        preference = torch.tensor([[label], [1.0]])
+        output = mopo_loss(
+            logprob, torch.zeros(4), pairs, preference, torch.ones(1), tau=1.0, loss_type=loss_type, **options
+        )
+        return output.loss.item(), torch.autograd.grad(output.loss, logprob)[0].tolist()
+
+    nan = float("nan")
+    assert loss(nan, "regression") == loss(0.5, "regression") == ((1.0 + 1.5**2) / 2, [1.0, -1.0, 1.5, -1.5])
+    # One label in two: what there is counts twice, so that the mean target is that of full labels.
+    assert loss(nan, "regression", label_rate=torch.tensor([0.5]))[0] == (1.0 + 1.0) / 2
+    assert loss(nan, "sigmoid")[1][:2] == [0.0, 0.0]
+    assert loss(0.5, "sigmoid")[1][0] > 0
 
 
 def test_packing_takes_any_ignore_index() -> None:

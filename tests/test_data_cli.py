@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner, Result
 
+from mopo_kernels.cli import data as data_cli
 from mopo_kernels.cli.data import data_app
 from mopo_kernels.data import load_preferences
 
@@ -81,7 +82,8 @@ def test_data_without_a_good_row_exits_1_and_lists_them(tmp_path: Path) -> None:
         (["convert", "{bad}", "-o", "{dir}/o.jsonl"], "responses[1]: is empty"),
         (["convert", "{data}", "-o", "{data}/o.jsonl"], "File exists"),
         (["report", "{data}", "--objectives", "x,y"], "unknown objective 'a', expected one of x, y"),
-        (["report", "{data}", "--json", "{dir}"], "Is a directory"),
+        (["report", "{data}", "--json", "{dir}"], "--json: expected a file to write, got the folder"),
+        (["report", "{data}", "--json", "{data}/r.json"], "--json: cannot make the folder"),
     ],
 )
 def test_bad_input_exits_2_with_one_line(tmp_path: Path, arguments: list[str], problem: str) -> None:
@@ -158,9 +160,45 @@ def test_report_prints_tables_and_writes_json(tmp_path: Path) -> None:
     }
 
 
+def test_report_and_conversion_make_the_folders_of_their_files(tmp_path: Path) -> None:
+    data = write(tmp_path / "d.jsonl", [canonical()])
+    assert mopo_data("report", data, "--json", tmp_path / "new" / "r.json").exit_code == 0
+    assert mopo_data("convert", data, "-o", tmp_path / "other" / "o.jsonl").exit_code == 0
+    assert (tmp_path / "new" / "r.json").exists()
+    assert (tmp_path / "other" / "o.jsonl").exists()
+
+
+@pytest.mark.parametrize("arguments", [["report", "--json"], ["convert", "-o"]], ids=lambda words: words[0])
+def test_a_file_that_cannot_be_written_is_refused_before_the_data_are_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str]
+) -> None:
+    def never(*sources: Any, **options: Any) -> None:
+        raise AssertionError("read")
+
+    monkeypatch.setattr(data_cli, "load_preferences", never)
+    (tmp_path / "o.jsonl").mkdir()
+    command, option = arguments
+    result = mopo_data(command, tmp_path / "d.jsonl", option, tmp_path / "o.jsonl")
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert f"expected a file to write, got the folder {tmp_path}" in result.stderr
+
+
+def test_report_folds_no_line_in_a_pipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "40")
+    long = 30 * "objective_"
+    result = mopo_data("report", write(tmp_path / "d.jsonl", [canonical(**{long: 1.0, "b": 0.0})]))
+    assert any(f" {long} " in line and "100.0%" in line for line in result.stdout.splitlines())
+
+
+def test_without_a_command_one_line_says_so() -> None:
+    result = mopo_data()
+    assert result.exit_code == 2
+    assert "Missing command" in result.stderr
+
+
 def test_report_tells_when_the_objectives_agree(tmp_path: Path) -> None:
     result = mopo_data("report", write(tmp_path / "d.jsonl", [canonical(a=1.0, b=1.0)]))
-    assert "MOPO is single-objective here" in " ".join(result.stdout.split())
+    assert "note: objectives agree within prompts" in result.stdout
 
 
 def test_brackets_in_data_are_printed_as_they_are(tmp_path: Path) -> None:

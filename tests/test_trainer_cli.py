@@ -318,3 +318,10 @@ def test_the_example_configuration_trains(files, tmp_path):
     summary = json.loads((tmp_path / "training_summary.json").read_text())
     assert summary["steps"] == 2, "11 prompts are left, 8 a step"
     assert "eval_satisfaction/brief" in summary["eval"]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the backend is there")
+def test_a_backend_that_is_not_there_is_one_line_before_the_model_loads(files, capsys, monkeypatch):
+    monkeypatch.setattr("mopo_kernels.cli.train.AutoTokenizer", None)
+    assert cli.main(["train", *arguments(files, "--backend", "cuda")]) == 2
+    assert capsys.readouterr().err.startswith("mopo: error: backend 'cuda' is not available: ")

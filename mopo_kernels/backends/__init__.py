@@ -7,7 +7,7 @@ import torch
 from mopo_kernels.backends import cpp, cuda, torch_ops, triton
 from mopo_kernels.backends.tile import Head, TileBackend
 
-__all__ = ["NAMES", "Head", "TileBackend", "availability", "resolve", "tile_backend"]
+__all__ = ["NAMES", "BackendUnavailableError", "Head", "TileBackend", "availability", "resolve", "tile_backend"]
 
 _BACKENDS: dict[str, TileBackend] = {
     "cpp": cpp.BACKEND,
@@ -25,6 +25,10 @@ _REASONS: dict[str, str | None] = {
 NAMES = ("auto", *_REASONS)
 # For each kind of device what "auto" means: the first of these that is available.
 _PREFERRED = {"cpu": ("cpp", "torch"), "cuda": ("triton", "cuda", "torch")}
+
+
+class BackendUnavailableError(RuntimeError):
+    """A backend asked for by name cannot run in this process, or not on that device; the message says why."""
 
 
 def availability() -> dict[str, str | None]:
@@ -46,10 +50,12 @@ def resolve(name: str, device: torch.device) -> str:
     if name not in _REASONS:
         raise ValueError(f"backend must be one of {', '.join(NAMES)}; got {name!r}")
     if _REASONS[name] is not None:
-        raise RuntimeError(f"backend {name!r} is not available: {_REASONS[name]}")
+        raise BackendUnavailableError(f"backend {name!r} is not available: {_REASONS[name]}")
     kinds = _serves(name)
     if kinds is not None and device.type not in kinds:
-        raise RuntimeError(f"backend {name!r} serves {' and '.join(kinds).upper()} tensors; got tensors on {device}")
+        raise BackendUnavailableError(
+            f"backend {name!r} serves {' and '.join(kinds).upper()} tensors; got tensors on {device}"
+        )
     return name
 
 

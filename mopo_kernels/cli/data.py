@@ -14,6 +14,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from mopo_kernels.cli.output import prepare_file, show
 from mopo_kernels.data.converters import CONVERTERS
 from mopo_kernels.data.dataset import PreferenceData
 from mopo_kernels.data.loaders import load_preferences
@@ -22,7 +23,7 @@ from mopo_kernels.data.schema import DataError
 
 data_app = typer.Typer(
     help="Check, convert and describe preference data.",
-    no_args_is_help=True,
+    no_args_is_help=False,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
@@ -71,6 +72,14 @@ def _parse_sources(sources: list[str]) -> Any:
             _fail(f"SOURCES: objective {objective!r} is given twice")
         named[objective] = path
     return named
+
+
+def _prepare(option: str, path: Path) -> None:
+    """``prepare_file``; what it refuses ends the command with status 2."""
+    try:
+        prepare_file(option, path)
+    except ValueError as error:
+        _fail(error)
 
 
 @contextmanager
@@ -149,26 +158,25 @@ def _percent(share: float | None) -> str:
     return "-" if share is None else f"{100 * share:.1f}%"
 
 
-def _print_report(report: PreferenceReport, console: Console) -> None:
-    console.print(
+def _print_report(report: PreferenceReport) -> None:
+    show(
         f"{report.examples} examples, {report.prompts} distinct prompts, {report.responses} responses, "
-        f"{report.pairs} pairs",
-        highlight=False,
+        f"{report.pairs} pairs"
     )
     table = Table("objective", "labelled pairs", "coverage", "ties", "soft", "cycles / triples", title="Labels")
     for item in report.objectives:
         cells = (_percent(item.coverage), _percent(item.ties), _percent(item.soft))
         table.add_row(escape(item.objective), str(item.labelled), *cells, f"{item.cycles} / {item.triples}")
-    console.print(table)
+    show(table)
     if report.agreement:
         table = Table("objectives", "pairs with both", "correlation", "in conflict", title="Agreement within prompts")
         for entry in report.agreement:
             correlation = "-" if entry.correlation is None else f"{entry.correlation:+.3f}"
             names = escape(f"{entry.first}, {entry.second}")
             table.add_row(names, str(entry.pairs), correlation, _percent(entry.conflict))
-        console.print(table)
+        show(table)
     for message in report.messages:
-        console.print(f"note: {escape(message)}", highlight=False)
+        show(f"note: {escape(message)}")
 
 
 @data_app.command()
@@ -223,6 +231,7 @@ def convert(
     """Write preference data in the canonical schema."""
     if output.suffix not in (".jsonl", ".parquet"):
         _fail(f"--output: expected a name ending in .jsonl or .parquet, got {output.name!r}")
+    _prepare("--output", output)
     data = _load(
         sources, format, split, name, data_dir, objectives, objective, negative, conversational, max_prompt_chars,
         max_response_chars, limit, on_error, group,
@@ -257,13 +266,15 @@ def report(
     output: Annotated[Path | None, typer.Option("--json", help="Also write the figures to this file.")] = None,
 ) -> None:
     """Label coverage, ties, cycles, and how strongly the objectives agree within prompts."""
+    if output is not None:
+        _prepare("--json", output)
     data = _load(
         sources, format, split, name, data_dir, objectives, objective, negative, conversational, max_prompt_chars,
         max_response_chars, limit, on_error,
     )  # fmt: skip
     with _progress("counting", total=len(data)) as advance:
         findings = summarize(data, progress=advance)
-    _print_report(findings, Console())
+    _print_report(findings)
     if output is not None:
         try:
             output.write_text(json.dumps(findings.to_dict(), indent=2) + "\n", encoding="utf-8")

@@ -13,11 +13,11 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 import mopo_kernels
+from mopo_kernels.cli.output import show
 
 # Optional packages and the extra that brings each.
 OPTIONAL_PACKAGES = {
@@ -27,6 +27,7 @@ OPTIONAL_PACKAGES = {
     "datasets": "train",
     "safetensors": "train",
     "matplotlib": "plot",
+    "moocore": "pareto",
 }
 
 
@@ -82,10 +83,22 @@ def _cuda() -> dict[str, Any]:
     return {"devices": [], "reason": f"torch was built for CUDA {torch.version.cuda} but finds no usable device"}
 
 
+def _bf16_products(cpp_reason: str | None) -> dict[str, str | None]:
+    """Whether backend "cpp" multiplies bf16 in bf16, which is several times faster than in fp32."""
+    if cpp_reason is not None:
+        return {"reason": "only backend cpp has them, and it is not available"}
+    from mopo_kernels.backends.cpp import has_native_products
+
+    if not has_native_products(torch.bfloat16):
+        return {"reason": "no avx512_bf16 here, or torch was told not to use AVX512: bf16 is multiplied in fp32"}
+    return {"reason": None}
+
+
 def collect() -> dict[str, Any]:
     """Everything `mopo doctor` reports, as plain values for JSON; a null reason means available."""
     from mopo_kernels.backends import availability
 
+    backends = availability()
     return {
         "mopo_kernels": mopo_kernels.__version__,
         "python": platform.python_version(),
@@ -94,10 +107,11 @@ def collect() -> dict[str, Any]:
             "capability": torch.backends.cpu.get_cpu_capability(),
             "cores": os.cpu_count(),
             "torch_threads": torch.get_num_threads(),
+            "bf16_products": _bf16_products(backends["cpp"]),
         },
         "torch": torch.__version__,
         "cuda": _cuda(),
-        "backends": availability(),
+        "backends": backends,
         "packages": {
             name: {
                 "version": installed_version(name),
@@ -139,11 +153,12 @@ def _print(report: dict[str, Any]) -> None:
     table.add_section()
     for name, reason in report["backends"].items():
         table.add_row(f"backend {name}", _state(reason))
+    table.add_row("bf16 products", _state(cpu["bf16_products"]["reason"], "in use by backend cpp (avx512_bf16)"))
     for name, entry in report["packages"].items():
         table.add_row(name, _state(entry["reason"], str(entry["version"])))
     for name, entry in report["tools"].items():
         table.add_row(name, _state(entry["reason"], f"{entry['version']} ({entry['path']})"))
-    Console(highlight=False).print(table)
+    show(table)
 
 
 def diagnose(

@@ -8,13 +8,12 @@ from typing import Annotated, Any
 
 import typer
 from rich.box import SIMPLE_HEAD
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 import mopo_kernels
 from mopo_kernels.cli.doctor import installed_version
-from mopo_kernels.cli.output import prepare_file
+from mopo_kernels.cli.output import prepare_file, show
 from mopo_kernels.evaluation import Comparison, compare_policies, is_adapter, load_judges, load_policy, load_prompts
 from mopo_kernels.mappings import parse_mapping
 
@@ -120,7 +119,7 @@ def evaluate(
         from mopo_kernels.plots import plot_plane
 
         plot_plane({ours: comparison.win_rates}, plot, x=x, y=y, thresholds=thresholds, parity=theirs)
-    Console().print(_table(comparison, ours, theirs, thresholds))
+    show(_table(comparison, ours, theirs, thresholds))
 
 
 def _thresholds(options: list[str], objectives: list[str]) -> dict[str, float]:

@@ -15,6 +15,7 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, set_seed
 
+from mopo_kernels import backends
 from mopo_kernels.data import PreferenceCollator, PreferenceData, load_preferences, summarize
 from mopo_kernels.dual import ThresholdError
 from mopo_kernels.trainer import MOPOConfig, MOPOTrainer, TrainingInterrupted, last_complete_checkpoint
@@ -286,6 +287,7 @@ def train(argv: list[str]) -> None:
         SystemExit: 130 after Ctrl-C, 1 when training diverged or a threshold turned out impossible.
     """
     model_arguments, data_arguments, config = parse(argv)
+    backends.resolve(config.backend, config.device)
     set_seed(config.seed)
     check_model_name(model_arguments.model_name_or_path)
     with _loading(model_arguments.model_name_or_path):

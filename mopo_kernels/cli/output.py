@@ -1,0 +1,36 @@
+"""What the commands share about output: tables on stdout, and files that are written at the end."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+from rich.console import Console, RenderableType
+
+
+def show(part: RenderableType) -> None:
+    """Print a table or a text. In a pipe or a file no line is folded, and none ends in spaces."""
+    if sys.stdout.isatty():
+        Console(highlight=False).print(part)
+        return
+    console = Console(width=10_000, highlight=False)
+    with console.capture() as captured:
+        console.print(part)
+    print("\n".join(line.rstrip() for line in captured.get().splitlines()))
+
+
+def prepare_file(option: str, path: Path) -> None:
+    """See that a file can be written, before the work whose result it is to hold; missing folders are made.
+
+    Raises:
+        ValueError: it cannot; the message names the option.
+    """
+    if path.is_dir():
+        raise ValueError(f"{option}: expected a file to write, got the folder {path}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"{option}: cannot make the folder {path.parent}: {error.strerror}") from error
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise ValueError(f"{option}: no permission to write {path}")
