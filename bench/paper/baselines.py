@@ -104,6 +104,7 @@ STRENGTHS = (0.25, 0.5, 1.0)
 STEPS = 200
 MAXIMUM = 50.0
 _SETTLED = 1e-7
+_FLATTEST = 1e-12
 # Of the multiplicative weights: e^-12 of the largest weight is none.
 _LOWEST_SCORE = -12.0
 # A threshold counts as violated when the exact win rate falls short of it by more than this.
@@ -342,7 +343,8 @@ class _Newton:
             inverse = self.inverse
         else:
             chosen = torch.sigmoid(self.strength * margin - (0.0 if offset is None else offset))
-            inverse = self._inverse(weight * self.strength**2 * chosen * (1 - chosen))
+            # Far from its label a pair has a gradient and no curvature to speak of; a floor makes the step finite.
+            inverse = self._inverse(weight * self.strength**2 * (chosen * (1 - chosen)).clamp(min=_FLATTEST))
         move = -share * (inverse @ gradient.view(len(inverse), -1, 1))[..., 0]
         if self.loss_type == "sigmoid":
             # Labels that never contradict each other send logits to infinity: not all of the way at once.
