@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 TORCH ?= torch==2.13.0
 STAMP := $(VENV)/.installed
 
-.PHONY: install demo test lint paper device clean
+.PHONY: install demo test lint paper bench device clean
 
 install: $(STAMP)
 
@@ -32,9 +32,13 @@ lint: install
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# Every table and picture of docs/results: about half an hour on 2 cores.
+# Every table and picture of docs/results: about 15 minutes on 2 cores.
 paper: install
 	$(BIN)/python -m bench.paper
+
+# Every figure of bench/results: about an hour on 2 cores. `mopo bench --quick` takes three minutes.
+bench: install
+	$(BIN)/python -m bench.run
 
 # On a CUDA machine, with its own python and what is installed there; `python -m bench.device --help` for ARGS.
 device:
