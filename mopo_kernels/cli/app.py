@@ -15,7 +15,7 @@ from mopo_kernels.cli.doctor import diagnose
 from mopo_kernels.cli.eval import evaluate
 from mopo_kernels.cli.pareto import exact_front
 
-# train and data parse their own arguments, --help included.
+# train, data and bench parse their own arguments, --help included.
 _PASS_THROUGH: dict[str, Any] = {
     "add_help_option": False,
     "context_settings": {"allow_extra_args": True, "ignore_unknown_options": True, "allow_interspersed_args": False},
@@ -66,6 +66,13 @@ def _data(context: typer.Context) -> None:
 
     command = typer.main.get_command(data_app)
     raise typer.Exit(command.main(args=list(context.args), prog_name="mopo data", standalone_mode=False) or 0)
+
+
+@app.command("bench", help="Compare with plain PyTorch and peers on this machine.", **_PASS_THROUGH)
+def _bench(context: typer.Context) -> None:
+    from mopo_kernels.cli.bench import run_benchmarks
+
+    raise typer.Exit(run_benchmarks(list(context.args)))
 
 
 def run(argv: Sequence[str] | None) -> int:

@@ -1,0 +1,131 @@
+"""Error of the loss over the head against fp64: each contender's loss and gradients on the same rounded numbers.
+
+    python -m bench.accuracy                 # half a minute; --output FILE
+
+The truth is plain PyTorch in fp64, on the inputs as they are in the contender's dtype. An error is relative, by the
+Euclidean norm; beside it stands its multiple of the error of plain PyTorch in that dtype with the same loss.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from bench.contenders import TAU, Contender, Inputs, Result, Workload, _both, available
+from bench.growth import groups, provenance
+from bench.head import DTYPES
+from mopo_kernels import pack_responses, reference
+from mopo_kernels.cli.output import prepare_file
+
+# A vocabulary that no block divides. Large enough for sums of many terms, small enough for fp64.
+SMALL = Workload(hidden=256, vocabulary=8111, prompts=4, length=64)
+
+
+def truth(x: Inputs, loss: str) -> Result:
+    """The loss and the gradients of ``x.leaves()`` in fp64, by plain PyTorch."""
+    exact = replace(
+        x,
+        **{
+            name: getattr(x, name).detach().double().requires_grad_(getattr(x, name).requires_grad)
+            for name in ("hidden", "ref_hidden", "weight")
+        },
+    )
+
+    def logprob(hidden: Tensor) -> Tensor:
+        rows, target, cu_seqlens = pack_responses(hidden, exact.labels)
+        picked = (rows @ exact.weight.T).log_softmax(dim=-1).gather(-1, target[:, None])[:, 0]
+        return reference.segment_sum(picked, cu_seqlens)
+
+    policy, ref = _both(exact, logprob)
+    preference, weight, loss_type = exact.preference.double(), exact.objective_weight.double(), "regression"
+    if loss == "DPO":
+        # One objective, and the first response preferred.
+        preference, weight, loss_type = torch.ones_like(preference[:, :1]), weight.new_ones(1), "sigmoid"
+    value = reference.mopo_loss(policy, ref, exact.pairs, preference, weight, tau=TAU, loss_type=loss_type).loss
+    return value, *torch.autograd.grad(value, exact.leaves())
+
+
+def error(got: Result, expected: Result) -> dict[str, float]:
+    """Relative errors of the loss and, the larger one, of the gradients."""
+    loss, *gradients = (((a.double() - b).norm() / b.norm()).item() for a, b in zip(got, expected, strict=True))
+    return {"loss": loss, "gradient": max(gradients)}
+
+
+def errors(work: Workload, contenders: dict[str, Contender], seed: int = 0) -> dict[str, dict[str, Any]]:
+    """Of every contender with a loss: its errors, and the gradient's as a multiple of plain PyTorch's."""
+    x = Inputs.make(work, seed)
+    expected: dict[str, Result] = {}
+    plain: dict[Callable[[Inputs], Result], dict[str, float]] = {}
+    found: dict[str, dict[str, Any]] = {}
+    for name, contender in contenders.items():
+        if contender.expected is None:
+            continue
+        if contender.loss not in expected:
+            expected[contender.loss] = truth(x, contender.loss)
+        if contender.expected not in plain:
+            plain[contender.expected] = error(contender.expected(x), expected[contender.loss])
+        own = error(contender.run(x), expected[contender.loss])
+        times = own["gradient"] / plain[contender.expected]["gradient"]
+        found[name] = {**own, "times_plain": times, "against": contender.loss}
+    return found
+
+
+def show(record: dict[str, Any], console: Console) -> None:
+    """A table: the gradient's error and its multiple of plain PyTorch's."""
+    work = record["workload"]
+    table = Table(
+        title=f"error of the gradients against fp64: N {work['scored']}, H {work['hidden']}, V {work['vocabulary']}"
+    )
+    table.add_column("contender", no_wrap=True)
+    for group in record["groups"]:
+        table.add_column(f"{group['dtype']}, {'trained' if group['trained'] else 'frozen'}", justify="right")
+    for name in dict.fromkeys(name for group in record["groups"] for name in group["results"]):
+        rows = [group["results"][name] for group in record["groups"]]
+        table.add_row(name, *(f"{row['gradient']:.1e} ({row['times_plain']:.2f} x plain)" for row in rows))
+    console.print(table)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument(
+        "--contenders", nargs="+", default=[], metavar="NAME", help="only those whose name contains one of these"
+    )
+    parser.add_argument("--output", type=Path, help="JSON file to write")
+    options = parser.parse_args(arguments)
+    if options.output is not None:
+        try:
+            prepare_file("--output", options.output)
+        except ValueError as problem:
+            parser.error(str(problem))
+    try:
+        contenders, unavailable = available(tuple(options.contenders))
+    except ValueError as problem:
+        parser.error(f"argument --contenders: {problem}")
+    found = []
+    for dtype, trained in groups(tuple(DTYPES)):
+        work = replace(SMALL, trained=trained, dtype=DTYPES[dtype])
+        found.append({"dtype": dtype, "trained": trained, "results": errors(work, contenders)})
+    record = {
+        "workload": {**asdict(SMALL), "dtype": None, "trained": None, "scored": SMALL.scored},
+        "groups": found,
+        "unavailable": unavailable,
+        **provenance("bench.accuracy", sys.argv[1:] if arguments is None else arguments),
+    }
+    show(record, Console(width=max(150, Console().width)))
+    print(json.dumps(record))
+    if options.output is not None:
+        options.output.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
