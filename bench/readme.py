@@ -124,7 +124,34 @@ def theory() -> str:
     return "".join(f"* {text}\n" for text in (learned, methods, violations))
 
 
-SECTIONS: dict[str, Callable[[], str]] = {"performance": performance, "theory": theory}
+def steps() -> str:
+    """Whole optimiser steps beside TRL's trainer."""
+    record = load("step_cpu.json")
+    work = record["workload"]
+    shares = [str(share) for share in work["shares"]]
+    text = [
+        f"{work['shape']} with random weights, {work['dtype']}, {work['pairs']} pairs a step, rows of at most "
+        f"{work['length']} tokens, {record['threads']} threads, medians of {record['rounds']} interleaved rounds at "
+        f"commit {record['commit']}; `{record['command']}`. Time is that over this library's with the same "
+        "checkpointing and one objective; memory is the process's high-water mark:\n"
+    ]
+    for tuning, rows in record["results"].items():
+        heading = "".join(f" time, prompt share {share} | peak memory |" for share in shares)
+        text.append(f"\n| {tuning} |{heading}\n|---|{'---|' * (2 * len(shares))}\n")
+        for name, row in rows.items():
+            cells = "".join(
+                f" {part['ratio']:.2f} ({part['seconds']:.2f} s) | {part['peak_mib']:.0f} MiB |"
+                for part in (row["by_prompt_share"][share] for share in shares)
+            )
+            text.append(f"| {name} |{cells}\n")
+    settings = "; ".join(
+        f"{name}: {row['about']}" for name, row in record["results"][next(iter(record["results"]))].items()
+    )
+    absent = "; ".join(f"{name}: {why}" for name, why in record["unavailable"].items())
+    return "".join([*text, f"\n{settings}.\n\nNot compared. {absent}.\n"])
+
+
+SECTIONS: dict[str, Callable[[], str]] = {"performance": performance, "steps": steps, "theory": theory}
 
 
 def replaced(readme: str) -> str:
