@@ -22,8 +22,9 @@ from rich.table import Table
 from torch import Tensor
 
 from bench.contenders import TAU, Contender, Inputs, Result, Workload, _both, available
-from bench.growth import groups, provenance
+from bench.growth import groups
 from bench.head import DTYPES
+from bench.provenance import provenance
 from mopo_kernels import pack_responses, reference
 from mopo_kernels.cli.output import prepare_file
 

@@ -17,9 +17,7 @@ import io
 import itertools
 import json
 import re
-import subprocess
 from collections.abc import Callable, Iterator
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,6 +30,7 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
+from bench.provenance import ROOT, origin
 from mopo_kernels.backends.tile import Head
 from mopo_kernels.cli.output import prepare_file
 from mopo_kernels.coefficients import PairData
@@ -43,7 +42,6 @@ from mopo_kernels.kernels.linear_fold import linear_fold, offset_blocks
 from mopo_kernels.kernels.pair_coefficient import pair_coefficient
 from mopo_kernels.kernels.segment_sum import segment_sum
 
-ROOT = Path(__file__).resolve().parent.parent
 OUTPUT = ROOT / "bench" / "results" / "compile_report.json"
 # 8.6 stands for the architectures that have no configuration of their own.
 ARCHITECTURES = (80, 86, 90, 100)
@@ -315,10 +313,7 @@ def main(arguments: list[str] | None = None) -> None:
     record = {
         "triton": triton.__version__,
         "sources": sources,
-        "commit": subprocess.run(
-            ["git", "describe", "--always", "--dirty=+", "--abbrev=12"], capture_output=True, text=True
-        ).stdout.strip(),
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        **origin(),
         "match": options.match,
     }
     lines = ",\n".join(f"  {json.dumps(row)}" for row in rows)

@@ -18,13 +18,10 @@ import contextlib
 import io
 import json
 import os
-import platform
-import shlex
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -36,12 +33,12 @@ from rich.table import Table
 
 from bench import figures
 from bench.contenders import BARE, CONTENDERS, Inputs, Workload, available
-from bench.head import DTYPES, check, measure, peer_versions
+from bench.head import DTYPES, check, measure
+from bench.provenance import ROOT, provenance
 from bench.step import Meter
 from mopo_kernels import backends
 from mopo_kernels.cli.output import prepare_file
 
-ROOT = Path(__file__).resolve().parent.parent
 ALL_ROWS = "plain PyTorch, all rows"
 COMPILED = "plain PyTorch, scored rows, compiled"
 # What is freed goes back to the system at once, and MKL keeps nothing: no point's memory is lent to the next.
@@ -253,22 +250,6 @@ def explore(plan: Plan, names: Sequence[str], dtypes: Sequence[str], rounds: int
                 {"axis": axis, "dtype": dtype, "trained": trained, "points": points, "fits": fits(axis, points)}
             )
     return {"curves": curves, "difference_from_plain": differences}
-
-
-def provenance(module: str, arguments: Sequence[str]) -> dict[str, Any]:
-    """Machine, versions, commit, command and date."""
-    return {
-        "threads": torch.get_num_threads(),
-        "machine": platform.processor() or platform.machine(),
-        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-        "torch": torch.__version__,
-        "peers": peer_versions(),
-        "commit": subprocess.run(
-            ["git", "describe", "--always", "--dirty=+", "--abbrev=12"], cwd=ROOT, capture_output=True, text=True
-        ).stdout.strip(),
-        "command": shlex.join(["python", "-m", module, *arguments]),
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-    }
 
 
 def show(record: dict[str, Any], console: Console) -> None:

@@ -11,14 +11,11 @@ from __future__ import annotations
 
 import argparse
 import functools
-import importlib.metadata
 import json
-import platform
 import statistics
-import subprocess
+import sys
 import time
 from collections.abc import Callable
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -28,13 +25,13 @@ from rich.progress import track
 from rich.table import Table
 
 from bench.contenders import BARE, Contender, Inputs, Workload, available
+from bench.provenance import provenance
 from mopo_kernels.cli.output import prepare_file
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 # Relative, of the loss and of each gradient. In bf16 a log-probability near -11 nats is rounded to 1/16 nats by a peer
 # that returns it in the inputs' dtype; a token, a pair or an objective left out makes a difference of tenths.
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2}
-PEERS = ("trl", "liger-kernel", "cut-cross-entropy", "quack-kernels", "triton", "transformers")
 
 
 def peak_mib(call: Callable[[], Any]) -> float:
@@ -99,17 +96,6 @@ def measure(work: Workload, contenders: dict[str, Contender], rounds: int) -> di
             "peak_mib": peak_mib(functools.partial(contender.run, inputs)),
         }
     return results
-
-
-def peer_versions() -> dict[str, str]:
-    """Versions of the peers and of what they build on, of those installed."""
-    versions = {}
-    for name in PEERS:
-        try:
-            versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return versions
 
 
 def show(work: Workload, results: dict[str, dict[str, Any]], unavailable: dict[str, str]) -> None:
@@ -191,15 +177,7 @@ def main(arguments: list[str] | None = None) -> None:
         "unavailable": unavailable,
         "difference_from_plain": errors,
         "rounds": options.rounds,
-        "threads": torch.get_num_threads(),
-        "machine": platform.processor() or platform.machine(),
-        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-        "torch": torch.__version__,
-        "peers": peer_versions(),
-        "commit": subprocess.run(
-            ["git", "describe", "--always", "--dirty=+", "--abbrev=12"], capture_output=True, text=True
-        ).stdout.strip(),
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        **provenance("bench.head", sys.argv[1:] if arguments is None else arguments),
     }
     print(json.dumps(record))
     if options.output:

@@ -24,7 +24,6 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -32,10 +31,10 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from bench.provenance import ROOT, origin
 from mopo_kernels import linear_mopo_loss
 from mopo_kernels.backends import Head, cpp
 
-ROOT = Path(__file__).resolve().parent.parent
 RESULT = ROOT / "bench" / "results" / "instructions.json"
 SPREAD = 0.01
 TIMEOUT_SECONDS = 900
@@ -278,10 +277,7 @@ def main(arguments: list[str] | None = None) -> None:
         "spread": spread,
         **environment(),
         "command": "python -m bench.instructions",
-        "commit": subprocess.run(
-            ["git", "describe", "--always", "--dirty=+", "--abbrev=12"], capture_output=True, text=True, cwd=ROOT
-        ).stdout.strip(),
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        **origin(),
     }
     print(json.dumps(record))
     if options.output:

@@ -23,11 +23,9 @@ import importlib.metadata
 import json
 import logging
 import os
-import platform
 import random
 import resource
 import selectors
-import shlex
 import signal
 import statistics
 import subprocess
@@ -38,7 +36,6 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +44,7 @@ from rich.console import Console
 from rich.table import Table
 
 from bench.contenders import _importable
-from bench.head import peer_versions
+from bench.provenance import ROOT, provenance
 
 SEED = 42
 BETA = 0.1
@@ -64,7 +61,6 @@ TOLERANCE = {"float32": 1e-4, "autocast": 5e-2, "bfloat16": 5e-2}
 # Seconds that a contender may take to answer.
 PATIENCE = 1800.0
 CHILD = [sys.executable, "-m", "bench.step", "--child"]
-ROOT = Path(__file__).resolve().parent.parent
 
 
 @dataclass(frozen=True)
@@ -831,21 +827,15 @@ def main(arguments: list[str] | None = None) -> None:
     folder = None if options.model is None else str(options.model.resolve())
     record = measure(work, options.tuning, names, options.rounds, folder)
     threads = {row["threads"] for results in record["results"].values() for row in results.values()}
+    origin = provenance("bench.step", sys.argv[1:] if arguments is None else arguments)
     record = {
         "workload": {name: value for name, value in asdict(work).items() if name != "tuning"},
         **record,
         "rounds": options.rounds,
-        "threads": max(threads, default=torch.get_num_threads()),
-        "machine": platform.processor() or platform.machine(),
-        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        **origin,
+        "threads": max(threads, default=origin["threads"]),
         "device": torch.cuda.get_device_name() if options.device == "cuda" else "cpu",
-        "torch": torch.__version__,
-        "peers": {**peer_versions(), **{name: importlib.metadata.version(name) for name in ("peft", "accelerate")}},
-        "commit": subprocess.run(
-            ["git", "describe", "--always", "--dirty=+", "--abbrev=12"], cwd=ROOT, capture_output=True, text=True
-        ).stdout.strip(),
-        "command": shlex.join(["python", "-m", "bench.step", *(sys.argv[1:] if arguments is None else arguments)]),
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "peers": {**origin["peers"], **{name: importlib.metadata.version(name) for name in ("peft", "accelerate")}},
     }
     show(record, Console(width=max(150, Console().width)))
     print(json.dumps(record))

@@ -263,6 +263,8 @@ def linear_logprob_backward(
     budget = call.max_buffer_bytes if kept is None else _kept_budget(call.max_buffer_bytes)
     work = _Pass(hidden, weight, target, bias, call, shard, budget, whole=kept is not None)
     gradients = work.accumulate(*call.needs)
+    # Whatever comes from upstream for a token that is not scored, inf and NaN included, counts for nothing.
+    grad = grad.where(target != call.ignore_index, 0)
     unit = None
     if work.head.layout.operand == torch.float16 and grad.numel():
         # Loss scaling, or a mean over many tokens, leaves the range of fp16: a power of two stays outside.
@@ -277,7 +279,7 @@ def linear_logprob_backward(
             tile = work.head.tile(chunk.stop - chunk.start, weight.shape[0])
             tile.copy_(kept.rows(chunk.start, chunk.stop))
         at_rows = Folded(folded.logprob[chunk.rows], folded.logsumexp[chunk.rows])
-        work.unfold(chunk, at_rows, grad[chunk.rows].where(chunk.target != NOT_SCORED, 0), tile)
+        work.unfold(chunk, at_rows, grad[chunk.rows], tile)
     work.finish()
     if unit is not None:
         for gradient in gradients:

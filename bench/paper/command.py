@@ -22,9 +22,10 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 from bench.paper import report
-from bench.paper.run import ROOT, Part, PartsFailed, provenance, run_parts
+from bench.paper.run import Part, PartsFailed, provenance, run_parts
 from bench.paper.sections import FAST_STRUCTURES, SECTIONS, structures_of, study
 from bench.paper.structures import STRUCTURES
+from bench.provenance import ROOT
 
 
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:

@@ -445,11 +445,13 @@ def learn(
     if batch is None:
         rows = _full_batch(data, responses, loss_type, estimator)
         stream: Iterator[Rows] | None = None
+        sample = rows
     else:
         if isinstance(data, MergedPairs):
             raise ValueError("data must be pairs or pools, not merged, with batch")
         stream = _batches(data, responses, batch, seed)
         rows = next(stream)
+        sample = next(_batches(data, responses, 8192, seed))
 
     if isinstance(model, Transformer):
         first = model.table().detach().reshape(-1)
@@ -458,7 +460,6 @@ def learn(
     reference = first
 
     names = structure.objectives
-    sample = rows if stream is None else next(_batches(data, responses, 8192, seed))  # type: ignore[arg-type]
     dual_step = _DualStep(sample, (prompts, responses), tau, sorted(bounds), estimator)
     if dual_lr is None:
         with torch.no_grad():

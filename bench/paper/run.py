@@ -14,12 +14,10 @@ import multiprocessing.connection
 import os
 import platform
 import signal
-import subprocess
 import time
 import traceback
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime, timezone
 from multiprocessing import resource_tracker
 from multiprocessing.context import ForkServerProcess
 from multiprocessing.forkserver import ensure_running
@@ -28,7 +26,8 @@ from typing import Any
 
 import numpy as np
 
-ROOT = Path(__file__).resolve().parents[2]
+from bench.provenance import origin
+
 PACKAGES = ("mopo-kernels", "torch", "numpy", "scipy", "moocore", "matplotlib")
 # What differs between two runs with the same seeds.
 RUN_FIELDS = ("commit", "command", "date", "seconds", "versions", "machine")
@@ -67,16 +66,12 @@ class Part:
 
 def provenance(command: str) -> dict[str, Any]:
     """What was run, by which commit, with which versions, where and when."""
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty=+", "--abbrev=12"], capture_output=True, text=True, cwd=ROOT
-    ).stdout.strip()
     versions = {"python": platform.python_version()}
     for package in PACKAGES:
         versions[package] = importlib.metadata.version(package)
     return {
-        "commit": commit,
+        **origin(),
         "command": command,
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "versions": versions,
         "machine": platform.machine(),
     }
