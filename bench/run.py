@@ -56,17 +56,7 @@ def _head(name: str, *arguments: str) -> Section:
     return Section(name, "head", arguments)
 
 
-_V51200 = (
-    "--hidden",
-    "2048",
-    "--vocabulary",
-    "51200",
-    "--rounds",
-    "3",
-    "--contenders",
-    "mopo_kernels cpp",
-    "scored rows",
-)
+_V51200 = ("--hidden", "2048", "--vocabulary", "51200", "--rounds", "3")
 # Plain logits of this vocabulary take 2 GiB and more; compiled, half of that.
 _V128256 = (
     "--hidden",
