@@ -17,6 +17,7 @@ from bench.paper.run import load as load_study
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
 RESULTS = ROOT / "bench" / "results"
+OURS, PLAIN = "mopo_kernels cpp", "plain PyTorch, scored rows"
 # Other shapes than the first table's: title, files with the head trained and frozen.
 SHAPES = {
     "H 2048, V 51200, fp32": ("head_v51200_cpu.json", "head_v51200_frozen_cpu.json"),
@@ -66,7 +67,76 @@ def performance() -> str:
     )
     text.append(f"\nIn the order of these shapes, trained and frozen: {measured} (+: with other files changed).\n")
     absent = [f"{name}: {why}" for name, why in trained["unavailable"].items() if not name.startswith("mopo_kernels")]
-    return "".join([*text, "\nNot compared here. ", "; ".join(absent), ".\n"])
+    return "".join([*text, "\n", *behind(), "\nNot compared here. ", "; ".join(absent), ".\n"])
+
+
+def behind() -> list[str]:
+    """Every contender in these tables that is faster or leaner than "cpp", beyond the digits shown."""
+    tables = {"H 1024, V 50304, fp32": ("head_cpu.json", "head_frozen_cpu.json"), **SHAPES}
+    lines = []
+    for word, key, format_one, least in (
+        ("Faster", "ratio", "{:.2f}", 0.01),
+        ("Leaner", "peak_mib", "{:.0f} MiB", 1.0),
+    ):
+        places: dict[str, list[str]] = {}
+        for title, files in tables.items():
+            for head, record in zip(("trained", "frozen"), map(load, files), strict=True):
+                ours = record["results"][OURS][key]
+                for name, row in record["results"].items():
+                    if row["loss"] != "none" and not name.startswith("mopo_kernels") and row[key] < ours - least:
+                        shown = " against ".join(format_one.format(value) for value in (row[key], ours))
+                        places.setdefault(name, []).append(f"{title}, {head} ({shown})")
+        said = "; ".join(f"{name}: {', '.join(where)}" for name, where in places.items())
+        lines.append(f"{word} than `cpp` in these tables. {said or 'None'}.\n\n")
+    return lines
+
+
+def growth() -> str:
+    """How time and memory grow, from the fits."""
+    record = load("growth_cpu.json")
+    plan = record["plan"]
+
+    def fit(axis: str, name: str, key: str, dtype: str = "float32") -> str:
+        both = [
+            curve["fits"][name][key]
+            for trained in (True, False)
+            for curve in record["curves"]
+            if (curve["axis"], curve["dtype"], curve["trained"]) == (axis, dtype, trained)
+        ]
+        return " / ".join(f"{value:.2f}" for value in both)
+
+    names = {OURS: "mopo_kernels cpp", PLAIN: PLAIN, f"{PLAIN}, compiled": f"{PLAIN}, compiled"}
+    text = [
+        f"Growth from H {plan['hidden']}, N {plan['tokens']}, V {plan['vocabulary']}, K {plan['objectives']}, prompt "
+        f"share {plan['share']:g} along one axis (N to {plan['axis_tokens'][-1]}, V to {plan['axis_vocabulary'][-1]}), "
+        f"head trained / frozen, fp32; `{record['command']}`, commit {record['commit']}, "
+        "[picture](bench/results/growth_cpu_float32.png), [in bf16](bench/results/growth_cpu_bfloat16.png). Powers "
+        "over N and V (1: proportional), quotients over K and the prompt's share (1: no difference):\n\n",
+        "| | time, power of N | of V | time / bare products, K 8 over K 1 | peak memory of the call, power of N | "
+        "of V |\n",
+        "|---|---|---|---|---|---|\n",
+    ]
+    for name, title in names.items():
+        cells = (
+            fit("N", name, "seconds"),
+            fit("V", name, "seconds"),
+            fit("K", name, "ratio"),
+            fit("N", name, "beyond_mib"),
+            fit("V", name, "beyond_mib"),
+        )
+        text.append(f"| {title} | {' | '.join(cells)} |\n")
+    accuracy = load("accuracy_cpu.json")
+    parts = [
+        f"{group['dtype']}, head {'trained' if group['trained'] else 'frozen'}, {row['times_plain']:.2f}"
+        for group in accuracy["groups"]
+        for row in [group["results"][OURS]]
+    ]
+    text.append(
+        f"\nError of the gradients against fp64, as a multiple of plain PyTorch's on the same rows "
+        f"({accuracy['draws']} random inputs; `{accuracy['command']}`, commit {accuracy['commit']}): "
+        f"{'; '.join(parts)}.\n"
+    )
+    return "".join(text)
 
 
 def _rate(records: dict[str, Any], method: str) -> str:
@@ -126,14 +196,56 @@ def theory() -> str:
 
 def steps() -> str:
     """Whole optimiser steps beside TRL's trainer."""
-    record = load("step_cpu.json")
+    records = [load("step_demo_cpu.json"), load("step_cpu.json")]
+    text = []
+    for record in records:
+        text += _steps_table(record)
+    settings = {
+        name: row["about"] for record in records for rows in record["results"].values() for name, row in rows.items()
+    }
+    unavailable = {name: why for record in records for name, why in record["unavailable"].items()}
+    leaner = [
+        f"{name} ({record['workload']['shape']}, {tuning}, {part['peak_mib']:.0f} MiB against {ours['peak_mib']:.0f})"
+        for record in records
+        for tuning, rows in record["results"].items()
+        for name, row in rows.items()
+        if row["settings"]["trainer"] == "trl"
+        for share, part in row["by_prompt_share"].items()
+        if (ours := rows[row["compared_with"]]["by_prompt_share"][share])["peak_mib"] > part["peak_mib"]
+    ]
+    faster = [
+        f"{name} ({record['workload']['shape']}, {tuning}, {part['ratio']:.2f})"
+        for record in records
+        for tuning, rows in record["results"].items()
+        for name, row in rows.items()
+        if row["settings"]["trainer"] == "trl"
+        for part in row["by_prompt_share"].values()
+        if part["ratio"] < 1
+    ]
+    return "".join(
+        [
+            *text,
+            f"\n{'; '.join(f'{name}: {about}' for name, about in settings.items())}.\n\n",
+            f"Faster here than this library with the same checkpointing: {'; '.join(faster) or 'none'}. Leaner: "
+            f"{'; '.join(leaner) or 'none'}.\n\n",
+            f"Not compared. {'; '.join(f'{name}: {why}' for name, why in unavailable.items())}.\n",
+        ]
+    )
+
+
+def _steps_table(record: dict[str, Any]) -> list[str]:
+    """What was trained on, and a table for each way of tuning."""
     work = record["workload"]
     shares = [str(share) for share in work["shares"]]
+    one = next(iter(next(iter(record["results"].values())).values()))["by_prompt_share"][shares[0]]
+    what = f"{work['shape']} with random weights, rows of at most {work['length']} tokens"
+    if work["data"]:
+        what = f"The demo's model and data, {one['tokens']:.0f} tokens in distinct rows a step"
     text = [
-        f"{work['shape']} with random weights, {work['dtype']}, {work['pairs']} pairs a step, rows of at most "
-        f"{work['length']} tokens, {record['threads']} threads, medians of {record['rounds']} interleaved rounds at "
-        f"commit {record['commit']}; `{record['command']}`. Time is that over this library's with the same "
-        "checkpointing and one objective; memory is the process's high-water mark:\n"
+        f"\n{what}, {work['pairs']} pairs a step from prompts with {work['responses']} responses, {work['dtype']}, "
+        f"{record['threads']} threads, medians of {record['rounds']} interleaved rounds at commit {record['commit']}; "
+        f"`{record['command']}`. Time is that over this library's with the same checkpointing and one objective; "
+        "memory is the process's high-water mark:\n"
     ]
     for tuning, rows in record["results"].items():
         heading = "".join(f" time, prompt share {share} | peak memory |" for share in shares)
@@ -144,14 +256,37 @@ def steps() -> str:
                 for part in (row["by_prompt_share"][share] for share in shares)
             )
             text.append(f"| {name} |{cells}\n")
-    settings = "; ".join(
-        f"{name}: {row['about']}" for name, row in record["results"][next(iter(record["results"]))].items()
-    )
-    absent = "; ".join(f"{name}: {why}" for name, why in record["unavailable"].items())
-    return "".join([*text, f"\n{settings}.\n\nNot compared. {absent}.\n"])
+    return text
 
 
-SECTIONS: dict[str, Callable[[], str]] = {"performance": performance, "steps": steps, "theory": theory}
+def layout() -> str:
+    """What computing a prompt once is worth, by responses to a prompt and the prompt's part of a row."""
+    records = {count: load(f"step_layout_n{count}_cpu.json") for count in (2, 4, 8)}
+    first = records[2]
+    shares = [str(share) for share in first["workload"]["shares"]]
+    commits = ", ".join(dict.fromkeys(record["commit"] for record in records.values()))
+    commands = ", ".join(f"`{record['command']}`" for record in records.values())
+    heading = "".join(f" prompt share {share} |" for share in shares)
+    text = [
+        "Time of a LoRA step with a row for each response over that with prompts computed once "
+        f"({first['workload']['shape']}, rows of at most {first['workload']['length']} tokens, medians of "
+        f"{first['rounds']} interleaved rounds, commit {commits}; {commands}):\n\n",
+        f"| responses to a prompt |{heading}\n|---|{'---|' * len(shares)}\n",
+    ]
+    for count, record in records.items():
+        row = record["results"]["LoRA"]["mopo_kernels, a row a response"]["by_prompt_share"]
+        cells = "".join(f" {row[share]['ratio']:.2f} |" for share in shares)
+        text.append(f"| {count} |{cells}\n")
+    return "".join(text)
+
+
+SECTIONS: dict[str, Callable[[], str]] = {
+    "performance": performance,
+    "growth": growth,
+    "steps": steps,
+    "layout": layout,
+    "theory": theory,
+}
 
 
 def replaced(readme: str) -> str:

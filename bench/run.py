@@ -56,6 +56,14 @@ def _head(name: str, *arguments: str) -> Section:
     return Section(name, "head", arguments)
 
 
+def _layout(responses: int, pairs: str) -> Section:
+    """Eight rows a step; prompts computed once or not."""
+    only = ("mopo_kernels", "mopo_kernels, a row a response")
+    shares = ("0.2", "0.5", "0.8")
+    arguments = ("--responses", str(responses), "--pairs", pairs, "--prompt-share", *shares, "--tuning", "LoRA")
+    return Section(f"step_layout_n{responses}_cpu", "step", (*arguments, "--contenders", *only))
+
+
 _V51200 = ("--hidden", "2048", "--vocabulary", "51200", "--rounds", "3")
 # Plain logits of this vocabulary take 2 GiB and more; compiled, half of that.
 _V128256 = (
@@ -82,6 +90,10 @@ FULL = (
     _head("head_v128256_frozen_cpu", *_V128256, "--frozen"),
     Section("growth_cpu", "growth"),
     Section("step_cpu", "step"),
+    Section("step_demo_cpu", "step", ("--demo",)),
+    _layout(2, "4"),
+    _layout(4, "12"),
+    _layout(8, "28"),
     Section("instructions", "instructions"),
 )
 QUICK = (

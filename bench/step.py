@@ -1,13 +1,16 @@
 """Whole optimiser steps: this library's MOPOTrainer against TRL's DPOTrainer, on the same rows.
 
     python -m bench.step                     # SmolLM2-135M's shape on the CPU; --help for others, --quick for a trial
+    python -m bench.step --demo              # the demo's model and data, 2 prompts with 4 responses a step
     python -m bench.step --device cuda --shape phi-1b --length 1024 --dtype bfloat16
 
 Every contender trains in a process of its own, which is told to do one step at a time; contenders with the same
-trained weights and the same gradient checkpointing take turns. A step is all that a trainer does between two of them:
-the next batch, forward, backward, clipping, optimiser, its metrics. Reference log-probabilities computed beforehand
-are not part of a step. Before anything is timed, the first loss and gradient norm of every contender with the same
-loss are compared, as are the rows they trained on. What cannot run here is listed with the reason.
+trained weights and the same gradient checkpointing take turns. With n responses to a prompt every two of them are a
+pair; TRL's trainer gets each pair as a row of its own, as that is what it takes. A step is all that a trainer does
+between two of them: the next batch, forward, backward, clipping, optimiser, its metrics. Reference log-probabilities
+computed beforehand are not part of a step. Before anything is timed, the first loss and gradient norm of every
+contender with the same loss are compared, as are the rows they trained on. What cannot run here is listed with the
+reason.
 
 Memory is the process's high-water mark during a step (``VmHWM``, reset before each; where that is not permitted, the
 greatest resident size since the process began), or the allocator's peak on a GPU; beside it stands what that is beyond
@@ -20,8 +23,10 @@ import argparse
 import functools
 import hashlib
 import importlib.metadata
+import itertools
 import json
 import logging
+import math
 import os
 import random
 import resource
@@ -37,7 +42,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from rich.console import Console
@@ -45,6 +50,7 @@ from rich.table import Table
 
 from bench.contenders import _importable
 from bench.provenance import ROOT, provenance
+from examples.demo.make_model import DEFAULT_FOLDER, ensure_model
 
 SEED = 42
 BETA = 0.1
@@ -58,6 +64,7 @@ DTYPES = {
 }
 # Relative, of loss and gradient norm.
 TOLERANCE = {"float32": 1e-4, "autocast": 5e-2, "bfloat16": 5e-2}
+DEMO_DATA = ROOT / "examples" / "demo" / "data" / "preferences.jsonl"
 # Seconds that a contender may take to answer.
 PATIENCE = 1800.0
 CHILD = [sys.executable, "-m", "bench.step", "--child"]
@@ -67,28 +74,49 @@ CHILD = [sys.executable, "-m", "bench.step", "--child"]
 class Work:
     """What every contender trains on: ``pairs`` pairs a step, each response's row at most ``length`` tokens.
 
-    A step's rows have one of ``shares`` as the prompt's part of the longer row; steps go through the shares in turn.
+    A prompt has ``responses`` responses, every two of which are a pair. A step's rows have one of ``shares`` as the
+    prompt's part of the longest row; steps go through the shares in turn. With ``data``, a JSON Lines file of
+    preference examples, a step takes the next of its prompts that have so many responses, and ``shares`` is one number
+    that says how much of them is prompt.
     """
 
     shape: str = "smollm2-135m"
     tuning: str = "LoRA"
     pairs: int = 2
+    responses: int = 2
     length: int = 128
     shares: tuple[float, ...] = (0.5, 0.8)
     dtype: str = "float32"
     device: str = "cpu"
     learning_rate: float = 1e-4
+    data: str = ""
+
+    @property
+    def prompts(self) -> int:
+        """Prompts a step."""
+        return self.pairs // math.comb(self.responses, 2)
 
 
-Row = dict[str, str]
+class Prompt(NamedTuple):
+    """A prompt and its responses; of two of them, ``wins[i, j]`` says whether the first is preferred."""
+
+    text: str
+    responses: tuple[str, ...]
+    wins: dict[tuple[int, int], bool]
 
 
-def rows(work: Work, vocabulary: int) -> list[Row]:
-    """A batch a share, one after another: prompt, chosen and rejected as words, one token each, lengths ragged.
+def prompts(work: Work, vocabulary: int, rounds: int) -> list[Prompt]:
+    """Those of a run, step after step.
 
-    The first pair of a batch is ``length`` tokens long and the others at least half of that; of a pair, one response is
-    as long as the row permits and the other at least half as long. The EOS token, which both trainers add, is counted.
+    Synthetic ones come a batch a share, as words of one token each, lengths ragged. The first prompt of a batch has a
+    row of ``length`` tokens and the others at least half of that; of a prompt, one response is as long as the row
+    permits and the others at least half as long. The EOS token, which both trainers add, is counted.
+
+    Raises:
+        SystemExit: ``data`` has too few prompts with so many responses.
     """
+    if work.data:
+        return _prompts_of(work, rounds)
     draw = random.Random(SEED)
 
     def words(count: int) -> str:
@@ -96,15 +124,54 @@ def rows(work: Work, vocabulary: int) -> list[Row]:
 
     made = []
     for share in work.shares:
-        for pair in range(work.pairs):
-            total = work.length if pair == 0 else draw.randint(work.length // 2, work.length)
+        for number in range(work.prompts):
+            total = work.length if number == 0 else draw.randint(work.length // 2, work.length)
             prompt = max(1, round(total * share))
             long = max(2, total - prompt)
-            lengths = [long, draw.randint(max(2, long // 2), long)]
+            lengths = [long, *(draw.randint(max(2, long // 2), long) for _ in range(work.responses - 1))]
             draw.shuffle(lengths)
-            chosen, rejected = (" " + words(count - 1) for count in lengths)
-            made.append({"prompt": words(prompt), "chosen": chosen, "rejected": rejected})
+            responses = tuple(" " + words(count - 1) for count in lengths)
+            wins = dict.fromkeys(itertools.combinations(range(work.responses), 2), True)
+            made.append(Prompt(words(prompt), responses, wins))
     return made
+
+
+def _prompts_of(work: Work, rounds: int) -> list[Prompt]:
+    """Of ``work.data``: the first objective's label decides, and a tie or a missing label counts for the first."""
+    needed = (rounds + 1) * len(work.shares) * work.prompts
+    made: list[Prompt] = []
+    for line in Path(work.data).read_text(encoding="utf-8").splitlines():
+        example = json.loads(line)
+        if len(made) == needed:
+            break
+        if len(example["responses"]) != work.responses:
+            continue
+        wins = dict.fromkeys(itertools.combinations(range(work.responses), 2), True)
+        for pair in example["pairs"]:
+            label = next(iter(pair["preference"].values()))
+            if label is not None and label != 0.5:
+                wins[min(pair["i"], pair["j"]), max(pair["i"], pair["j"])] = (label > 0.5) == (pair["i"] < pair["j"])
+        made.append(Prompt(example["prompt"], tuple(" " + text for text in example["responses"]), wins))
+    if len(made) < needed:
+        raise SystemExit(
+            f"--data: expected {needed} prompts with {work.responses} responses; {work.data} has {len(made)}"
+        )
+    return made
+
+
+def prompt_share(data: Path, model: Path, responses: int) -> float:
+    """The prompt's part of the rows of a file's examples with so many responses, in tokens of a model's tokenizer."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    examples = [json.loads(line) for line in data.read_text(encoding="utf-8").splitlines()]
+    examples = [example for example in examples if len(example["responses"]) == responses]
+
+    def tokens(texts: list[str]) -> int:
+        return sum(map(len, tokenizer(texts)["input_ids"]))
+
+    before = responses * tokens([example["prompt"] for example in examples])
+    return round(before / (before + tokens([text for example in examples for text in example["responses"]])), 2)
 
 
 # ----------------------------------------------------------------------------------------------------------- contenders
@@ -121,9 +188,10 @@ class Contender:
 
     Attributes:
         trainer: ``mopo`` or ``trl``.
-        settings: of its configuration, beside :func:`common`.
+        settings: of its configuration, beside :func:`settings_of`.
         checkpointing: gradient checkpointing; contenders that have the same take turns.
         objectives: K.
+        apart: each pair is an example of its own, its prompt and responses computed for it alone, as TRL does.
         loss: contenders with the same loss must agree.
         about: what the settings come to.
         unavailable: why it cannot run such work here, None if it can.
@@ -133,6 +201,7 @@ class Contender:
     settings: dict[str, Any] = field(default_factory=dict)
     checkpointing: bool = False
     objectives: int = 1
+    apart: bool = False
     loss: str = "DPO"
     about: str = ""
     unavailable: Callable[[Work], str | None] = always
@@ -180,6 +249,12 @@ MANY = {
 TRL = {"beta": BETA, "precompute_ref_log_probs": True}
 CONTENDERS = {
     "mopo_kernels": Contender("mopo", MOPO, about="reference beforehand"),
+    "mopo_kernels, a row a response": Contender(
+        "mopo", {**MOPO, "shared_prompts": "never"}, about="reference beforehand, prompts not shared"
+    ),
+    "mopo_kernels, two rows a pair": Contender(
+        "mopo", {**MOPO, "shared_prompts": "never"}, apart=True, about="reference beforehand, nothing shared"
+    ),
     "mopo_kernels, 4 objectives": Contender(
         "mopo", MANY, objectives=4, loss="regression", about="reference beforehand, 3 thresholds"
     ),
@@ -207,10 +282,11 @@ CONTENDERS = {
 QUICK = ("mopo_kernels", "TRL, fastest", "TRL, Liger's layers", "TRL, padding-free", "TRL, activations offloaded")
 
 
-def common(work: Work, rounds: int) -> dict[str, Any]:
-    """The settings that every contender has: of ``transformers.TrainingArguments``, and ``max_length``."""
+def settings_of(contender: Contender, work: Work, rounds: int) -> dict[str, Any]:
+    """Of its configuration: the same for all but for its own, and for what an item of its batch is."""
+    by_pair = contender.apart or contender.trainer == "trl"
     return {
-        "per_device_train_batch_size": work.pairs,
+        "per_device_train_batch_size": work.pairs if by_pair else work.prompts,
         "max_steps": len(work.shares) * (1 + rounds),
         "max_length": work.length,
         "learning_rate": work.learning_rate,
@@ -225,6 +301,8 @@ def common(work: Work, rounds: int) -> dict[str, Any]:
         "report_to": "none",
         "disable_tqdm": True,
         "seed": SEED,
+        "gradient_checkpointing": contender.checkpointing,
+        **contender.settings,
     }
 
 
@@ -285,19 +363,20 @@ def make_trainer(contender: Contender, work: Work, rounds: int, model_folder: st
         output: folder for what the trainers keep.
     """
     from peft import LoraConfig, get_peft_model
-    from transformers import AutoModelForCausalLM, set_seed
+    from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 
     model: Any = AutoModelForCausalLM.from_pretrained(
         model_folder, dtype=torch.bfloat16 if work.dtype == "bfloat16" else torch.float32
     )
     vocabulary = model.get_input_embeddings().weight.shape[0]
-    tokenizer, data = make_tokenizer(vocabulary), rows(work, vocabulary)
-    settings = {
-        "output_dir": output,
-        **common(work, rounds),
-        "gradient_checkpointing": contender.checkpointing,
-        **contender.settings,
-    }
+    data = prompts(work, vocabulary, rounds)
+    if work.data:
+        tokenizer = AutoTokenizer.from_pretrained(model_folder)
+        # The texts as they are, so that both trainers see the same tokens.
+        tokenizer.chat_template = None
+    else:
+        tokenizer = make_tokenizer(vocabulary)
+    settings = {"output_dir": output, **settings_of(contender, work, rounds)}
     if settings.get("use_liger_kernel"):
         from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN
 
@@ -311,7 +390,17 @@ def make_trainer(contender: Contender, work: Work, rounds: int, model_folder: st
         return DPOTrainer(
             model,
             args=DPOConfig(**settings),
-            train_dataset=Dataset.from_list(data),
+            train_dataset=Dataset.from_list(
+                [
+                    {
+                        "prompt": prompt.text,
+                        "chosen": prompt.responses[i if first else j],
+                        "rejected": prompt.responses[j if first else i],
+                    }
+                    for prompt in data
+                    for (i, j), first in prompt.wins.items()
+                ]
+            ),
             processing_class=tokenizer,
             peft_config=lora,
         )
@@ -324,9 +413,24 @@ def make_trainer(contender: Contender, work: Work, rounds: int, model_folder: st
         set_seed(SEED)
         model = get_peft_model(model, lora)
     names = OBJECTIVES[: contender.objectives]
-    # The first objective prefers the first response, and every other one disagrees with the one before it.
-    pair = PreferencePair(0, 1, {name: float(k % 2 == 0) for k, name in enumerate(names)})
-    examples = [PreferenceExample(row["prompt"], (row["chosen"], row["rejected"]), (pair,)) for row in data]
+
+    def pair(i: int, j: int, first: bool) -> PreferencePair:
+        # Every objective disagrees with the one before it.
+        return PreferencePair(i, j, {name: float((k % 2 == 0) == first) for k, name in enumerate(names)})
+
+    if contender.apart:
+        examples = [
+            PreferenceExample(prompt.text, (prompt.responses[i], prompt.responses[j]), (pair(0, 1, first),))
+            for prompt in data
+            for (i, j), first in prompt.wins.items()
+        ]
+    else:
+        examples = [
+            PreferenceExample(
+                prompt.text, prompt.responses, tuple(pair(i, j, first) for (i, j), first in prompt.wins.items())
+            )
+            for prompt in data
+        ]
     return MOPOTrainer(
         model,
         MOPOConfig(**settings),
@@ -339,11 +443,27 @@ def make_trainer(contender: Contender, work: Work, rounds: int, model_folder: st
 
 
 def scored_rows(batch: dict[str, Any]) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
-    """Token ids and scored positions of a trainer's batch, padding left out, sorted: the same for both trainers."""
+    """Token ids and scored positions of a trainer's distinct rows, padding left out: the same for all trainers."""
+    if "segment_length" in batch:
+        made = set()
+        ids, lengths = batch["input_ids"][0].tolist(), batch["segment_length"].tolist()
+        target, ends = batch["target"].tolist(), batch["cu_seqlens"].tolist()
+        place = segment = response = 0
+        for count in batch["response_count"].tolist():
+            prompt = ids[place : place + lengths[segment]]
+            for _ in range(count):
+                own = target[ends[response] : ends[response + 1]]
+                made.add(((*prompt, *own), (0,) * len(prompt) + (1,) * len(own)))
+                response += 1
+            place += sum(lengths[segment : segment + 1 + count])
+            segment += 1 + count
+        return sorted(made)
     scored = batch["completion_mask"] != 0 if "completion_mask" in batch else batch["labels"] != -100
     return sorted(
-        (tuple(ids[keep].tolist()), tuple(mask[keep].long().tolist()))
-        for ids, keep, mask in zip(batch["input_ids"], batch["attention_mask"].bool(), scored, strict=True)
+        {
+            (tuple(ids[keep].tolist()), tuple(mask[keep].long().tolist()))
+            for ids, keep, mask in zip(batch["input_ids"], batch["attention_mask"].bool(), scored, strict=True)
+        }
     )
 
 
@@ -643,9 +763,7 @@ def take_turns(
             "trained_parameters": begun[name]["trained"],
             "settings": {
                 "trainer": contenders[name].trainer,
-                **common(work, rounds),
-                "gradient_checkpointing": contenders[name].checkpointing,
-                **contenders[name].settings,
+                **settings_of(contenders[name], work, rounds),
                 **({"lora": LORA} if work.tuning == "LoRA" else {}),
             },
             "by_prompt_share": {
@@ -666,15 +784,16 @@ def summary(timed: list[dict[str, Any]], standard: list[dict[str, Any]], before_
     cuts = statistics.quantiles(seconds, n=10, method="inclusive")
     median = statistics.median(seconds)
     peak = max(step["peak_mib"] for step in timed)
+    tokens, scored = (statistics.mean(step[key] for step in timed) for key in ("tokens", "scored"))
     return {
         "seconds": median,
         "p20": cuts[1],
         "p80": cuts[7],
         "ratio": statistics.median(a["seconds"] / b["seconds"] for a, b in zip(timed, standard, strict=True)),
-        "tokens": timed[0]["tokens"],
-        "scored": timed[0]["scored"],
-        "tokens_per_second": timed[0]["tokens"] / median,
-        "scored_tokens_per_second": timed[0]["scored"] / median,
+        "tokens": tokens,
+        "scored": scored,
+        "tokens_per_second": tokens / median,
+        "scored_tokens_per_second": scored / median,
         "peak_mib": peak,
         "beyond_mib": peak - before_mib,
         "memory_method": timed[0]["method"],
@@ -690,8 +809,9 @@ def show(record: dict[str, Any], console: Console) -> None:
             if not parts:
                 continue
             table = Table(
-                title=f"{work['shape']}, {tuning}, {work['dtype']}, {work['pairs']} pairs a step, {parts[0]['tokens']} "
-                f"tokens, {parts[0]['scored']} of them scored (prompt share {share}), {record['threads']} threads"
+                title=f"{work['shape']}, {tuning}, {work['dtype']}, {work['pairs']} pairs a step of "
+                f"{work['responses']} responses a prompt, {parts[0]['tokens']:.0f} tokens in distinct rows, "
+                f"{parts[0]['scored']:.0f} of them scored (prompt share {share}), {record['threads']} threads"
             )
             for heading in (
                 "contender",
@@ -780,9 +900,12 @@ def main(arguments: list[str] | None = None) -> None:
     model.add_argument("--shape", choices=SHAPES, default="smollm2-135m", help="of a model with random weights")
     model.add_argument("--model", type=Path, metavar="FOLDER", help="a causal language model to train instead")
     parser.add_argument("--tuning", nargs="+", choices=TUNINGS, default=list(TUNINGS))
+    model.add_argument("--demo", action="store_true", help="the demo's model and data, as --model, --data and the like")
+    parser.add_argument("--data", type=Path, metavar="FILE", help="preference examples as JSON Lines; with --model")
     parser.add_argument("--pairs", type=int, default=2, help="a step")
+    parser.add_argument("--responses", type=int, default=2, help="to a prompt, every two of them a pair")
     parser.add_argument("--length", type=int, default=128, help="tokens of the longest row")
-    parser.add_argument("--prompt-share", nargs="+", type=float, default=[0.5, 0.8], help="prompt's part of a row")
+    parser.add_argument("--prompt-share", nargs="+", type=float, help="prompt's part of a row; default: 0.5 0.8")
     parser.add_argument(
         "--dtype", choices=DTYPES, default="float32", help="; ".join(f"{k}: {v}" for k, v in DTYPES.items())
     )
@@ -802,9 +925,28 @@ def main(arguments: list[str] | None = None) -> None:
     if options.quick:
         options.shape, options.model = "tiny", None
         options.pairs, options.length, options.rounds = 2, 24, 2
+    if options.demo:
+        try:
+            options.model = ensure_model(ROOT / DEFAULT_FOLDER)
+        except FileNotFoundError as missing:
+            parser.error(f"argument --demo: {missing}")
+        options.data, options.responses, options.pairs, options.length = DEMO_DATA, 4, 12, 512
     for name, value, low in (("rounds", options.rounds, 2), ("pairs", options.pairs, 1), ("length", options.length, 8)):
         if value < low:
             parser.error(f"argument --{name}: must be at least {low}; got {value}")
+    if options.responses < 2 or options.pairs % math.comb(options.responses, 2):
+        parser.error(
+            f"argument --pairs: must be a multiple of the pairs that {options.responses} responses make; "
+            f"got {options.pairs}"
+        )
+    if options.data is not None and (options.model is None or options.prompt_share):
+        parser.error("argument --data: takes --model, whose tokens its texts become, and no --prompt-share")
+    if options.data is not None and not options.data.is_file():
+        parser.error(f"argument --data: there is no file {options.data}")
+    if options.data is not None:
+        options.prompt_share = [prompt_share(options.data, options.model, options.responses)]
+    if options.prompt_share is None:
+        options.prompt_share = [0.5, 0.8]
     if not all(0 < share < 1 for share in options.prompt_share):
         parser.error(f"argument --prompt-share: must be between 0 and 1; got {options.prompt_share}")
     if options.device == "cuda" and not torch.cuda.is_available():
@@ -819,17 +961,22 @@ def main(arguments: list[str] | None = None) -> None:
     work = Work(
         shape=options.shape if options.model is None else options.model.name,
         pairs=options.pairs,
+        responses=options.responses,
         length=options.length,
         shares=tuple(options.prompt_share),
         dtype=options.dtype,
         device=options.device,
+        data="" if options.data is None else str(options.data.resolve()),
     )
     folder = None if options.model is None else str(options.model.resolve())
     record = measure(work, options.tuning, names, options.rounds, folder)
     threads = {row["threads"] for results in record["results"].values() for row in results.values()}
     origin = provenance("bench.step", sys.argv[1:] if arguments is None else arguments)
     record = {
-        "workload": {name: value for name, value in asdict(work).items() if name != "tuning"},
+        "workload": {
+            **{name: value for name, value in asdict(work).items() if name != "tuning"},
+            "data": "" if options.data is None else options.data.name,
+        },
         **record,
         "rounds": options.rounds,
         **origin,

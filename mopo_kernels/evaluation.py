@@ -30,6 +30,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 Prompt = str | list[dict[str, str]]
 Judge = Callable[[str, str], float]
 
+# What `mopo train --sweep` writes into its folder: the points, each with an adapter in a folder of its name.
+SWEEP_FILE = "sweep.json"
 # Indices drawn at once by the bootstrap: 32 MiB of int64, whatever the number of prompts.
 _BOOTSTRAP_BLOCK = 1 << 22
 
@@ -253,6 +255,35 @@ def load_policy(
 def is_adapter(folder: str | Path) -> bool:
     """Whether a local folder holds a peft adapter and not a whole model."""
     return (Path(folder) / "adapter_config.json").is_file() and not (Path(folder) / "config.json").is_file()
+
+
+def is_sweep(folder: str | Path) -> bool:
+    """Whether a folder holds a sweep: adapters on one model, trained under several thresholds."""
+    return (Path(folder) / SWEEP_FILE).is_file()
+
+
+def read_sweep(folder: str | Path) -> dict[str, Any]:
+    """The report of a sweep."""
+    report: dict[str, Any] = json.loads((Path(folder) / SWEEP_FILE).read_text(encoding="utf-8"))
+    return report
+
+
+def load_sweep_policies(
+    folder: str | Path, *, device: str | torch.device | None = None, dtype: str | torch.dtype | None = None
+) -> list[Policy]:
+    """The trained points of a sweep, by their names, on one model in memory; device and dtype as for `load_policy`.
+
+    Raises ValueError where no point is trained.
+    """
+    records = read_sweep(folder)["points"]
+    policies: list[Policy] = []
+    for record in records:
+        if record["status"] == "trained":
+            share = policies[0] if policies else None
+            policies.append(load_policy(Path(folder) / record["name"], device=device, dtype=dtype, share=share))
+    if not policies:
+        raise ValueError(f"policy {folder} must be a sweep with a trained point, got {len(records)} points without")
+    return policies
 
 
 def _check_place(argument: str, place: str) -> None:
@@ -623,6 +654,7 @@ def compare_responses(
     baseline: Sequence[Sequence[str]],
     judges: Mapping[str, Judge],
     *,
+    baseline_scores: dict[str, list[list[float]]] | None = None,
     tokenizer: Any = None,
     n_boot: int = 2000,
     confidence: float = 0.95,
@@ -631,12 +663,14 @@ def compare_responses(
 ) -> Comparison:
     """Judge responses already drawn, [prompt][sample], and compare them on every objective.
 
+    baseline_scores: of the judges, where they are known: one set of baseline responses may serve several comparisons.
     tokenizer: for lengths in tokens, else they are in words. seed: of the bootstrap, the same resamples of prompts for
-    every objective. One set of baseline responses may serve several comparisons.
+    every objective.
     """
     judge = functools.partial(judge_responses, judges, prompts, progress=progress)
     candidate_scores = judge(candidate, description="judging the candidate")
-    baseline_scores = judge(baseline, description="judging the baseline")
+    if baseline_scores is None:
+        baseline_scores = judge(baseline, description="judging the baseline")
     return Comparison(
         win_rates={
             name: win_rate(
@@ -680,34 +714,79 @@ def compare_policies(
     The options are those of `sample_responses` and `win_rate`. The two policies are sampled with different seeds, both
     derived from `seed`, so that their samples are independent. Lengths are in the candidate's tokens.
     """
-    _check_bootstrap(len(prompts), n_boot, confidence)  # here too, before the samples are paid for
-    drawn: list[list[list[str]]] = []
-    seeds = np.random.SeedSequence(seed).generate_state(2)
-    for role, policy, state in (("candidate", candidate, seeds[0]), ("baseline", baseline, seeds[1])):
-        with policy.active() as model:
-            drawn.append(
-                sample_responses(
-                    model,
-                    policy.tokenizer,
-                    prompts,
-                    samples_per_prompt=samples_per_prompt,
-                    max_new_tokens=max_new_tokens,
-                    temperature=temperature,
-                    top_p=top_p,
-                    batch_size=batch_size,
-                    seed=int(state),
-                    progress=progress,
-                    description=f"sampling the {role} ({policy.name})",
-                )
-            )
-    return compare_responses(
+    return compare_with_baseline(
+        [candidate],
+        baseline,
         prompts,
-        drawn[0],
-        drawn[1],
         judges,
-        tokenizer=candidate.tokenizer,
+        samples_per_prompt=samples_per_prompt,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        batch_size=batch_size,
+        seed=seed,
         n_boot=n_boot,
         confidence=confidence,
-        seed=seed,
         progress=progress,
-    )
+    )[0]
+
+
+def compare_with_baseline(
+    candidates: Sequence[Policy],
+    baseline: Policy,
+    prompts: Sequence[Prompt],
+    judges: Mapping[str, Judge],
+    *,
+    samples_per_prompt: int = 4,
+    max_new_tokens: int = 48,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+    batch_size: int = 16,
+    seed: int = 0,
+    n_boot: int = 2000,
+    confidence: float = 0.95,
+    progress: bool = True,
+) -> list[Comparison]:
+    """`compare_policies` of each candidate with one baseline, which is sampled and judged once.
+
+    The candidates are sampled with the same seed: each is compared with the baseline alone, and common random numbers
+    take noise out of the differences between them.
+    """
+    _check_bootstrap(len(prompts), n_boot, confidence)  # here too, before the samples are paid for
+    ours, theirs = (int(state) for state in np.random.SeedSequence(seed).generate_state(2))
+
+    def draw(role: str, policy: Policy, state: int) -> list[list[str]]:
+        with policy.active() as model:
+            return sample_responses(
+                model,
+                policy.tokenizer,
+                prompts,
+                samples_per_prompt=samples_per_prompt,
+                max_new_tokens=max_new_tokens,
+                temperature=temperature,
+                top_p=top_p,
+                batch_size=batch_size,
+                seed=state,
+                progress=progress,
+                description=f"sampling the {role} ({policy.name})",
+            )
+
+    drawn = [draw("candidate", candidate, ours) for candidate in candidates]
+    against = draw("baseline", baseline, theirs)
+    comparisons: list[Comparison] = []
+    for candidate, responses in zip(candidates, drawn, strict=True):
+        comparisons.append(
+            compare_responses(
+                prompts,
+                responses,
+                against,
+                judges,
+                baseline_scores=comparisons[0].baseline_scores if comparisons else None,
+                tokenizer=candidate.tokenizer,
+                n_boot=n_boot,
+                confidence=confidence,
+                seed=seed,
+                progress=progress,
+            )
+        )
+    return comparisons

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from mopo_kernels import backends, checks, ops, reference
+from mopo_kernels import backends, checks, ops, parallel, reference
 from mopo_kernels.driver import to_device
 from mopo_kernels.head import accumulation_dtype
 
@@ -183,6 +183,8 @@ def linear_logprob(
             those of the whole vocabulary, and gets the same log-probabilities and the whole gradient for hidden. All
             ranks must make the call, with the same options; it waits for the device and the other ranks once, to
             exchange sizes. Products are not kept for backward: four with a trained head.
+            A weight (and bias) that is a ``DTensor`` (V, H), placed ``(Shard(0),)`` over a mesh of one dimension, names
+            its group itself: None will do, and the gradients are ``DTensor`` of the same placement.
 
     Returns:
         (...) log-probabilities in nats, fp32 (fp64 for fp64 input).
@@ -194,6 +196,7 @@ def linear_logprob(
     checks.tensors(hidden=hidden, weight=weight, target=target)
     checks.optional_tensors(bias=bias)
     checks.expect(hidden.dim() >= 1 and hidden.shape[-1] > 0, "hidden", "have shape (..., H)", tuple(hidden.shape))
+    weight, bias, process_group = parallel.local_head(weight, bias, process_group, "")
     hidden, weight, bias = _autocast(hidden, weight, bias)
     _check_target(target, hidden)
     rows = hidden.reshape(-1, hidden.shape[-1])
@@ -526,6 +529,10 @@ def linear_mopo_loss(
         bias=bias, ref_logprob=ref_logprob, ref_hidden=ref_hidden, ref_weight=ref_weight, ref_bias=ref_bias
     )
     checks.dimensions("hidden", hidden, "(N, H)")
+    weight, bias, process_group = parallel.local_head(weight, bias, process_group, "")
+    if ref_weight is not None:
+        ref_weight, ref_bias, ref_group = parallel.local_head(ref_weight, ref_bias, process_group, "ref_")
+        checks.expect(ref_group is process_group, "ref_weight", "be cut over the ranks as weight is", "a DTensor")
     hidden, weight, bias = _autocast(hidden, weight, bias)
     _check_linear(hidden, weight, bias)
     _check_target(target, hidden)

@@ -2,15 +2,73 @@
 
 Rank after rank the rows follow one another, as many on each as its weight has. The log-sum-exp and the target's logit
 are merged over the ranks a chunk at a time, dhidden is summed over them once; dweight and dbias stay with their rows.
+A ``DTensor`` says by itself how it is cut: :func:`local_head` finds the group and this rank's rows.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from mopo_kernels import checks
+
+
+class LocalHead(NamedTuple):
+    """This rank's rows of a head, weight (W, H) and bias (W,) or None, and the group that holds the others."""
+
+    weight: Tensor
+    bias: Tensor | None
+    process_group: dist.ProcessGroup | None
+
+
+def is_dtensor(tensor: Tensor | None) -> bool:
+    """Whether ``tensor`` is a ``DTensor``, without importing what defines it."""
+    return hasattr(tensor, "full_tensor")
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """All of a ``DTensor``, on every rank, all of which must call; another tensor is handed on."""
+    return tensor.full_tensor() if is_dtensor(tensor) else tensor  # type: ignore[attr-defined, no-any-return]
+
+
+def local_head(weight: Tensor, bias: Tensor | None, process_group: dist.ProcessGroup | None, prefix: str) -> LocalHead:
+    """A head's local rows and their group; what is no ``DTensor`` is handed on. ``prefix`` begins the arguments' names.
+
+    Differentiable: the gradients of the local rows reach the ``DTensor`` as one of the same placement.
+
+    Raises:
+        ValueError: a placement other than ``Shard(0)`` over a mesh of one dimension, or another group than the mesh's;
+            on every rank alike, before any of them waits for another.
+    """
+    if not is_dtensor(weight) and not is_dtensor(bias):
+        return LocalHead(weight, bias, process_group)
+    from torch.distributed.tensor import DTensor, Shard
+
+    mesh = None
+    for name, tensor in ((f"{prefix}weight", weight), (f"{prefix}bias", bias)):
+        if tensor is None:
+            continue
+        expected = "be a DTensor like the other part of the head, placed (Shard(0),) over one mesh of one dimension"
+        checks.expect(isinstance(tensor, DTensor), name, expected, type(tensor).__name__)
+        assert isinstance(tensor, DTensor)
+        mesh = tensor.device_mesh if mesh is None else mesh
+        got = f"{tuple(tensor.placements)} over {tensor.device_mesh}"
+        checks.expect(tensor.placements == (Shard(0),) and tensor.device_mesh == mesh, name, expected, got)
+    assert isinstance(weight, DTensor)
+    assert mesh is not None
+    ranks, rows = mesh.mesh.tolist(), weight.shape[0]
+    checks.expect(ranks == sorted(ranks), f"{prefix}weight", "be cut over a mesh whose ranks ascend", ranks)
+    # Shard(0) gives ceil(V / ranks) rows to each rank until there are none left.
+    share = -(-rows // len(ranks))
+    expected = f"have rows for each of {len(ranks)} ranks, {share} to all but the last"
+    checks.expect(share * (len(ranks) - 1) < rows, f"{prefix}weight", expected, f"{rows} rows")
+    group = mesh.get_group()
+    checks.expect(process_group in (None, group), "process_group", "be None or that of weight's mesh", "another")
+    return LocalHead(weight.to_local(), None if bias is None else bias.to_local(), group)  # type: ignore[attr-defined]
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,5 @@
-"""Three pictures: how constraints were held during training, policies between two objectives, an exact front.
+"""Four pictures: how constraints were held during training, policies between two objectives, the measured front of a
+sweep's policies, an exact front.
 
 matplotlib (extra `plot`) is imported when a picture is drawn. Figures are drawn without pyplot, straight into a file,
 so no display is needed and the caller's own matplotlib state is left alone.
@@ -7,7 +8,7 @@ so no display is needed and the caller's own matplotlib state is left alone.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -222,6 +223,98 @@ def _limits(
         margin = max(0.02, 0.12 * (high - low))
         limits.append((max(-0.02, low - margin), min(1.02, high + margin)))
     return limits[0], limits[1]
+
+
+def plot_policies(
+    values: Mapping[str, Mapping[str, float]],
+    path: str | Path,
+    *,
+    x: Sequence[str],
+    y: str,
+    nondominated: Collection[str],
+    scale: str,
+    intervals: Mapping[str, Mapping[str, tuple[float, float]]] | None = None,
+    bounds: Mapping[str, Mapping[str, float]] | None = None,
+    parity: str | None = None,
+    title: str | None = None,
+) -> Path:
+    """Draw the measured front of several policies: a panel for every objective of `x`, `y` up in each.
+
+    values: policy name -> objective -> what was measured. path: the PNG to write. nondominated: the policies on the
+    front, drawn filled; the others are hollow. With one panel a line encloses what the policies attain.
+    scale: what the axes measure. intervals: policy name -> objective -> (low, high).
+    bounds: policy name -> objective -> its threshold, a tick that is joined to the policy.
+    parity: name of the policy that stands at (0.5, 0.5), None for none.
+    Returns path. Raises ValueError without policies or objectives or for an objective a policy lacks, ImportError
+    without matplotlib.
+    """
+    if not values or not x:
+        raise ValueError(f"values and x must hold at least one policy and objective, got {list(values)} and {list(x)}")
+    for name, measured in values.items():
+        if missing := [objective for objective in (*x, y) if objective not in measured]:
+            raise ValueError(f"values must have every objective drawn, got none of {missing} for policy {name!r}")
+    columns, rows = min(3, len(x)), math.ceil(len(x) / 3)
+    legend = math.ceil((len(values) + 2) / columns)
+    figure = _figure(1.0 + 4.6 * columns, 4.4 * rows + 0.25 * legend)
+    grid = figure.subplots(rows, columns, squeeze=False, sharey=True)
+    for axes in grid.flat[len(x) :]:
+        axes.set_axis_off()
+    for axes, objective in zip(grid.flat, x, strict=False):
+        _tidy(axes)
+        if parity is not None:
+            axes.axvline(0.5, color="0.45", linestyle=":", linewidth=1.2)
+            axes.axhline(0.5, color="0.45", linestyle=":", linewidth=1.2)
+            axes.plot(0.5, 0.5, marker="*", markersize=15, color="0.2", linestyle="none", label=f"{parity} (0.5, 0.5)")
+        if len(x) == 1:
+            front = sorted((values[name][objective], values[name][y]) for name in nondominated)
+            axes.plot(
+                [across for across, _ in front],
+                [up for _, up in front],
+                drawstyle="steps-pre",
+                color="0.6",
+                linewidth=1.2,
+                zorder=1,
+                label="attained: below and to the left",
+            )
+        for index, (name, measured) in enumerate(values.items()):
+            across, up = measured[objective], measured[y]
+            if (bound := (bounds or {}).get(name, {}).get(objective)) is not None:
+                axes.plot([bound, across], [up, up], color=_VERMILION, linewidth=1.0, zorder=1)
+                tick: dict[str, Any] = {"marker": "|", "color": _VERMILION, "linestyle": "none", "markersize": 12}
+                axes.plot(bound, up, markeredgewidth=2.0, label="a policy's threshold", **tick)
+            span = (intervals or {}).get(name, {})
+            ranges = [
+                None if key not in span else [[value - span[key][0]], [span[key][1] - value]]
+                for key, value in ((objective, across), (y, up))
+            ]
+            colour = _POLICY_COLOURS[index % len(_POLICY_COLOURS)]
+            axes.errorbar(
+                across,
+                up,
+                xerr=ranges[0],
+                yerr=ranges[1],
+                color=colour,
+                marker=_MARKERS[(index + index // len(_POLICY_COLOURS)) % len(_MARKERS)],
+                markerfacecolor=colour if name in nondominated else "white",
+                markersize=8,
+                linestyle="none",
+                linewidth=1.4,
+                capsize=3,
+                label=name if name in nondominated else f"{name} (dominated)",
+            )
+        axes.set_xlabel(f"{objective}: {scale}")
+    for row in grid:
+        row[0].set_ylabel(f"{y}: {scale}")
+    labelled: dict[str, Artist] = {}
+    for axes in grid.flat:
+        handles, labels = axes.get_legend_handles_labels()
+        labelled.update(zip(labels, handles, strict=True))
+    figure.legend(
+        list(labelled.values()), list(labelled), loc="outside lower center", ncols=columns, frameon=False, fontsize=9
+    )
+    if title:
+        figure.suptitle(title, fontsize=11)
+    return _save(figure, path)
 
 
 def plot_front(

@@ -70,6 +70,68 @@ def test_all_that_run_agree_and_another_beta_is_refused(
         step.disagreement(firsts, {**losses, "other beta": "DPO"}, step.TOLERANCE["float32"])
 
 
+MINE = ("mopo_kernels", "mopo_kernels, a row a response", "mopo_kernels, two rows a pair")
+
+
+def test_several_responses_to_a_prompt_are_the_same_pairs_for_all(model: str, tmp_path: Path) -> None:
+    pytest.importorskip("trl")
+    work = replace(TINY, pairs=6, responses=3)
+    assert work.prompts == 2
+    firsts = {
+        name: first_steps(CONTENDERS[name], work, model, tmp_path / f"{number}")
+        for number, name in enumerate((*MINE, "TRL, fastest"))
+    }
+    found = step.disagreement(firsts, dict.fromkeys(firsts, "DPO"), step.TOLERANCE["float32"])
+    assert max(found.values()) < 1e-5
+
+
+def test_the_pairs_of_a_file(model: str, tmp_path: Path) -> None:
+    pytest.importorskip("trl")
+    step.make_tokenizer(1000).save_pretrained(model)
+    file = tmp_path / "pairs.jsonl"
+    label = {"a": 0.0, "b": 1.0}
+    examples = [
+        {"prompt": f"w{i} w7", "responses": ["w8 w9", "w10", "w11 w12 w13"], "pairs": pairs}
+        for i, pairs in enumerate(
+            [
+                [{"i": 0, "j": 1, "preference": label}, {"i": 2, "j": 1, "preference": label}],
+                [{"i": 0, "j": 1, "preference": {"a": 0.5}}, {"i": 1, "j": 2, "preference": {"a": None}}],
+            ]
+        )
+    ]
+    examples.insert(1, {**examples[0], "responses": ["w8", "w9"]})
+    file.write_text("".join(json.dumps(example) + "\n" for example in examples))
+    work = replace(TINY, pairs=3, responses=3, shares=(0.5,), data=str(file))
+    made = step.prompts(work, 1000, 1)
+    assert [one.text for one in made] == ["w0 w7", "w1 w7"]
+    assert made[0].wins == {(0, 1): False, (0, 2): True, (1, 2): True}
+    assert made[1].wins == dict.fromkeys(made[0].wins, True)
+    assert step.prompt_share(file, Path(model), 3) == round(12 / 24, 2)
+    firsts = {
+        name: first_steps(CONTENDERS[name], work, model, tmp_path / f"{number}")
+        for number, name in enumerate((*MINE, "TRL, fastest"))
+    }
+    found = step.disagreement(firsts, dict.fromkeys(firsts, "DPO"), step.TOLERANCE["float32"])
+    assert max(found.values()) < 1e-5
+    with pytest.raises(SystemExit, match=r"expected 3 prompts with 3 responses; .* has 2"):
+        step.prompts(work, 1000, 2)
+
+
+def test_the_demo_is_its_model_and_data(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    seen: list[Any] = []
+    monkeypatch.setattr(step, "ensure_model", lambda folder: tmp_path / "model")
+    monkeypatch.setattr(step, "prompt_share", lambda data, model, responses: 0.4)
+    monkeypatch.setattr(
+        step, "measure", lambda *job: seen.append(job) or {"results": {}, "failed": {}, "unavailable": {}}
+    )
+    step.main(["--demo", "--output", str(tmp_path / "o.json")])
+    ((work, _, _, _, folder),) = seen
+    assert folder == str((tmp_path / "model").resolve())
+    assert (work.responses, work.prompts, work.shares) == (4, 2, (0.4,))
+    assert len(step.prompts(work, 0, 3)) == 8
+    assert json.loads((tmp_path / "o.json").read_text())["workload"]["data"] == "preferences.jsonl"
+
+
 def test_a_contender_waits_before_every_step_and_after_the_last(model: str, tmp_path: Path) -> None:
     """What a trainer does at its end must not fall into another one's turn."""
     trainer = step.make_trainer(CONTENDERS["mopo_kernels"], TINY, 0, model, str(tmp_path))
@@ -244,15 +306,12 @@ def test_no_process_is_left_behind() -> None:
 
 def test_rows_are_ragged_and_have_the_share_of_prompt_asked_for() -> None:
     work = Work(pairs=40, length=100, shares=(0.5, 0.8))
-    made = step.rows(work, 1000)
-    assert made == step.rows(work, 1000)
+    made = step.prompts(work, 1000, 1)
+    assert made == step.prompts(work, 1000, 1)
     for number, share in enumerate(work.shares):
         batch = made[number * work.pairs : (number + 1) * work.pairs]
         # With the EOS token that both trainers add.
-        lengths = [
-            (len(row["prompt"].split()), *(1 + len(row[name].split()) for name in ("chosen", "rejected")))
-            for row in batch
-        ]
+        lengths = [(len(one.text.split()), *(1 + len(text.split()) for text in one.responses)) for one in batch]
         longest = [prompt + max(chosen, rejected) for prompt, chosen, rejected in lengths]
         assert longest[0] == work.length == max(longest)
         assert min(longest) >= work.length // 2
@@ -301,6 +360,9 @@ def test_without_a_high_water_mark_the_greatest_resident_size_serves(monkeypatch
         (("--contenders", "nobody"), "no contender is called like 'nobody'"),
         (("--rounds", "1"), "--rounds: must be at least 2; got 1"),
         (("--prompt-share", "1.0"), "--prompt-share: must be between 0 and 1; got [1.0]"),
+        (("--pairs", "4", "--responses", "3"), "--pairs: must be a multiple of the pairs that 3 responses make; got 4"),
+        (("--data", "pairs.jsonl"), "--data: takes --model"),
+        (("--model", ".", "--data", "none.jsonl"), "--data: there is no file none.jsonl"),
         (("--dtype", "float16"), "invalid choice: 'float16'"),
         (("--shape", "tiny", "--model", "."), "not allowed with argument"),
     ],

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -649,8 +650,9 @@ HANG_SECONDS = 120.0
 def rank_batches(trainer: Any, case: str, rank: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Four prompts, and this rank's part of them: one on rank 0, which with "masked" has no scored token, and three."""
     data = trainer.train_dataset
-    whole = trainer.data_collator([data[i] for i in range(4)])
-    part = trainer.data_collator([data[i] for i in ((0,), (1, 2, 3))[rank]])
+    collate = replace(trainer.data_collator, shared_prompts=False)
+    whole = collate([data[i] for i in range(4)])
+    part = collate([data[i] for i in ((0,), (1, 2, 3))[rank]])
     if case == "masked":
         whole["labels"][whole["prompt_index"] == 0] = -100
         if rank == 0:

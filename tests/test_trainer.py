@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 
@@ -23,6 +22,7 @@ from mopo_kernels.data import (
 )
 from mopo_kernels.dual import ThresholdError, solve_labels
 from mopo_kernels.trainer import MOPOConfig, MOPOTrainer
+from mopo_kernels.trainer.layout import take_layout
 from mopo_kernels.trainer.statistics import Statistics, importance_sums
 
 DOUBLE = torch.float64
@@ -270,25 +270,6 @@ def test_reference_log_probabilities_are_the_models_own(tmp_path):
         torch.testing.assert_close(batch["ref_logprob"], (token * (labels != -100)).sum(1), rtol=1e-5, atol=1e-4)
 
 
-def test_precomputed_log_probabilities_are_kept_and_refused_for_another_model_or_data(tmp_path):
-    trainer = make_trainer(tmp_path, reference="precomputed")
-    trainer.train()
-    file = tmp_path / "reference_logprob_train.json"
-    stored = json.loads(file.read_text())
-    stored["logprob"][0][0] -= 1.0
-    file.write_text(json.dumps(stored))
-    again = make_trainer(tmp_path, reference="precomputed")
-    again._prepare_references()
-    kept = again.train_dataset[0].ref_logprob[0]
-    assert kept == stored["logprob"][0][0], "the file was not reused"
-    with pytest.raises(ValueError, match=r"reference_logprob_train\.json holds .* other model"):
-        make_trainer(tmp_path, make_model(seed=1), reference="precomputed").train()
-    with pytest.raises(ValueError, match="other data"):
-        make_trainer(tmp_path, data=make_data(seed=1), reference="precomputed").train()
-    with pytest.raises(ValueError, match="other data"):
-        make_trainer(tmp_path, reference="precomputed", max_length=64).train()
-
-
 def test_a_live_copy_evaluates_data_that_came_later_and_precomputed_refuses_it(tmp_path):
     later = make_data(2, seed=4)
     trainer = make_trainer(tmp_path / "model", reference="model")
@@ -360,7 +341,7 @@ def test_a_lagged_reference_is_the_policy_as_it_was_and_thresholds_follow(kind, 
     assert lines[2]["kl"] < 1e-6 < lines[2]["kl_first"]
     assert lines[1]["kl"] == lines[1]["kl_first"]
     batch = trainer.data_collator([make_data()[0]])
-    arguments = (model, batch["input_ids"], batch["attention_mask"], batch["labels"])
+    arguments = (model, take_layout(dict(batch)))
     with torch.no_grad():
         first, current = model._mopo_policy.reference_logprob(*arguments, None)
         live = {n: p.data for n, p in model.named_parameters() if p.requires_grad}
@@ -386,10 +367,9 @@ def test_under_a_lagged_reference_satisfaction_is_measured_from_the_first(tmp_pa
     policy = model._mopo_policy
     with torch.no_grad():
         output = model(**batch, objective_weight=trainer.dual.weight)
-        logprob = policy.sequence_logprob(model, batch["input_ids"], batch["attention_mask"], batch["labels"])
-        first, current = policy.reference_logprob(
-            model, batch["input_ids"], batch["attention_mask"], batch["labels"], None
-        )
+        layout = take_layout(dict(batch))
+        logprob = policy.sequence_logprob(model, layout)
+        first, current = policy.reference_logprob(model, layout, None)
     expected, _ = reference.satisfaction(logprob - first, batch["pairs"], batch["preference"], batch["pair_weight"])
     found, _ = trainer._statistics.satisfaction(output["statistics"])
     torch.testing.assert_close(found.float(), expected, rtol=1e-5, atol=1e-6)
@@ -406,7 +386,7 @@ def test_logged_numbers_are_those_of_the_oracle(estimator, tmp_path):
     metrics = trainer.evaluate(data)
     model, batch = trainer.model, trainer.data_collator(list(data))
     policy = model._mopo_policy
-    arguments = (model, batch["input_ids"], batch["attention_mask"], batch["labels"])
+    arguments = (model, take_layout(dict(batch)))
     with torch.no_grad():
         r = (policy.sequence_logprob(*arguments) - policy.reference_logprob(*arguments, None)[0]).double()
     weight, preference = batch["pair_weight"].double(), batch["preference"].double()

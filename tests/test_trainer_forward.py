@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,13 +12,15 @@ from trainer_samples import CONFIGS, lora, make_data, make_model, make_trainer
 
 from mopo_kernels import reference
 from mopo_kernels.trainer.head import find_transform, output_head
+from mopo_kernels.trainer.layout import take_layout
 
 DOUBLE = torch.float64
 
 
 def batch_of(trainer, count=3):
     data = make_data(count, seed=5)
-    batch = trainer.data_collator([data[i] for i in range(count)])
+    # A row per response, as the oracle has it; tests/test_trainer_layout.py compares the other layout with this one.
+    batch = replace(trainer.data_collator, shared_prompts=False)([data[i] for i in range(count)])
     generator = torch.Generator().manual_seed(3)
     batch["ref_logprob"] = torch.randn(batch["input_ids"].shape[0], generator=generator, dtype=DOUBLE) * 3 - 20
     return batch
@@ -290,7 +293,7 @@ def test_the_reference_pass_has_no_dropout_and_leaves_every_mode_and_flag_as_it_
     modes = {name: module.training for name, module in model.named_modules()}
     policy = model._mopo_policy
     trainer.reference.update(model)
-    arguments = (model, batch["input_ids"], batch["attention_mask"], batch["labels"], None)
+    arguments = (model, take_layout(dict(batch)), None)
     torch.manual_seed(0)
     first, lagged = policy.reference_logprob(*arguments)
     torch.manual_seed(1)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
+import numpy as np
 import typer
 from rich.box import SIMPLE_HEAD
 from rich.markup import escape
@@ -14,14 +16,27 @@ from rich.table import Table
 import mopo_kernels
 from mopo_kernels.cli.doctor import installed_version
 from mopo_kernels.cli.output import prepare_file, show
-from mopo_kernels.evaluation import Comparison, compare_policies, is_adapter, load_judges, load_policy, load_prompts
+from mopo_kernels.evaluation import (
+    Comparison,
+    compare_with_baseline,
+    is_adapter,
+    is_sweep,
+    load_judges,
+    load_policy,
+    load_prompts,
+    load_sweep_policies,
+    read_sweep,
+)
 from mopo_kernels.mappings import parse_mapping
+from mopo_kernels.tabular import nondominated
 
 Adapter = Annotated[str | None, typer.Option(help="A peft adapter (folder or hub name) to put on it.")]
 
 
 def evaluate(
-    policy: Annotated[str, typer.Option(help="Model or adapter to judge: folder or hub name.")],
+    policy: Annotated[
+        str, typer.Option(help="Model or adapter to judge: folder or hub name. Or a sweep's folder: all its points.")
+    ],
     prompts: Annotated[Path, typer.Option(help='Held-out prompts: .jsonl with a "prompt" field, or .txt.')],
     judges: Annotated[str, typer.Option(help="package.module:ATTR or file.py:ATTR, a dict of objective -> judge.")],
     policy_adapter: Adapter = None,
@@ -47,12 +62,21 @@ def evaluate(
     x: Annotated[str | None, typer.Option(help="Objective on the plot's horizontal axis.")] = None,
     y: Annotated[str | None, typer.Option(help="Objective on the plot's vertical axis.")] = None,
 ) -> None:
-    """Report win rates of one policy over another.
+    """Report win rates of one policy over another, or of all policies of a sweep over one.
 
     Samples from both, judges the samples, gives the win rate on every objective with a bootstrap interval by prompt.
+    For a sweep also which points no other dominates; its picture has --y (default: the primary objective) over --x
+    (default: every other that was held).
     """
     judge_of = load_judges(judges)
     thresholds = _thresholds(threshold or [], list(judge_of))
+    across = [] if x is None else [x]
+    sweep = read_sweep(policy) if is_sweep(policy) else None
+    compared = [name for name in judge_of if sweep is not None and name in sweep["compared"]] or list(judge_of)
+    if sweep is not None and policy_adapter is not None:
+        raise ValueError(
+            f"--policy-adapter must not be given with a sweep, whose adapters are known, got {policy_adapter}"
+        )
     held_out = load_prompts(prompts)[:limit]
     if len(held_out) < 2:
         raise ValueError(f"--prompts {prompts} must hold at least 2 prompts, got {len(held_out)}")
@@ -61,17 +85,25 @@ def evaluate(
         from mopo_kernels.plots import require_matplotlib
 
         require_matplotlib()
-        for option, objective in (("--x", x), ("--y", y)):
+        if sweep is not None:
+            y = y or sweep["primary"]
+            if x is None:
+                across = [name for name in compared if name != y]
+        for option, objective in (("--x", across[0] if across else None), ("--y", y)):
             if objective not in judge_of:
                 raise ValueError(f"{option} must be one of {', '.join(judge_of)}, got {objective}")
     for option, path in (("--output", output), ("--plot", plot)):
         if path is not None:
             prepare_file(option, path)
 
-    if baseline is None and policy_adapter is None and not is_adapter(policy):
+    if sweep is not None:
+        nondominated(np.empty((0, 1)))  # a missing package shows before the work, not after it
+        candidates = load_sweep_policies(policy, device=device)
+    elif baseline is None and policy_adapter is None and not is_adapter(policy):
         raise ValueError("--baseline is needed: the policy has no adapter, so no base model to be compared with")
-
-    candidate = load_policy(policy, policy_adapter, device=device)
+    else:
+        candidates = [load_policy(policy, policy_adapter, device=device)]
+    candidate = candidates[0]
     if baseline is None and baseline_adapter is None:
         reference = candidate.base()
     else:
@@ -81,8 +113,8 @@ def evaluate(
     if ours == theirs:
         ours, theirs = f"{ours} (policy)", f"{theirs} (baseline)"
 
-    comparison = compare_policies(
-        candidate,
+    comparisons = compare_with_baseline(
+        candidates,
         reference,
         held_out,
         judge_of,
@@ -94,8 +126,11 @@ def evaluate(
         seed=seed,
         confidence=confidence,
     )
+    comparison = comparisons[0]
+    points = {candidate.name: each for candidate, each in zip(candidates, comparisons, strict=True)}
+    front = _front(points, compared) if sweep is not None else []
     if output is not None:
-        settings: dict[str, Any] = {
+        settings = {
             "policy": policy,
             "policy_adapter": policy_adapter,
             "baseline": baseline,
@@ -111,15 +146,45 @@ def evaluate(
             "seed": seed,
             "thresholds": thresholds,
         }
-        report = {"settings": settings, "versions": _versions(), **comparison.as_dict()}
+        report: dict[str, Any] = {"settings": settings, "versions": _versions()}
+        if sweep is None:
+            report |= comparison.as_dict()
+        else:
+            each = {name: {"nondominated": name in front, **point.as_dict()} for name, point in points.items()}
+            report |= {"compared": compared, "points": each}
         output.write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     if plot is not None:
-        assert x is not None
-        assert y is not None  # both checked above
-        from mopo_kernels.plots import plot_plane
+        from mopo_kernels.plots import plot_plane, plot_policies
 
-        plot_plane({ours: comparison.win_rates}, plot, x=x, y=y, thresholds=thresholds, parity=theirs)
-    show(_table(comparison, ours, theirs, thresholds))
+        assert y is not None  # checked above
+        if sweep is None:
+            plot_plane({ours: comparison.win_rates}, plot, x=across[0], y=y, thresholds=thresholds, parity=theirs)
+        else:
+            rates = {name: point.win_rates for name, point in points.items()}
+            plot_policies(
+                {name: {key: rate.mean for key, rate in found.items()} for name, found in rates.items()},
+                plot,
+                x=across,
+                y=y,
+                nondominated=front,
+                scale=f"win rate over {theirs} (0 to 1)",
+                intervals={
+                    name: {key: (rate.low, rate.high) for key, rate in found.items()} for name, found in rates.items()
+                },
+                bounds=dict.fromkeys(points, thresholds),
+                parity=theirs,
+                title=f"Bars: {confidence:.0%} intervals, {len(held_out)} prompts",
+            )
+    if sweep is None:
+        show(_table(comparison, ours, theirs, thresholds))
+    else:
+        show(_sweep_table(points, theirs, thresholds, compared, front))
+
+
+def _front(points: Mapping[str, Comparison], objectives: Sequence[str]) -> list[str]:
+    """The points whose mean win rates no other point dominates."""
+    means = [[point.win_rates[name].mean for name in objectives] for point in points.values()]
+    return [name for name, mark in zip(points, nondominated(means), strict=True) if mark]
 
 
 def _thresholds(options: list[str], objectives: list[str]) -> dict[str, float]:
@@ -143,6 +208,42 @@ def _thresholds(options: list[str], objectives: list[str]) -> dict[str, float]:
 def _versions() -> dict[str, str | None]:
     packages = {name: installed_version(name) for name in ("torch", "transformers", "peft")}
     return {"mopo-kernels": mopo_kernels.__version__, **packages}
+
+
+def _sweep_table(
+    points: Mapping[str, Comparison],
+    baseline: str,
+    thresholds: dict[str, float],
+    compared: Sequence[str],
+    front: Sequence[str],
+) -> Table:
+    """A row per point, a column per objective."""
+    first = next(iter(points.values()))
+    rates = first.win_rates
+    level = next(iter(rates.values())).confidence
+    table = Table(
+        title=escape(f"{len(points)} policies over {baseline}: {len(first.prompts)} prompts"),
+        caption=escape(
+            f"Win rates with {level:.0%} intervals; 0.5 is parity. front: no other point has as high a mean win rate "
+            f"on each of {', '.join(compared)} and a higher on one."
+        ),
+        title_justify="left",
+        caption_justify="left",
+        box=SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+    )
+    table.add_column("point", overflow="fold", min_width=10)
+    for name in rates:
+        held = f" >= {thresholds[name]:.3f}" if name in thresholds else ""
+        table.add_column(escape(name + held), justify="right")
+    table.add_column("front", justify="right")
+    for point, comparison in points.items():
+        cells = []
+        for name, rate in comparison.win_rates.items():
+            missed = name in thresholds and rate.mean < thresholds[name]
+            cells.append(f"{rate.mean:.3f} ({rate.low:.3f} to {rate.high:.3f}){' [red]missed[/]' if missed else ''}")
+        table.add_row(escape(point), *cells, "yes" if point in front else "dominated")
+    return table
 
 
 def _table(comparison: Comparison, candidate: str, baseline: str, thresholds: dict[str, float]) -> Table:

@@ -4,34 +4,66 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
-from importlib.metadata import PackageNotFoundError, version
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
 import yaml
-from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, set_seed
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, set_seed
+from transformers.trainer_utils import TrainOutput
 
 from mopo_kernels import backends
+from mopo_kernels.cli.plan import plan
+from mopo_kernels.cli.sweep import train_sweep
 from mopo_kernels.data import PreferenceCollator, PreferenceData, load_preferences, summarize
+from mopo_kernels.data.synthetic import byte_tokenizer, random_preferences
 from mopo_kernels.dual import ThresholdError
+from mopo_kernels.mappings import parse_mapping
 from mopo_kernels.trainer import MOPOConfig, MOPOTrainer, TrainingInterrupted, last_complete_checkpoint
 from mopo_kernels.trainer.checkpoint import write_atomically
+from mopo_kernels.trainer.model_card import installed_version, model_card
 
 SUMMARY_FILE = "training_summary.json"
+# What random data is labelled for when no objectives are named.
+RANDOM_OBJECTIVES = ["first", "second"]
+
+
+def _parse_json(name: str, value: dict[str, Any] | str | None) -> dict[str, Any]:
+    """A mapping, or the JSON of one."""
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{name}: expected a JSON object; got {value!r}") from error
+    if not isinstance(value, (dict, type(None))):
+        raise ValueError(f"{name}: expected a mapping; got {value!r}")
+    return value or {}
 
 
 @dataclass
 class ModelArguments:
-    """What is trained."""
+    """What is trained, and what comes of it."""
 
     model_name_or_path: str = field(default="", metadata={"help": "Folder or hub name of a causal language model."})
     model_revision: str | None = field(default=None, metadata={"help": "Revision on the hub."})
     dtype: str = field(default="auto", metadata={"help": "auto, float32, bfloat16 or float16."})
     attn_implementation: str | None = field(default=None, metadata={"help": "eager, sdpa, flash_attention_2, ..."})
+    random_weights: bool = field(
+        default=False,
+        metadata={"help": "Random weights: by the configuration in the model's folder, else by architecture."},
+    )
+    architecture: str | None = field(
+        default=None,
+        metadata={"help": "With random_weights and no folder: a type such as phi, opt or llama."},
+    )
+    architecture_options: dict | str | None = field(
+        default=None, metadata={"help": "Entries of its configuration other than the defaults, as JSON or a mapping."}
+    )
     lora_r: int | None = field(default=None, metadata={"help": "Rank of LoRA adapters; default: full fine-tuning."})
     lora_alpha: int | None = field(default=None, metadata={"help": "LoRA scale; default: twice the rank."})
     lora_dropout: float = field(default=0.0, metadata={"help": "Dropout inside the adapters."})
@@ -39,14 +71,50 @@ class ModelArguments:
         default=None, metadata={"help": "Names of modules that get an adapter; default: every linear one but the head."}
     )
     lora_modules_to_save: list[str] | None = field(default=None, metadata={"help": "Modules trained in full."})
+    merge_adapters: bool = field(
+        default=False,
+        metadata={"help": "Also save the model with its adapters merged, in output_dir/merged."},
+    )
+    dry_run: bool = field(
+        default=False, metadata={"help": "Print what would be done and what it would take, without loading weights."}
+    )
+    sweep: str | None = field(
+        default=None, metadata={"help": "YAML or JSON file of threshold vectors: trains an adapter for each."}
+    )
 
     def __post_init__(self) -> None:
-        if not self.model_name_or_path:
+        self.architecture_options = _parse_json("architecture_options", self.architecture_options)
+        if self.random_weights:
+            if self.architecture is None and not self.has_folder:
+                raise ValueError(
+                    "architecture: expected a type of model that transformers knows, such as llama, as random_weights "
+                    "has no folder with a config.json to take it from; got none"
+                )
+        elif not self.model_name_or_path:
             raise ValueError("model_name_or_path: expected a folder or hub name; got none")
         if self.dtype not in ("auto", "float32", "bfloat16", "float16"):
             raise ValueError(f"dtype: expected auto, float32, bfloat16 or float16; got {self.dtype!r}")
         if self.lora_r is not None and self.lora_r < 1:
             raise ValueError(f"lora_r: expected a positive rank, or none; got {self.lora_r}")
+        if self.sweep is not None and self.lora_r is None:
+            raise ValueError("lora_r: expected a rank with sweep, which trains adapters on one frozen model; got none")
+        if self.merge_adapters and self.lora_r is None:
+            raise ValueError("lora_r: expected a rank with merge_adapters; got none")
+        if self.sweep is not None and (self.merge_adapters or self.dry_run):
+            name = "merge_adapters" if self.merge_adapters else "dry_run"
+            raise ValueError(f"{name}: expected false with sweep; got true")
+
+    @property
+    def has_folder(self) -> bool:
+        """Whether the model's configuration is in a local folder."""
+        return bool(self.model_name_or_path) and (Path(self.model_name_or_path) / "config.json").is_file()
+
+    @property
+    def description(self) -> str:
+        """What is trained, in words."""
+        if not self.random_weights:
+            return self.model_name_or_path
+        return f"{self.model_name_or_path if self.has_folder else self.architecture} with random weights"
 
 
 @dataclass
@@ -69,12 +137,21 @@ class DataArguments:
     eval_fraction: float = field(default=0.0, metadata={"help": "Share of prompts to hold out of the training data."})
     split_seed: int = field(default=0, metadata={"help": "Seed of that choice."})
     max_examples: int | None = field(default=None, metadata={"help": "Read this many rows at most."})
+    random_data: dict | str | None = field(
+        default=None,
+        metadata={"help": "Sizes of the data made up with random_weights: examples=64,responses=4,..."},
+    )
 
     def __post_init__(self) -> None:
-        if (self.train_file is None) == (self.dataset_name is None):
-            raise ValueError(
-                "train_file: expected it or dataset_name, not both; got " + ("both" if self.train_file else "neither")
-            )
+        if self.train_file is not None and self.dataset_name is not None:
+            raise ValueError("train_file: expected it or dataset_name, not both; got both")
+        sizes = parse_mapping("random_data", self.random_data)
+        known = ("examples", "responses", "prompt_length", "response_length")
+        if unknown := [name for name in sizes if name not in known]:
+            raise ValueError(f"random_data: expected sizes among {', '.join(known)}; got {', '.join(unknown)}")
+        if sizes and self.is_given:
+            raise ValueError("random_data: expected it without train_file and dataset_name; got both")
+        self.random_data = {name: int(value) for name, value in sizes.items()}
         if self.eval_split is not None and self.dataset_name is None:
             raise ValueError(f"eval_split: expected dataset_name with it; got {self.eval_split!r} without")
         held = [name for name in ("eval_file", "eval_split") if getattr(self, name)] + ["eval_fraction"] * (
@@ -84,13 +161,12 @@ class DataArguments:
             raise ValueError(f"{held[0]}: expected one way to hold data out; got also {held[1]}")
         if not 0 <= self.eval_fraction < 1:
             raise ValueError(f"eval_fraction: expected a share in [0, 1); got {self.eval_fraction}")
-        if isinstance(self.data_options, str):
-            try:
-                self.data_options = json.loads(self.data_options)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"data_options: expected a JSON object; got {self.data_options!r}") from error
-        if not isinstance(self.data_options, (dict, type(None))):
-            raise ValueError(f"data_options: expected a mapping; got {self.data_options!r}")
+        self.data_options = _parse_json("data_options", self.data_options)
+
+    @property
+    def is_given(self) -> bool:
+        """Whether there is data to load."""
+        return self.train_file is not None or self.dataset_name is not None
 
 
 class _Parser(HfArgumentParser):
@@ -133,9 +209,13 @@ def parse(argv: list[str]) -> tuple[ModelArguments, DataArguments, MOPOConfig]:
     if rest:
         raise ValueError(f"unknown argument {' '.join(rest)}")
     model, data, training = groups
+    if not data.is_given and not model.random_weights:
+        raise ValueError("train_file: expected it or dataset_name, not both; got neither")
     output = Path(str(training.output_dir))
     if file := next((path for path in (output, *output.parents) if path.exists() and not path.is_dir()), None):
         raise ValueError(f"output_dir: expected a folder, there or to be made; {file} is a file")
+    if training.reference_path is None and data.train_file is not None and (source := Path(data.train_file)).exists():
+        training.reference_path = str(source if source.is_dir() else source.parent)
     return model, data, training
 
 
@@ -154,7 +234,7 @@ def load_data(
             name=arguments.dataset_config,
             data_dir=arguments.dataset_dir,
             limit=limit,
-            **(arguments.data_options or {}),
+            **_parse_json("data_options", arguments.data_options),
         )
 
     def is_canonical(source: str, split: str | None) -> bool:
@@ -168,7 +248,10 @@ def load_data(
 
     def load(source: str, split: str | None) -> PreferenceData:
         wanted = config.objectives
-        if wanted is None or not is_canonical(source, split):
+        if not source:
+            sizes: Any = arguments.random_data
+            data = random_preferences(wanted or RANDOM_OBJECTIVES, seed=arguments.split_seed, **sizes)
+        elif wanted is None or not is_canonical(source, split):
             data = read(source, split, arguments.data_format, wanted, arguments.max_examples)
         else:
             # These rows name their own objectives, of which any choice can be trained on; load_preferences takes a name
@@ -191,8 +274,7 @@ def load_data(
             )
         return data
 
-    source = arguments.train_file or arguments.dataset_name
-    assert source is not None
+    source = arguments.train_file or arguments.dataset_name or ""
     train = load(source, arguments.train_split)
     if arguments.eval_file is not None:
         return train, load(arguments.eval_file, None)
@@ -226,13 +308,67 @@ def _loading(name: str) -> Iterator[None]:
         raise ValueError(f"model_name_or_path: {name} cannot be loaded: {error}") from error
 
 
-def load_model(arguments: ModelArguments) -> Any:
-    """The model, with fresh LoRA adapters when asked for."""
-    options: dict[str, Any] = {"dtype": arguments.dtype, "revision": arguments.model_revision}
-    if arguments.attn_implementation is not None:
-        options["attn_implementation"] = arguments.attn_implementation
-    with _loading(arguments.model_name_or_path):
-        model = AutoModelForCausalLM.from_pretrained(arguments.model_name_or_path, **options)
+def model_config(arguments: ModelArguments) -> Any:
+    """The configuration of the model; with ``random_weights`` nothing is asked for over the network."""
+    if not arguments.random_weights or arguments.has_folder:
+        with _loading(arguments.model_name_or_path):
+            return AutoConfig.from_pretrained(arguments.model_name_or_path, revision=arguments.model_revision)
+    try:
+        return AutoConfig.for_model(
+            str(arguments.architecture), **_parse_json("architecture_options", arguments.architecture_options)
+        )
+    except ValueError as error:
+        raise ValueError(f"architecture: {error}") from error
+
+
+def load_tokenizer(arguments: ModelArguments) -> Any:
+    """The model's tokenizer; with random weights and no folder that has one, a byte each."""
+    folder = Path(arguments.model_name_or_path)
+    if not arguments.random_weights or (
+        arguments.has_folder and any((folder / file).is_file() for file in ("tokenizer.json", "tokenizer_config.json"))
+    ):
+        with _loading(arguments.model_name_or_path):
+            return AutoTokenizer.from_pretrained(arguments.model_name_or_path, revision=arguments.model_revision)
+    return byte_tokenizer()
+
+
+def empty_model(arguments: ModelArguments, device: torch.device) -> Any:
+    """The model by its configuration alone, on ``device`` in its dtype from the start, so that it is never held twice.
+
+    On the meta device it takes no memory.
+
+    Raises:
+        ValueError: a configuration that makes no causal language model.
+    """
+    config = model_config(arguments)
+    dtype = (config.dtype or torch.float32) if arguments.dtype == "auto" else getattr(torch, arguments.dtype)
+    options = {} if arguments.attn_implementation is None else {"attn_implementation": arguments.attn_implementation}
+    with device:
+        try:
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype, **options)
+        except (ValueError, TypeError) as error:
+            name = arguments.architecture or arguments.model_name_or_path
+            raise ValueError(f"architecture: {name} makes no causal language model: {error}") from error
+    # What adapters and model cards will say they are for.
+    model.config._name_or_path = arguments.description
+    return model
+
+
+def load_model(arguments: ModelArguments, device: torch.device) -> Any:
+    """The model, with fresh LoRA adapters when asked for; only random weights are made on ``device`` at once."""
+    if arguments.random_weights:
+        model = empty_model(arguments, device)
+    else:
+        options: dict[str, Any] = {"dtype": arguments.dtype, "revision": arguments.model_revision}
+        if arguments.attn_implementation is not None:
+            options["attn_implementation"] = arguments.attn_implementation
+        with _loading(arguments.model_name_or_path):
+            model = AutoModelForCausalLM.from_pretrained(arguments.model_name_or_path, **options)
+    return add_adapters(model, arguments)
+
+
+def add_adapters(model: Any, arguments: ModelArguments) -> Any:
+    """``model`` under fresh LoRA adapters, or as it is when none are asked for."""
     if arguments.lora_r is None:
         return model
     from peft import LoraConfig, get_peft_model
@@ -269,11 +405,44 @@ def _earlier_metrics(summary: Path) -> Any:
         return None
 
 
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "not installed"
+def save_results(trainer: MOPOTrainer, output: TrainOutput, model_name: str) -> dict[str, Any]:
+    """Evaluate on held-out data if there is any, save the model or adapter, and write and return the summary."""
+    metrics = trainer.evaluate() if trainer.eval_dataset is not None else {}
+    trainer.save_model()
+    path = Path(str(trainer.args.output_dir)) / SUMMARY_FILE
+    solution = trainer.label_solution
+    summary = {
+        "model": model_name,
+        "objectives": list(trainer.objectives),
+        "primary": trainer.primary,
+        "steps": output.global_step,
+        "multiplier": trainer.dual.multiplier,
+        "threshold": trainer.dual.threshold,
+        "satisfaction": trainer.dual.smoothed,
+        "multiplier_on_labels": None if solution is None else solution.multiplier,
+        "train": _earlier_metrics(path) if trainer.already_finished else output.metrics,
+        "eval": metrics,
+        "versions": {name: installed_version(name) for name in ("mopo-kernels", "torch", "transformers", "peft")},
+        "device": str(trainer.args.device),
+        "threads": torch.get_num_threads(),
+    }
+    if trainer.is_world_process_zero():
+        write_atomically(path, json.dumps(summary, indent=2, default=str) + "\n")
+        print(f"saved {trainer.args.output_dir} and {path}")
+    return summary
+
+
+def save_merged(trainer: MOPOTrainer) -> None:
+    """The model with its adapters merged, in ``output_dir/merged``. The sum is rounded to the weights' dtype; the
+    trainer's own model is used up."""
+    if not trainer.is_world_process_zero():
+        return
+    folder = Path(str(trainer.args.output_dir)) / "merged"
+    card = model_card(trainer, merged=True)
+    trainer.model.merge_and_unload().save_pretrained(folder)
+    trainer.processing_class.save_pretrained(folder)
+    card.save(folder / "README.md")
+    print(f"saved {folder}")
 
 
 def train(argv: list[str]) -> None:
@@ -286,24 +455,45 @@ def train(argv: list[str]) -> None:
         ValueError: a bad argument or value, thresholds that the training labels cannot meet, or bad data.
         SystemExit: 130 after Ctrl-C, 1 when training diverged or a threshold turned out impossible.
     """
+    started = time.perf_counter()
     model_arguments, data_arguments, config = parse(argv)
     backends.resolve(config.backend, config.device)
     set_seed(config.seed)
-    check_model_name(model_arguments.model_name_or_path)
-    with _loading(model_arguments.model_name_or_path):
-        tokenizer = AutoTokenizer.from_pretrained(
-            model_arguments.model_name_or_path, revision=model_arguments.model_revision
-        )
-    train_data, eval_data = load_data(data_arguments, config, tokenizer)
+    if not model_arguments.random_weights:
+        check_model_name(model_arguments.model_name_or_path)
+    tokenizer = load_tokenizer(model_arguments)
     main_process = config.process_index == 0
+    if model_arguments.random_weights and main_process:
+        tokens = "its folder's tokenizer" if tokenizer.name_or_path else "a byte-level tokenizer"
+        print(f"note: random weights and {tokens}{'' if data_arguments.is_given else ', trained on random data'}")
+    train_data, eval_data = load_data(data_arguments, config, tokenizer)
     report = summarize(train_data)
     if main_process:
         print(f"{report.examples} examples, {report.pairs} pairs, objectives {', '.join(train_data.objectives)}")
         for message in report.messages:
             print(f"note: {message}")
+    if model_arguments.dry_run:
+        model = add_adapters(empty_model(model_arguments, torch.device("meta")), model_arguments)
+        text = plan(model, config, tokenizer, train_data, eval_data)
+        if main_process:
+            print(f"plan for {model_arguments.description}; nothing is trained\n{text}")
+        return
+    if model_arguments.sweep is not None:
+        train_sweep(
+            model_arguments.sweep,
+            config,
+            partial(load_model, model_arguments, config.device),
+            tokenizer,
+            train_data,
+            eval_data,
+            save=partial(save_results, model_name=model_arguments.description),
+            settings={name: value for name, value in vars(model_arguments).items() if name != "sweep"},
+            started=started,
+        )
+        return
     try:
         trainer = MOPOTrainer(
-            load_model(model_arguments),
+            load_model(model_arguments, config.device),
             config,
             train_dataset=train_data,
             eval_dataset=eval_data,
@@ -311,6 +501,8 @@ def train(argv: list[str]) -> None:
         )
     except ThresholdError as error:
         raise ValueError(f"thresholds: {error}") from error
+    if model_arguments.merge_adapters and (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
+        raise ValueError("merge_adapters: expected false with sharded weights; got true")
     try:
         output = trainer.train(resume_from_checkpoint=_resume(config))
     except TrainingInterrupted as error:
@@ -322,25 +514,6 @@ def train(argv: list[str]) -> None:
             checkpoint = last_complete_checkpoint(str(config.output_dir))
             print(f"mopo: error: {error}; last checkpoint: {checkpoint or 'none'}", file=sys.stderr)
         raise SystemExit(1) from None
-    metrics = trainer.evaluate() if eval_data is not None else {}
-    trainer.save_model()
-    if main_process:
-        path = Path(str(config.output_dir)) / SUMMARY_FILE
-        solution = trainer.label_solution
-        summary = {
-            "model": model_arguments.model_name_or_path,
-            "objectives": list(trainer.objectives),
-            "primary": trainer.primary,
-            "steps": output.global_step,
-            "multiplier": trainer.dual.multiplier,
-            "threshold": trainer.dual.threshold,
-            "satisfaction": trainer.dual.smoothed,
-            "multiplier_on_labels": None if solution is None else solution.multiplier,
-            "train": _earlier_metrics(path) if trainer.already_finished else output.metrics,
-            "eval": metrics,
-            "versions": {name: _version(name) for name in ("mopo-kernels", "torch", "transformers", "peft")},
-            "device": str(config.device),
-            "threads": torch.get_num_threads(),
-        }
-        write_atomically(path, json.dumps(summary, indent=2, default=str) + "\n")
-        print(f"saved {config.output_dir} and {path}")
+    save_results(trainer, output, model_arguments.description)
+    if model_arguments.merge_adapters:
+        save_merged(trainer)

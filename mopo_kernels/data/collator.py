@@ -1,4 +1,4 @@
-"""PreferenceCollator: preference examples to the padded tensors that the trainer wants, a row per response."""
+"""PreferenceCollator: preference examples to tensors, a padded row per response or every prompt once in one row."""
 
 from __future__ import annotations
 
@@ -18,10 +18,25 @@ class TokenizedExample(NamedTuple):
     prompt: list[int]
     responses: list[list[int]]
 
+    @property
+    def size(self) -> ExampleSize:
+        """What it takes up."""
+        lengths = [len(response) for response in self.responses]
+        before = len(self.prompt)
+        return ExampleSize(len(lengths), before + max(lengths), before + sum(lengths) - len(lengths))
+
+
+class ExampleSize(NamedTuple):
+    """Responses of an example, tokens of its longest row, and its tokens with the prompt shared."""
+
+    responses: int
+    longest: int
+    tokens: int
+
 
 @dataclass
 class PreferenceCollator:
-    """Tokenises, pads and stacks examples; one row per response, B rows in all.
+    """Tokenises examples and lays them out, by default as a padded row per response, B rows in all.
 
     A row is ``prompt ids + response ids + EOS``. Prompt and response are tokenised apart, so no token can span the
     boundary and every response of a prompt follows identical prompt ids. With a chat template a string prompt is one
@@ -38,6 +53,8 @@ class PreferenceCollator:
         truncate: False: an over-long response raises. True: it is cut, loses its EOS, and is counted in ``truncated``
             (which counts in the process where the collator runs). A prompt that leaves no room raises in both cases:
             see ``PreferenceData.drop_overlong``.
+        shared_prompts: lay out everything in one row of L tokens instead, without padding: each prompt once, its
+            responses behind it. Needs a model whose attention can be told so, see ``MOPOConfig.shared_prompts``.
 
     Calling it on a list of ``PreferenceExample`` (or their dicts) returns
 
@@ -52,6 +69,19 @@ class PreferenceCollator:
     ref_logprob         (B,)        float32   nats; only when every example has it
     ==================  ==========  ========  ==================================================================
 
+    With ``shared_prompts`` the first three are replaced by the following, and B counts responses. The last token of a
+    response is scored, but has no place in the row: nothing follows it.
+
+    ==================  ==========  ========  ==================================================================
+    input_ids           (1, L)      int64     prompt | response 1 | ... | response n, prompt after prompt
+    position_ids        (1, L)      int64     of the row ``prompt + response`` that the token would stand in
+    segment_length      (X + B,)    int64     tokens of each prompt and of each of its responses, in the row's order
+    response_count      (X,)        int64     responses of each prompt
+    scored_rows         (N,)        int64     place in the row of the token before each scored one
+    target              (N,)        int64     the scored tokens, response after response
+    cu_seqlens          (B + 1,)    int64     where each response's scored tokens begin and end
+    ==================  ==========  ========  ==================================================================
+
     Raises:
         ValueError: no objective, a tokenizer without EOS token, no example, or messages without a chat template.
         DataError: an over-long example, named by its id or the start of its prompt.
@@ -64,6 +94,7 @@ class PreferenceCollator:
     ignore_index: int = -100
     pad_to_multiple_of: int | None = None
     truncate: bool = False
+    shared_prompts: bool = False
     truncated: int = field(default=0, init=False)
 
     def __post_init__(self) -> None:
@@ -141,6 +172,29 @@ class PreferenceCollator:
             for example in examples
         ]
         tokenized = self.tokenize(batch)
+        tensors = self._shared(tokenized) if self.shared_prompts else self._padded(tokenized)
+        pairs, preference, weight = [], [], []
+        prompt_index: list[int] = []
+        for position, example in enumerate(batch):
+            offset = len(prompt_index)
+            prompt_index.extend([position] * len(example.responses))
+            for pair in example.pairs:
+                pairs.append([offset + pair.i, offset + pair.j])
+                values = [pair.preference.get(name) for name in self.objectives]
+                preference.append([float("nan") if value is None else value for value in values])
+                weight.append(example.weight)
+        tensors |= {
+            "pairs": torch.tensor(pairs),
+            "preference": torch.tensor(preference, dtype=torch.float32),
+            "pair_weight": torch.tensor(weight, dtype=torch.float32),
+            "prompt_index": torch.tensor(prompt_index),
+        }
+        if all(example.ref_logprob is not None for example in batch):
+            reference = [value for example in batch for value in example.ref_logprob or ()]
+            tensors["ref_logprob"] = torch.tensor(reference, dtype=torch.float32)
+        return tensors
+
+    def _padded(self, tokenized: Sequence[TokenizedExample]) -> dict[str, Tensor]:
         rows = [(item.prompt, response) for item in tokenized for response in item.responses]
         length = max(len(prompt) + len(response) for prompt, response in rows)
         if self.pad_to_multiple_of is not None:
@@ -154,27 +208,37 @@ class PreferenceCollator:
             input_ids[row, :end] = torch.tensor(prompt + response)
             attention_mask[row, :end] = 1
             labels[row, len(prompt) : end] = input_ids[row, len(prompt) : end]
+        return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
 
-        pairs, preference, weight = [], [], []
-        prompt_index: list[int] = []
-        for position, example in enumerate(batch):
-            offset = len(prompt_index)
-            prompt_index.extend([position] * len(example.responses))
-            for pair in example.pairs:
-                pairs.append([offset + pair.i, offset + pair.j])
-                values = [pair.preference.get(name) for name in self.objectives]
-                preference.append([float("nan") if value is None else value for value in values])
-                weight.append(example.weight)
-        tensors = {
-            "input_ids": input_ids,
-            "attention_mask": attention_mask,
-            "labels": labels,
-            "pairs": torch.tensor(pairs),
-            "preference": torch.tensor(preference, dtype=torch.float32),
-            "pair_weight": torch.tensor(weight, dtype=torch.float32),
-            "prompt_index": torch.tensor(prompt_index),
+    def _shared(self, tokenized: Sequence[TokenizedExample]) -> dict[str, Tensor]:
+        ids: list[int] = []
+        positions: list[int] = []
+        segments: list[int] = []
+        rows: list[int] = []
+        target: list[int] = []
+        ends = [0]
+        for prompt, responses in tokenized:
+            before = len(prompt)
+            ids += prompt
+            positions += range(before)
+            segments.append(before)
+            last = len(ids) - 1
+            for response in responses:
+                first = len(ids)
+                kept = response[:-1]
+                ids += kept
+                positions += range(before, before + len(kept))
+                segments.append(len(kept))
+                # Without a prompt there is nothing to score the first token from.
+                rows += [last] * bool(prompt) + list(range(first, len(ids)))
+                target += response if prompt else response[1:]
+                ends.append(len(target))
+        return {
+            "input_ids": torch.tensor([ids]),
+            "position_ids": torch.tensor([positions]),
+            "segment_length": torch.tensor(segments),
+            "response_count": torch.tensor([len(item.responses) for item in tokenized]),
+            "scored_rows": torch.tensor(rows),
+            "target": torch.tensor(target),
+            "cu_seqlens": torch.tensor(ends),
         }
-        if all(example.ref_logprob is not None for example in batch):
-            reference = [value for example in batch for value in example.ref_logprob or ()]
-            tensors["ref_logprob"] = torch.tensor(reference, dtype=torch.float32)
-        return tensors

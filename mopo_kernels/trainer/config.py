@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 
 from transformers import TrainingArguments
 
@@ -11,7 +12,11 @@ from mopo_kernels.mappings import parse_mapping
 from mopo_kernels.reference import ESTIMATORS, LOSS_TYPES
 
 REFERENCES = ("auto", "precomputed", "model")
+REFERENCE_DTYPES = ("auto", "bfloat16")
 ON_INFEASIBLE = ("error", "warn")
+SHARED_PROMPTS = ("auto", "always", "never")
+# Prefers what keeps the thresholds: see MOPOTrainer.evaluate.
+BEST_METRIC = "feasible_primary"
 
 
 def parse_names(name: str, value: list[str] | str | None) -> list[str] | None:
@@ -31,7 +36,8 @@ def parse_names(name: str, value: list[str] | str | None) -> list[str] | None:
 class MOPOConfig(TrainingArguments):
     """``transformers.TrainingArguments`` plus what constrained preference optimisation needs.
 
-    One item of a batch is one prompt with all its responses and pairs: ``per_device_train_batch_size`` counts prompts.
+    One item of a batch is one prompt with all its responses and pairs: ``per_device_train_batch_size`` counts prompts,
+    unless ``max_tokens_per_batch`` is set.
 
     Args:
         objectives: names of the K objectives in the order of the multipliers; None takes the data set's.
@@ -52,12 +58,22 @@ class MOPOConfig(TrainingArguments):
         initial_multiplier: ``"labels"`` solves the dual exactly on the training labels (for the optimum of
             ``regression`` and ``cloning``; a starting point only for ``sigmoid``), ``"zero"`` starts at 0, a
             mapping gives numbers (in the forms of ``thresholds``).
-        reference: where the first reference's log-probabilities come from. ``precomputed``: one pass before training,
-            kept in ``output_dir``. ``model``: during training, from the same network with the adapter switched off
-            (LoRA) or with a frozen copy of the starting weights (full fine-tuning). ``auto``: precomputed, except that
-            LoRA training for less than one epoch uses ``model``, which is then the cheaper.
+        reference: where the first reference's log-probabilities come from, for examples without ``ref_logprob``.
+            ``precomputed``: one pass before training, kept in a file (see ``reference_path``). ``model``: during
+            training, from the same network with the adapter switched off (LoRA) or with a frozen copy of the starting
+            weights (full fine-tuning). ``auto``: precomputed, except that LoRA training for less than one epoch uses
+            ``model``, which is then the cheaper.
+        reference_path: the folder for the precomputed log-probabilities, a file for each model, data set, tokenizer,
+            precision and length limit: runs that differ in other things share it, whichever comes first. A name ending
+            in ``.logprob`` is the training data's file itself, which is refused when any of these is another. None:
+            ``output_dir`` (``mopo train``: the folder of ``train_file``, if it can be written).
         reference_update_steps: every so many optimiser steps the reference becomes the policy as it was (the paper's
             t0). None: never.
+        reference_dtype: of the copies of trained weights that a lagged reference, or full fine-tuning with
+            ``reference="model"``, keeps: ``auto`` is the weights' own, ``bfloat16`` halves the memory of fp32 ones
+            (``mopo_kernels.trainer.reference_model.ReferenceModel`` says what it costs).
+        reference_offload: keep these copies in the CPU's memory and bring them to the device for the reference's
+            forward pass, block by block.
         threshold_relaxation: beta; at each such update ``b_k = beta * value_k``. None keeps the thresholds.
         label_rate: objective -> share of pairs that carry its label, to weight the labels that exist by 1/rate;
             ``"auto"`` measures it on the training data. None: a missing label counts as 1/2, which with ``regression``
@@ -66,10 +82,21 @@ class MOPOConfig(TrainingArguments):
         length_normalize: divide log-probabilities by the number of scored tokens.
         max_length: tokens of prompt plus response; None is no limit.
         max_response_length: tokens of a response; None is no limit.
+        shared_prompts: ``auto`` computes each prompt once for all its responses, in one row without padding, where the
+            model's attention can be told so (``attn_implementation`` sdpa or flex_attention, no window shorter than
+            ``max_length``), and says so where it cannot. ``always`` refuses instead. ``never``: a padded row a
+            response.
+        max_tokens_per_batch: form the training batches by tokens, as they are laid out, instead of by prompts: each at
+            most this many on a device, examples of similar length together, as many batches on every rank. With
+            ``train_sampling_strategy="sequential"`` the examples keep their order. None: by prompts.
         backend: of the fused loss: ``auto``, ``reference``, ``torch``, ``cpp``, ...
         max_buffer_bytes: bytes the fused loss may hold beyond inputs, outputs and gradients; None is the default.
         on_infeasible: ``error`` stops (with a checkpoint when training had begun) with ``ThresholdError`` when the
             thresholds cannot be met, ``warn`` says so once and goes on.
+        early_stopping_patience: stop once so many evaluations in a row have not improved ``metric_for_best_model``.
+            None: never. That metric is ``feasible_primary`` here, unless another is named (``load_best_model_at_end``
+            goes by it, too): the primary objective's satisfaction where every slack is at least 0, and the worst slack
+            elsewhere, so that a checkpoint which keeps the thresholds always comes before one that does not.
         disable_dropout: set every dropout outside the adapters to 0. With dropout the policy differs from the
             reference by noise at the first step.
     """
@@ -94,6 +121,13 @@ class MOPOConfig(TrainingArguments):
     reference_update_steps: int | None = field(
         default=None, metadata={"help": "Steps between updates of the reference (t0); default: never."}
     )
+    reference_path: str | None = field(
+        default=None, metadata={"help": "Folder (or .logprob file) for the reference's log-probabilities."}
+    )
+    reference_dtype: str = field(
+        default="auto", metadata={"help": f"Of copies of the weights: one of {', '.join(REFERENCE_DTYPES)}."}
+    )
+    reference_offload: bool = field(default=False, metadata={"help": "Keep copies of the weights on the CPU."})
     threshold_relaxation: float | None = field(
         default=None, metadata={"help": "beta: thresholds become beta * value at each update of the reference."}
     )
@@ -104,9 +138,18 @@ class MOPOConfig(TrainingArguments):
     length_normalize: bool = field(default=False, metadata={"help": "Divide log-probabilities by token counts."})
     max_length: int | None = field(default=None, metadata={"help": "Tokens of prompt plus response."})
     max_response_length: int | None = field(default=None, metadata={"help": "Tokens of a response."})
+    shared_prompts: str = field(
+        default="auto", metadata={"help": f"Compute a prompt once for its responses: {', '.join(SHARED_PROMPTS)}."}
+    )
+    max_tokens_per_batch: int | None = field(
+        default=None, metadata={"help": "Tokens of a training batch on a device, instead of a number of prompts."}
+    )
     backend: str = field(default="auto", metadata={"help": "Backend of the fused loss."})
     max_buffer_bytes: int | None = field(default=None, metadata={"help": "Buffer limit of the fused loss, in bytes."})
     on_infeasible: str = field(default="error", metadata={"help": f"One of {', '.join(ON_INFEASIBLE)}."})
+    early_stopping_patience: int | None = field(
+        default=None, metadata={"help": "Evaluations without improvement after which training stops; default: never."}
+    )
     disable_dropout: bool = field(default=True, metadata={"help": "Set dropout outside the adapters to 0."})
 
     # The collator needs every column, and a log line every 500 steps hides a run that is going wrong.
@@ -114,6 +157,11 @@ class MOPOConfig(TrainingArguments):
     logging_steps: float = field(default=10, metadata={"help": "Log every so many optimiser steps."})
 
     def __post_init__(self) -> None:
+        if self.deepspeed is not None and find_spec("deepspeed") is None:
+            raise ValueError("deepspeed: expected the package deepspeed to be installed; it is not")
+        best = self.early_stopping_patience is not None or self.load_best_model_at_end or self.save_strategy == "best"
+        if best and self.metric_for_best_model is None:
+            self.metric_for_best_model = BEST_METRIC
         super().__post_init__()
         if self.device.type == "cpu":
             # Pinned memory speeds up copies to an accelerator; without one torch warns about it in every run.
@@ -139,7 +187,9 @@ class MOPOConfig(TrainingArguments):
             ("loss_type", LOSS_TYPES),
             ("estimator", ESTIMATORS),
             ("reference", REFERENCES),
+            ("reference_dtype", REFERENCE_DTYPES),
             ("on_infeasible", ON_INFEASIBLE),
+            ("shared_prompts", SHARED_PROMPTS),
         ):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name}: expected one of {', '.join(choices)}; got {getattr(self, name)!r}")
@@ -155,6 +205,8 @@ class MOPOConfig(TrainingArguments):
             ("max_ratio", 1, math.inf, False, True),
             ("max_length", 2, math.inf, False, True),
             ("max_response_length", 1, math.inf, False, True),
+            ("max_tokens_per_batch", 1, math.inf, False, True),
+            ("early_stopping_patience", 1, math.inf, False, True),
             ("max_buffer_bytes", 1, math.inf, False, True),
         ):
             value = getattr(self, name)
@@ -167,12 +219,24 @@ class MOPOConfig(TrainingArguments):
             raise ValueError(f"label_rate: expected None with loss_type 'cloning'; got {self.label_rate!r}")
         if self.threshold_relaxation is not None and self.reference_update_steps is None:
             raise ValueError("threshold_relaxation: expected reference_update_steps with it; got None")
+        if self.early_stopping_patience is not None and self.eval_strategy == "no":
+            raise ValueError("early_stopping_patience: expected eval_strategy steps or epoch with it; got no")
+        if self.device.type == "cpu" and (self.gradient_checkpointing_kwargs or {}).get("offload"):
+            raise ValueError(
+                "gradient_checkpointing_kwargs: expected offload=False on a CPU, in whose memory activations are "
+                "already; got True"
+            )
         if self.remove_unused_columns:
             raise ValueError("remove_unused_columns: expected False, the collator needs every column; got True")
+        if self.max_tokens_per_batch is None and self.train_sampling_strategy not in ("random", "sequential"):
+            raise ValueError(
+                "train_sampling_strategy: expected random or sequential, or max_tokens_per_batch, which groups by "
+                f"length; got {self.train_sampling_strategy!r}"
+            )
         if self.primary is not None and self.objectives is not None and self.primary not in self.objectives:
             raise ValueError(f"primary: expected one of {', '.join(self.objectives)}; got {self.primary!r}")
-        if self.deepspeed is not None:
-            raise ValueError("deepspeed: expected None, DeepSpeed is not supported (DDP and FSDP are); got a config")
+        if self.deepspeed is not None and self.use_cpu:
+            raise ValueError("deepspeed: expected use_cpu False with it, or accelerate runs DDP; got True")
         for name, expected, why in (
             ("label_smoothing_factor", 0.0, "the loss has soft labels of its own"),
             ("use_liger_kernel", False, "it replaces the forward that holds the loss"),

@@ -16,9 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from mopo_kernels import reference
-from mopo_kernels.functional import MOPOLossOutput, linear_mopo_loss, linear_sequence_logprob, pack_responses
+from mopo_kernels.functional import MOPOLossOutput, linear_mopo_loss, linear_sequence_logprob
 from mopo_kernels.reference import MAX_LOG_IMPORTANCE
-from mopo_kernels.trainer.head import Transform, last_hidden_state, output_head
+from mopo_kernels.trainer.head import Transform, output_head
+from mopo_kernels.trainer.layout import Layout, take_layout
 from mopo_kernels.trainer.reference_model import ReferenceModel
 from mopo_kernels.trainer.statistics import Statistics, double, importance_sums
 
@@ -58,16 +59,14 @@ class PolicyForward:
             "max_buffer_bytes": self.max_buffer_bytes,
         }
 
-    def sequence_logprob(self, model: nn.Module, input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> Tensor:
-        """Log-probability of every response under the model as it is: (B, T) tensors -> (B,) nats."""
-        rows, target, cu_seqlens = pack_responses(last_hidden_state(model, input_ids, attention_mask), labels)
-        rows, weight, bias = output_head(model).operands(rows)
+    def sequence_logprob(self, model: nn.Module, layout: Layout) -> Tensor:
+        """Log-probability of every response under the model as it is: (S,) nats."""
+        hidden, target, cu_seqlens = layout.scored(model)
+        rows, weight, bias = output_head(model).operands(hidden)
         return linear_sequence_logprob(rows, weight, target, cu_seqlens, bias, **self.head_options)
 
-    def reference_logprob(
-        self, model: nn.Module, input_ids: Tensor, attention_mask: Tensor, labels: Tensor, given: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        """``(first, current)`` log-probabilities (B,) under the first and the current reference, without gradient.
+    def reference_logprob(self, model: nn.Module, layout: Layout, given: Tensor | None) -> tuple[Tensor, Tensor]:
+        """``(first, current)`` log-probabilities (S,) under the first and the current reference, without gradient.
 
         Raises:
             ValueError: the batch has none and nothing is kept to compute them from.
@@ -76,19 +75,16 @@ class PolicyForward:
         with torch.no_grad():
             if first is None:
                 with self.reference.first(model):
-                    first = self.sequence_logprob(model, input_ids, attention_mask, labels)
+                    first = self.sequence_logprob(model, layout)
             if not self.reference.is_lagged:
                 return first, first
             with self.reference.lagged(model):
-                return first, self.sequence_logprob(model, input_ids, attention_mask, labels)
+                return first, self.sequence_logprob(model, layout)
 
     def __call__(
         self,
         model: nn.Module,
         *,
-        input_ids: Tensor,
-        attention_mask: Tensor,
-        labels: Tensor,
         pairs: Tensor,
         preference: Tensor,
         pair_weight: Tensor,
@@ -97,6 +93,7 @@ class PolicyForward:
         normalizer: Tensor | float | None = None,
         ref_logprob: Tensor | None = None,
         reference_only: bool = False,
+        **tokens: Tensor,
     ) -> dict[str, Tensor]:
         """The loss of a preference batch and its statistics; the tensors are those of ``PreferenceCollator``.
 
@@ -104,21 +101,27 @@ class PolicyForward:
             model: the module whose forward this is.
             objective_weight: (K,) multipliers, 1 for the primary.
             normalizer: what the loss is divided by; None is the batch's own weight.
-            ref_logprob: (B,) log-probabilities under the first reference, when precomputed.
+            ref_logprob: (S,) log-probabilities under the first reference, when precomputed.
             reference_only: return only the log-probabilities under the first reference.
+            tokens: the tensors of one of the collator's layouts.
 
         Returns:
-            ``loss`` () and ``statistics``, the vector of ``Statistics``; or ``ref_logprob`` (B,).
+            ``loss`` () and ``statistics``, the vector of ``Statistics``; or ``ref_logprob`` (S,).
         """
+        layout = take_layout(tokens)
+        if tokens:
+            raise ValueError(f"batch: expected the tensors of PreferenceCollator; got also {', '.join(tokens)}")
         if reference_only:
-            return {"ref_logprob": self.reference_logprob(model, input_ids, attention_mask, labels, None)[0]}
-        first, current = self.reference_logprob(model, input_ids, attention_mask, labels, ref_logprob)
-        rows, target, cu_seqlens = pack_responses(last_hidden_state(model, input_ids, attention_mask), labels)
-        rows, weight, bias = output_head(model).operands(rows)
-        length = (cu_seqlens[1:] - cu_seqlens[:-1]).clamp(min=1) if self.length_normalize else None
+            return {"ref_logprob": self.reference_logprob(model, layout, None)[0]}
+        first, current = self.reference_logprob(model, layout, ref_logprob)
+        scored = layout.scored(model)
+        hidden, target, cu_seqlens = scored
+        rows, weight, bias = output_head(model).operands(hidden)
+        count = scored.count()
+        length = count.clamp(min=1) if self.length_normalize else None
         label_rate = None if self.label_rate is None else torch.tensor(self.label_rate, device=pairs.device)
         assert objective_weight is not None
-        # Packing has waited for the device already; on the CPU these let the chunks be planned so that pairs close.
+        # The layout has waited for the device already; on the CPU these let the chunks be planned so that pairs close.
         output = linear_mopo_loss(
             rows,
             weight,
@@ -148,7 +151,7 @@ class PolicyForward:
             statistics = self._statistics(
                 output,
                 first_ratio,
-                cu_seqlens,
+                count,
                 pairs,
                 preference,
                 pair_weight,
@@ -156,7 +159,7 @@ class PolicyForward:
                 objective_weight,
                 label_rate,
             )
-            statistics["tokens"] = attention_mask.sum()
+            statistics["tokens"] = layout.tokens()
             packed = self.statistics.pack(statistics.pop("value"), statistics.pop("labelled"), statistics)
         return {"loss": output.loss, "statistics": packed}
 
@@ -164,7 +167,7 @@ class PolicyForward:
         self,
         output: MOPOLossOutput,
         first_ratio: Tensor,
-        cu_seqlens: Tensor,
+        count: Tensor,
         pairs: Tensor,
         preference: Tensor,
         pair_weight: Tensor,
@@ -185,7 +188,7 @@ class PolicyForward:
         value, labelled = output.satisfaction, output.labelled
         if self.reference.is_lagged:
             value, labelled = reference.satisfaction(first_ratio, pairs, preference, pair_weight, self.estimator, rho)
-        present = cu_seqlens[1:] > cu_seqlens[:-1]
+        present = count > 0
         target = reference.pair_target(preference, objective_weight, self.tau, label_rate)
         ratio = torch.exp(double(first_ratio[present]).clamp(max=MAX_LOG_IMPORTANCE)) if rho is None else rho[present]
         return {
@@ -199,7 +202,7 @@ class PolicyForward:
             **importance_sums(first_ratio[present], output.log_ratio[present]),
             "ratio": ratio.sum(),
             "ratio_square": double(ratio).square().sum(),
-            "scored_tokens": cu_seqlens[-1],
+            "scored_tokens": count.sum(),
         }
 
 

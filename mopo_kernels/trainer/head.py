@@ -11,8 +11,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from mopo_kernels import reference
+from mopo_kernels.parallel import is_dtensor, whole
 
 # Attributes of model configurations that scale or cap the logits. Some architectures multiply by a scale and others
 # divide by it under the same name, so both are tried; the model's own logits decide.
@@ -116,6 +118,9 @@ def output_head(model: nn.Module) -> Head:
     head = causal_lm(model).get_output_embeddings()
     if head is None:
         raise ValueError(f"model: expected an output head; {type(causal_lm(model)).__name__} has none")
+    if isinstance(head, FSDPModule):
+        # FSDP gathers a module before its forward, and the head's is never run. Its backward ends as every other's.
+        head.unshard()  # type: ignore[no-untyped-call]
     if is_peft(model):
         from peft.tuners.lora import LoraLayer
         from peft.utils import ModulesToSaveWrapper
@@ -142,7 +147,8 @@ def _linear_head(head: nn.Module) -> Head:
 def _lora_head(layer: Any) -> Head:
     from peft.tuners.lora.layer import Linear as LoraLinear
 
-    if type(layer) is not LoraLinear:
+    # Under FSDP its class is a subclass made on the spot; a layer that computes something else has its own forward.
+    if not isinstance(layer, LoraLinear) or type(layer).forward is not LoraLinear.forward:
         raise ValueError(f"model: expected plain LoRA on the output head; got {type(layer).__name__}")
     active = [name for name in layer.active_adapters if name in layer.lora_A]
     for name in active:
@@ -159,6 +165,11 @@ def _lora_head(layer: Any) -> Head:
         if layer.lora_B[name].bias is not None:
             raise ValueError(f"model: expected lora_bias=False on the output head; got True (adapter {name!r})")
     base = _linear_head(layer.get_base_layer())
+    if is_dtensor(base.weight):
+        raise ValueError(
+            "model: expected no adapter on an output head that is cut over ranks; got LoRA: leave the head out of its "
+            "target_modules"
+        )
     if layer.disable_adapters or layer.merged:
         return base
     return base._replace(
@@ -195,6 +206,7 @@ def find_transform(model: nn.Module) -> Transform:
     model.eval()
     try:
         hidden, weight, bias = head.operands(last_hidden_state(model, tokens, mask)[0])
+        weight, bias = whole(weight), None if bias is None else whole(bias)
         logits = base(input_ids=tokens, attention_mask=mask, use_cache=False).logits[0]
     finally:
         for module, training in modes:

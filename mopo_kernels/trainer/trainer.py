@@ -16,11 +16,20 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from torch.utils.data import DataLoader
+from transformers import (
+    EarlyStoppingCallback,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, TrainOutput, rotate_checkpoints
 
 from mopo_kernels.data import PreferenceCollator, PreferenceData, PreferenceExample, win_rates
 from mopo_kernels.dual import DualAscent, LabelSolution, ThresholdError, Unmet, solve_labels
+from mopo_kernels.trainer.attention import share_prompts
 from mopo_kernels.trainer.checkpoint import (
     MANIFEST_FILE,
     STATE_FILE,
@@ -31,17 +40,25 @@ from mopo_kernels.trainer.checkpoint import (
     is_complete,
     last_complete_checkpoint,
 )
-from mopo_kernels.trainer.config import MOPOConfig
+from mopo_kernels.trainer.config import BEST_METRIC, MOPOConfig
+from mopo_kernels.trainer.distributed import (
+    check_deepspeed,
+    gathered,
+    register_head,
+    resolve_fsdp,
+    with_whole_model,
+)
 from mopo_kernels.trainer.forward import PolicyForward, attach
-from mopo_kernels.trainer.head import check_model, find_transform, is_peft
-from mopo_kernels.trainer.precompute import reference_logprobs
+from mopo_kernels.trainer.head import causal_lm, check_model, find_transform, is_peft
+from mopo_kernels.trainer.model_card import model_card
+from mopo_kernels.trainer.precompute import SUFFIX, reference_logprobs
 from mopo_kernels.trainer.reference_model import (
     ReferenceModel,
     check_adapters_cover_training,
-    copy_parameters,
     fingerprint,
     trained_parameters,
 )
+from mopo_kernels.trainer.sampler import TokenBudgetLoader, TokenBudgetSampler
 from mopo_kernels.trainer.statistics import Statistics
 
 logger = logging.getLogger(__name__)
@@ -125,6 +142,7 @@ class MOPOTrainer(Trainer):
     _step_sums: Tensor
     loss_is_scaled_for_ga = True
 
+    @with_whole_model
     def __init__(
         self,
         model: nn.Module,
@@ -164,7 +182,7 @@ class MOPOTrainer(Trainer):
             eval_dataset = {name: as_preference_data(part, "eval_dataset") for name, part in eval_dataset.items()}
         elif eval_dataset is not None:
             eval_dataset = as_preference_data(eval_dataset, "eval_dataset")
-        self.objectives, self.primary = _resolve_objectives(args, train_dataset, eval_dataset)
+        self.objectives, self.primary = resolve_objectives(args, train_dataset, eval_dataset)
         if data_collator is None:
             if processing_class is None:
                 raise ValueError("processing_class: expected the tokenizer; got None")
@@ -173,12 +191,17 @@ class MOPOTrainer(Trainer):
                 self.objectives,
                 max_length=args.max_length,
                 max_response_length=args.max_response_length,
+                shared_prompts=_shares_prompts(model, args),
             )
+        elif getattr(data_collator, "shared_prompts", False) and (reason := share_prompts(model, args.max_length)):
+            raise ValueError(f"data_collator: expected shared_prompts=False, as the model cannot share them: {reason}")
         if args.disable_dropout:
             _disable_dropout(model)
 
-        self.label_solution: LabelSolution | None = None
-        self._initial_multiplier = self._starting_multipliers(args, train_dataset)
+        self.label_solution: LabelSolution | None
+        self._initial_multiplier, self.label_solution = starting_multipliers(
+            args, self.objectives, self.primary, train_dataset
+        )
         self.dual = self._new_dual(args)
         super().__init__(
             model=model,
@@ -195,15 +218,23 @@ class MOPOTrainer(Trainer):
         self.model_accepts_loss_kwargs = True
         self._statistics = Statistics(self.objectives)
         self._reference_fingerprint = fingerprint(model)
-        self._precompute = self._precomputes()
+        self._precompute = train_dataset is None or precomputes(
+            args, is_peft(model), len(train_dataset), self.get_total_train_batch_size(args)
+        )
         keep_copy = not is_peft(model) and args.reference == "model"
-        if self.is_fsdp_enabled and (keep_copy or args.reference_update_steps is not None):
+        if (self.is_fsdp_enabled or self.is_deepspeed_enabled) and (
+            keep_copy or args.reference_update_steps is not None
+        ):
             raise ValueError(
-                "reference: expected 'precomputed' (or LoRA) and reference_update_steps=None under FSDP, whose shards "
-                f"cannot be swapped; got {args.reference!r} and {args.reference_update_steps}"
+                "reference: expected 'precomputed' (or LoRA) and reference_update_steps=None under FSDP and DeepSpeed, "
+                f"whose shards cannot be swapped; got {args.reference!r} and {args.reference_update_steps}"
             )
         _warn_of_missing_labels(args, self.objectives, self.primary, train_dataset)
-        self.reference = ReferenceModel(initial=copy_parameters(model) if keep_copy else None)
+        self.reference = ReferenceModel(
+            dtype=torch.bfloat16 if args.reference_dtype == "bfloat16" else None, offload=args.reference_offload
+        )
+        if keep_copy:
+            self.reference.keep_first(model)
         attach(
             model,
             PolicyForward(
@@ -220,6 +251,8 @@ class MOPOTrainer(Trainer):
                 max_buffer_bytes=args.max_buffer_bytes,
             ),
         )
+        if self.is_deepspeed_enabled:
+            register_head(model)
         self.already_finished = self._interrupted = self._stopped = False
         self._run: str | None = None
         self._unmet: list[Unmet] = []
@@ -227,6 +260,15 @@ class MOPOTrainer(Trainer):
         self._eval_sums: Tensor | None = None
         self._reset_sums()
         self.add_callback(_StepCallback(self))
+        if args.early_stopping_patience is not None:
+            self.add_callback(EarlyStoppingCallback(args.early_stopping_patience))
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """As of ``transformers.Trainer``, with FSDP2 on CPUs as well."""
+        super().create_accelerator_and_postprocess()
+        self.is_fsdp_enabled = resolve_fsdp(self.accelerator, self.args.fsdp_plugin_args)
+        if self.is_deepspeed_enabled:
+            check_deepspeed(self.accelerator)
 
     # ------------------------------------------------------------------------------------------------ multipliers
 
@@ -244,59 +286,7 @@ class MOPOTrainer(Trainer):
             patience=args.dual_patience,
         )
 
-    def _starting_multipliers(self, args: MOPOConfig, data: PreferenceData | None) -> dict[str, float]:
-        """By constrained objective; ``label_solution`` is set on the way."""
-        assert isinstance(args.thresholds, dict)
-        if isinstance(args.initial_multiplier, dict):
-            return args.initial_multiplier
-        if args.initial_multiplier == "zero" or not args.thresholds or data is None:
-            return {}
-        rates = win_rates(data, self.objectives)
-        examples = list(data)
-        pairs = [(x, pair) for x, example in enumerate(examples) for pair in example.pairs]
-        nan = float("nan")
-        labels = [
-            [nan if (value := pair.preference.get(name)) is None else value for name in self.objectives]
-            for _, pair in pairs
-        ]
-        solution = self.label_solution = solve_labels(
-            rates.win_rate,
-            rates.reference,
-            self.objectives,
-            self.primary,
-            args.thresholds,
-            args.tau,
-            estimator=args.estimator,
-            maximum=args.dual_max,
-            prompt_weight=rates.prompt_weight,
-            prompt=[x for x, _ in pairs],
-            i=[pair.i for _, pair in pairs],
-            j=[pair.j for _, pair in pairs],
-            preference=labels,
-            weight=[examples[x].weight for x, _ in pairs],
-        )
-        if solution.message:
-            message = (
-                f"on the training labels (estimator {args.estimator}, dual_max {args.dual_max:g}): {solution.message}"
-            )
-            # A search that has not converged proves nothing: training starts from where it ended, and finds out.
-            if not solution.feasible and solution.converged and args.on_infeasible == "error":
-                raise ThresholdError(solution.unmet, message)
-            logger.warning(message)
-        return solution.multiplier
-
     # -------------------------------------------------------------------------------------------------- reference
-
-    def _precomputes(self) -> bool:
-        """Whether the first reference's log-probabilities are computed before training."""
-        if self.args.reference != "auto":
-            return bool(self.args.reference == "precomputed")
-        if not is_peft(self.model) or self.train_dataset is None:
-            return True
-        planned = self.args.num_train_epochs * len(self.train_dataset)
-        if self.args.max_steps > 0:
-            planned = self.args.max_steps * self.get_total_train_batch_size(self.args)
-        return bool(planned >= len(self.train_dataset))
 
     def _prepare_references(self) -> None:
         """Give every data set its log-probabilities under the first reference, if they are to be computed before."""
@@ -309,28 +299,38 @@ class MOPOTrainer(Trainer):
             parts.update({f"eval_{name}": part for name, part in self.eval_dataset.items()})
         elif self.eval_dataset is not None:
             parts["eval"] = self.eval_dataset
-        missing = {name: part for name, part in parts.items() if "ref_logprob" not in part.dataset.column_names}
-        if not missing:
+        lacking = {name: indices for name, part in parts.items() if (indices := _without_reference(part))}
+        if not lacking:
             return
         if self.reference.initial is None and not is_peft(self.model):
-            if fingerprint(self.model) != self._reference_fingerprint:
+            with gathered(self.model):
+                changed = fingerprint(self.model) != self._reference_fingerprint
+            if changed:
                 raise ValueError(
                     "model: expected the weights it had when the trainer was made, which are the reference"
                 )
             self.reference.untrained = True
+        place = self._output_dir() if self.args.reference_path is None else Path(self.args.reference_path)
         try:
-            for name, part in missing.items():
-                values = reference_logprobs(
-                    self.model,
-                    part,
-                    self.data_collator,
-                    self.accelerator,
-                    file=self._output_dir() / f"reference_logprob_{name}.json",
-                    model_fingerprint=self._reference_fingerprint,
-                    batch_size=self.args.per_device_eval_batch_size,
-                    progress=not self.args.disable_tqdm,
+            for name, indices in lacking.items():
+                part = parts[name]
+                with gathered(self.model):
+                    values = reference_logprobs(
+                        self.model,
+                        part.select(indices),
+                        self.data_collator,
+                        self.accelerator,
+                        place=place.parent if name != "train" and place.suffix == SUFFIX else place,
+                        fallback=self._output_dir(),
+                        model_fingerprint=self._reference_fingerprint,
+                        batch_size=self.args.per_device_eval_batch_size,
+                        progress=not self.args.disable_tqdm,
+                        sharing=self.get_tp_size(),
+                    )
+                found = dict(zip(indices, values, strict=True))
+                parts[name] = part.with_ref_logprob(
+                    [found.get(index) or example.ref_logprob or () for index, example in enumerate(part)]
                 )
-                parts[name] = part.with_ref_logprob(values)
         finally:
             self.reference.untrained = False
         self.train_dataset = parts.get("train")
@@ -358,7 +358,9 @@ class MOPOTrainer(Trainer):
             TrainingInterrupted: after Ctrl-C; a checkpoint is there.
         """
         checkpoint = self._resolve_checkpoint(resume_from_checkpoint)
-        self._prepare_references()
+        # A pass over the data draws a seed for its loader: training must not depend on whether it was needed.
+        with torch.random.fork_rng(devices=[]):
+            self._prepare_references()
         self.dual = self._new_dual(self.args)
         self.reference.snapshot = None
         self._reset_sums()
@@ -383,6 +385,31 @@ class MOPOTrainer(Trainer):
         if self._unmet and self.args.on_infeasible == "error":
             raise ThresholdError(self._unmet)
         return output
+
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        """As of ``transformers.Trainer``, or batches by tokens with ``max_tokens_per_batch``."""
+        args = self.args
+        if args.max_tokens_per_batch is None:
+            return super().get_train_dataloader()
+        # The ranks take their own parts of one plan, so accelerate must not deal the batches out again.
+        sampler = TokenBudgetSampler(
+            [item.size for item in self.data_collator.tokenize(list(self.train_dataset))],
+            args.max_tokens_per_batch,
+            shared_prompts=self.data_collator.shared_prompts,
+            shuffle=args.train_sampling_strategy != "sequential",
+            seed=args.seed if args.data_seed is None else args.data_seed,
+            ranks=self.accelerator.num_processes // self.get_tp_size(),
+            rank=self.accelerator.process_index // self.get_tp_size(),
+        )
+        return TokenBudgetLoader(
+            self.train_dataset,
+            batch_sampler=sampler,
+            collate_fn=self.data_collator,
+            num_workers=args.dataloader_num_workers,
+            pin_memory=args.dataloader_pin_memory,
+            persistent_workers=args.dataloader_persistent_workers,
+            prefetch_factor=args.dataloader_prefetch_factor,
+        )
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         """Not entered when every step is done: the Trainer looks at that only after another one."""
@@ -454,17 +481,20 @@ class MOPOTrainer(Trainer):
         """
         total = torch.zeros((), dtype=torch.float64)
         for batch in batch_samples:
-            if self.args.loss_type == "cloning":
+            if self.args.loss_type == "cloning" and "cu_seqlens" in batch:
+                total += (batch["cu_seqlens"].diff() > 0).sum().cpu()
+            elif self.args.loss_type == "cloning":
                 total += (batch["labels"][:, 1:] != -100).any(dim=1).sum().cpu()
             else:
                 total += batch["pair_weight"].to("cpu", torch.float64).sum()
         return self._over_ranks(total.to(_fp64_device(device)))
 
     def _over_ranks(self, sums: Tensor) -> Tensor:
-        """The sum over ranks; every rank must call it."""
+        """The sum over ranks that have a batch of their own; every rank must call it."""
         if self.accelerator.num_processes == 1:
             return sums
-        result: Tensor = self.accelerator.reduce(sums, reduction="sum")
+        # Ranks that share their products (tensor parallelism) have the same batch.
+        result: Tensor = self.accelerator.reduce(sums, reduction="sum") / self.get_tp_size()
         return result
 
     def _policy_arguments(self, normalizer: Tensor | float | None) -> dict[str, Any]:
@@ -483,7 +513,7 @@ class MOPOTrainer(Trainer):
         """The batch's share of the step's loss, times the ranks over which DDP and FSDP average gradients."""
         outputs = model(**inputs, **self._policy_arguments(num_items_in_batch))
         self._step_sums = self._step_sums + outputs["statistics"].to(self._step_sums.device)
-        loss = outputs["loss"] * self.accelerator.num_processes
+        loss = outputs["loss"] * (self.accelerator.num_processes // self.get_tp_size())
         return (loss, outputs) if return_outputs else loss
 
     def _reset_sums(self) -> None:
@@ -569,7 +599,7 @@ class MOPOTrainer(Trainer):
         seconds = max(self._window_seconds, 1e-9)
         result["tokens_per_second"] = self._statistics.scalar(self._window_sums, "tokens") / seconds
         result["scored_tokens_per_second"] = self._statistics.scalar(self._window_sums, "scored_tokens") / seconds
-        result["peak_memory_mib"] = _peak_memory_mib(self.args.device)
+        result["peak_memory_mib"] = peak_memory_mib(self.args.device)
         return result
 
     def _control_metrics(self, summary: dict[str, float]) -> dict[str, float]:
@@ -593,7 +623,8 @@ class MOPOTrainer(Trainer):
         """As ``transformers.Trainer.evaluate``, with satisfaction, slack, margin and KL among the metrics.
 
         The loss is the one training minimises, under the multipliers of the moment: it is not comparable between steps
-        at which they differ; satisfaction is.
+        at which they differ; satisfaction is. ``feasible_primary`` orders policies as the problem does: the primary
+        objective's satisfaction where no threshold is missed, else the worst slack, which is below any satisfaction.
         """
         self._prepare_references()
         if isinstance(eval_dataset, dict):
@@ -610,6 +641,11 @@ class MOPOTrainer(Trainer):
         sums = self._over_ranks(self._eval_sums).cpu()
         prefix = kwargs.get("metric_key_prefix", "eval")
         metrics = self._control_metrics(self._statistics.summary(sums))
+        slacks = [metrics.get(f"slack/{name}") for name in self.dual.threshold]
+        primary = metrics.get(f"satisfaction/{self.primary}")
+        if primary is not None and None not in slacks:
+            worst = min((slack for slack in slacks if slack is not None), default=0.0)
+            metrics[BEST_METRIC] = primary if worst >= 0 else worst
         if items := self._statistics.scalar(sums, "items"):
             metrics["loss"] = self._statistics.scalar(sums, "loss") / items
         assert output.metrics is not None
@@ -633,18 +669,33 @@ class MOPOTrainer(Trainer):
 
     def _without_repeats(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """The last batch with several ranks is filled up by repeating examples: those count nothing."""
-        state = self.accelerator.gradient_state
-        if self.accelerator.num_processes == 1 or not state.end_of_dataloader or state.remainder <= 0:
+        state, sharing = self.accelerator.gradient_state, self.get_tp_size()
+        if self.accelerator.num_processes == sharing or not state.end_of_dataloader or state.remainder <= 0:
             return inputs
-        first = self.accelerator.process_index * self.args.per_device_eval_batch_size
+        first = self.accelerator.process_index // sharing * self.args.per_device_eval_batch_size
         real = inputs["prompt_index"] < state.remainder - first
-        return {
-            **inputs,
-            "labels": inputs["labels"].masked_fill(~real[:, None], -100),
-            "pair_weight": inputs["pair_weight"] * real[inputs["pairs"][:, 0]],
-        }
+        inputs = {**inputs, "pair_weight": inputs["pair_weight"] * real[inputs["pairs"][:, 0]]}
+        if "cu_seqlens" in inputs:
+            scored = real.repeat_interleave(inputs["cu_seqlens"].diff())
+            return {**inputs, "target": inputs["target"].masked_fill(~scored, -100)}
+        return {**inputs, "labels": inputs["labels"].masked_fill(~real[:, None], -100)}
 
     # ------------------------------------------------------------------------------------------------ checkpoints
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As ``transformers.Trainer.save_model``, with the model card as README.md."""
+        super().save_model(output_dir, _internal_call)
+        if self.args.should_save:
+            model_card(self).save(Path(output_dir or str(self.args.output_dir)) / "README.md")
+
+    def _load_callback_state(self) -> None:
+        """A resumed run stops early where an undisturbed one would."""
+        super()._load_callback_state()
+        stored: Any = self.state.stateful_callbacks.get(EarlyStoppingCallback.__name__, {})
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, EarlyStoppingCallback) and isinstance(stored, dict):
+                for name, value in stored.get("attributes", {}).items():
+                    setattr(callback, name, value)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """The Trainer's files, then ours, then the manifest; old checkpoints go only when the new one counts."""
@@ -723,8 +774,7 @@ class MOPOTrainer(Trainer):
                 shown = ", ".join(f"{name} {bound:g} (was {before[name]:g})" for name, bound in changed.items())
                 logger.warning("resuming from %s with other thresholds: %s", checkpoint, shown)
         if state["snapshot"] is not None:
-            devices = {name: parameter.device for name, parameter in self.model.named_parameters()}
-            self.reference.snapshot = {name: value.to(devices[name]) for name, value in state["snapshot"].items()}
+            self.reference.load(self.model, state["snapshot"])
         self._window_sums = state["window_sums"]
         self._window_steps, self._window_seconds = state["window_steps"], state["window_seconds"]
         self._window_sizes = list(state.get("window_sizes", []))
@@ -751,7 +801,7 @@ def as_preference_data(data: Any, argument: str) -> PreferenceData:
     )
 
 
-def _resolve_objectives(args: MOPOConfig, train: PreferenceData | None, evaluation: Any) -> tuple[tuple[str, ...], str]:
+def resolve_objectives(args: MOPOConfig, train: PreferenceData | None, evaluation: Any) -> tuple[tuple[str, ...], str]:
     """Names of the objectives, in order, and the primary."""
     data = train
     if data is None:
@@ -771,6 +821,71 @@ def _resolve_objectives(args: MOPOConfig, train: PreferenceData | None, evaluati
             if name not in objectives:
                 raise ValueError(f"{argument}: expected objectives among {', '.join(objectives)}; got {name!r}")
     return objectives, primary
+
+
+def _without_reference(data: PreferenceData) -> list[int]:
+    """Which examples have no log-probabilities under the reference."""
+    if "ref_logprob" not in data.dataset.column_names:
+        return list(range(len(data)))
+    return [index for index, value in enumerate(data.dataset["ref_logprob"]) if value is None]
+
+
+def starting_multipliers(
+    args: MOPOConfig, objectives: Sequence[str], primary: str, data: PreferenceData | None
+) -> tuple[dict[str, float], LabelSolution | None]:
+    """By constrained objective, and the solution on the labels that they come from, if they do.
+
+    Raises:
+        ThresholdError: the thresholds cannot be met on the labels and ``on_infeasible="error"``.
+    """
+    assert isinstance(args.thresholds, dict)
+    if isinstance(args.initial_multiplier, dict):
+        return args.initial_multiplier, None
+    if args.initial_multiplier == "zero" or not args.thresholds or data is None:
+        return {}, None
+    rates = win_rates(data, objectives)
+    examples = list(data)
+    pairs = [(x, pair) for x, example in enumerate(examples) for pair in example.pairs]
+    nan = float("nan")
+    labels = [
+        [nan if (value := pair.preference.get(name)) is None else value for name in objectives] for _, pair in pairs
+    ]
+    solution = solve_labels(
+        rates.win_rate,
+        rates.reference,
+        objectives,
+        primary,
+        args.thresholds,
+        args.tau,
+        estimator=args.estimator,
+        maximum=args.dual_max,
+        prompt_weight=rates.prompt_weight,
+        prompt=[x for x, _ in pairs],
+        i=[pair.i for _, pair in pairs],
+        j=[pair.j for _, pair in pairs],
+        preference=labels,
+        weight=[examples[x].weight for x, _ in pairs],
+    )
+    if solution.message:
+        message = f"on the training labels (estimator {args.estimator}, dual_max {args.dual_max:g}): {solution.message}"
+        # A search that has not converged proves nothing: training starts from where it ended, and finds out.
+        if not solution.feasible and solution.converged and args.on_infeasible == "error":
+            raise ThresholdError(solution.unmet, message)
+        logger.warning(message)
+    return solution.multiplier, solution
+
+
+def precomputes(args: MOPOConfig, is_adapter: bool, examples: int, step: int) -> bool:
+    """Whether the first reference's log-probabilities are computed before training, on so many examples, ``step`` of
+    them an optimiser step."""
+    if args.reference != "auto":
+        return args.reference == "precomputed"
+    if not is_adapter:
+        return True
+    planned = args.num_train_epochs * examples
+    if args.max_steps > 0:
+        planned = args.max_steps * step
+    return planned >= examples
 
 
 def _coverage(data: PreferenceData, objectives: Sequence[str]) -> dict[str, float]:
@@ -809,6 +924,25 @@ def _warn_of_missing_labels(
         )
 
 
+def _shares_prompts(model: nn.Module, args: MOPOConfig) -> bool:
+    """Whether a prompt is computed once for its responses; ``model``'s attention is set to it.
+
+    Raises:
+        ValueError: it is to be, and the model cannot.
+    """
+    if args.shared_prompts == "never":
+        return False
+    reason = share_prompts(model, args.max_length)
+    if reason is None:
+        return True
+    name = type(causal_lm(model)).__name__
+    if args.shared_prompts == "always":
+        raise ValueError(f"shared_prompts: expected a model that can compute a prompt once; {name} cannot: {reason}")
+    if args.process_index == 0:
+        logger.warning("prompts are computed anew for each response, as %s cannot share them: %s", name, reason)
+    return False
+
+
 def _disable_dropout(model: nn.Module) -> None:
     """Every dropout outside adapters, as a module or as a number of an attention layer, becomes 0."""
     for name, module in model.named_modules():
@@ -825,7 +959,7 @@ def _fp64_device(device: torch.device) -> torch.device:
     return torch.device("cpu") if device.type == "mps" else device
 
 
-def _peak_memory_mib(device: torch.device) -> float:
+def peak_memory_mib(device: torch.device) -> float:
     """Most memory held so far, MiB: the allocator's on a GPU, the process's otherwise."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20

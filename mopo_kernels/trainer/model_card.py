@@ -1,0 +1,160 @@
+"""The model card: what a policy was trained for, and what was measured. What was not measured is said to be so."""
+
+from __future__ import annotations
+
+from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING, Any
+
+from huggingface_hub import ModelCard, ModelCardData
+
+from mopo_kernels.trainer.head import causal_lm, is_peft
+
+if TYPE_CHECKING:
+    from mopo_kernels.trainer.trainer import MOPOTrainer
+
+NOT_MEASURED = "not measured"
+
+
+def installed_version(package: str) -> str:
+    """Of a package, or that it is not installed."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def model_card(trainer: MOPOTrainer, base_model: str | None = None, merged: bool = False) -> ModelCard:
+    """The card of the policy as ``trainer`` would save it now.
+
+    Args:
+        trainer: before, in or after training.
+        base_model: what training started from; default what the model's configuration says.
+        merged: the adapters are merged into the weights that the card is for.
+    """
+    args, state = trainer.args, trainer.state
+    base = causal_lm(trainer.model)
+    base_model = base_model or getattr(base.config, "_name_or_path", "") or "not named"
+    adapter = _adapter(trainer.model)
+    data = ModelCardData(
+        base_model=base_model if "/" in base_model and " " not in base_model else None,
+        library_name="peft" if adapter and not merged else "transformers",
+        pipeline_tag="text-generation",
+        tags=["mopo", "preference-optimization", *(["lora"] if adapter else [])],
+    )
+    best = state.best_global_step if args.load_best_model_at_end and _has_ended(trainer) else None
+    weights = f"after step {state.global_step}"
+    if best is not None and state.best_metric is not None:
+        weights = f"of step {best}, the best by `{args.metric_for_best_model}` ({state.best_metric:.4g})"
+    found, measured_at = _held_out(state.log_history, best)
+    steps = f"{state.global_step:,}" + (f" of {state.max_steps:,} planned" if state.max_steps > 0 else "")
+    facts = {
+        "Base model": base_model,
+        "Trained": (f"{adapter}, merged into the weights" if merged else adapter) or "every weight",
+        "Weights": weights,
+        "Optimizer steps": steps,
+        "Training data": _size(trainer.train_dataset),
+        "Held-out data": _held_out_size(trainer.eval_dataset),
+        "tau": f"{args.tau:g}",
+        "loss_type": args.loss_type,
+        "estimator": f"{args.estimator} (the scale of thresholds and satisfaction)",
+        "Reference": _reference(args),
+        "Learning rate": f"{args.learning_rate:g}, {getattr(args.optim, 'value', args.optim)}",
+        "Seed": str(args.seed),
+        "Held-out KL to the base model": _number(found.get("eval_kl_first"), "{:.4g} nats a response"),
+        "Versions": ", ".join(
+            f"{name} {installed_version(name)}" for name in ("mopo-kernels", "torch", "transformers", "peft")
+        ),
+    }
+    title = base_model.rstrip("/").rsplit("/", 1)[-1]
+    measured = "nothing was measured on held-out data" if measured_at is None else f"measured after step {measured_at}"
+    text = "\n".join(
+        [
+            f"# {title}, tuned under thresholds",
+            "",
+            "Trained by constrained preference optimisation "
+            f"(MOPO, [arXiv 2505.10892](https://arxiv.org/abs/2505.10892)) to maximise {trainer.primary}"
+            + (", each threshold below being a lower bound." if trainer.dual.threshold else "; no threshold was set."),
+            "",
+            "| objective | | threshold | satisfaction in training | slack | multiplier | held out | slack |",
+            "|---|---|---|---|---|---|---|---|",
+            *(_row(trainer, name, found) for name in trainer.objectives),
+            "",
+            f"In training: running means (smoothing {args.dual_smoothing:g}) at step {trainer.dual.steps}, with the "
+            f"multipliers of that step. Held-out: {measured}.",
+            "",
+            "| | |",
+            "|---|---|",
+            *(f"| {name} | {value} |" for name, value in facts.items()),
+            "",
+        ]
+    )
+    return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}")
+
+
+def _row(trainer: MOPOTrainer, name: str, found: dict[str, float]) -> str:
+    threshold, satisfaction = trainer.dual.threshold.get(name), trainer.dual.smoothed.get(name)
+    role = "maximised" if name == trainer.primary else "watched" if threshold is None else "held"
+    held_out = found.get(f"eval_satisfaction/{name}")
+    cells = [
+        name,
+        role,
+        "" if threshold is None else f"{threshold:.4g}",
+        _number(satisfaction),
+        _slack(satisfaction, threshold),
+        _number(trainer.dual.multiplier.get(name)) if threshold is not None else "",
+        _number(held_out),
+        _slack(held_out, found.get(f"eval_threshold/{name}", threshold)),
+    ]
+    return f"| {' | '.join(cells)} |"
+
+
+def _number(value: float | None, form: str = "{:.4f}") -> str:
+    return NOT_MEASURED if value is None else form.format(value)
+
+
+def _slack(satisfaction: float | None, threshold: float | None) -> str:
+    if threshold is None:
+        return ""
+    return NOT_MEASURED if satisfaction is None else f"{satisfaction - threshold:+.4f}"
+
+
+def _has_ended(trainer: MOPOTrainer) -> bool:
+    """Whether training is over, when the best checkpoint's weights have been loaded."""
+    return trainer.state.global_step > 0 and not trainer.is_in_train
+
+
+def _held_out(history: list[dict[str, Any]], step: int | None) -> tuple[dict[str, float], int | None]:
+    """The newest evaluation, or the first at ``step``, and its step."""
+    lines = [line for line in history if any(key.startswith("eval_satisfaction/") for key in line)]
+    if step is not None:
+        lines = [line for line in lines if line["step"] == step][:1]
+    return (lines[-1], int(lines[-1]["step"])) if lines else ({}, None)
+
+
+def _adapter(model: Any) -> str | None:
+    if not is_peft(model):
+        return None
+    config = model.peft_config[model.active_adapters[0]]
+    rank = getattr(config, "r", None)
+    kind = getattr(config.peft_type, "value", config.peft_type)
+    return f"{kind} adapter" + ("" if rank is None else f" of rank {rank}, alpha {config.lora_alpha}")
+
+
+def _size(data: Any) -> str:
+    if data is None:
+        return "none"
+    pairs = sum(len(row["pairs"]) for row in data.dataset.select_columns(["pairs"]))
+    return f"{len(data):,} prompts, {pairs:,} pairs"
+
+
+def _held_out_size(data: Any) -> str:
+    if isinstance(data, dict):
+        return "; ".join(f"{name}: {_size(part)}" for name, part in data.items()) or "none"
+    return _size(data)
+
+
+def _reference(args: Any) -> str:
+    if args.reference_update_steps is None:
+        return "the base model"
+    relaxed = "" if args.threshold_relaxation is None else f", thresholds relaxed by {args.threshold_relaxation:g}"
+    return f"the policy itself, every {args.reference_update_steps} steps{relaxed}"
