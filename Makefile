@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 TORCH ?= torch==2.13.0
 STAMP := $(VENV)/.installed
 
-.PHONY: install demo test lint paper bench device clean
+.PHONY: install demo test test-slow lint paper bench device clean
 
 install: $(STAMP)
 
@@ -26,6 +26,10 @@ demo: install
 
 test: install lint
 	$(BIN)/python -m pytest -q
+
+# A model of 1.4 billion parameters, trained for two steps in less than 12 GB.
+test-slow: install
+	$(BIN)/python -m pytest -q -m slow
 
 lint: install
 	$(BIN)/ruff check .

@@ -32,7 +32,7 @@ from mopo_kernels import pack_responses, reference
 from mopo_kernels.cli.output import prepare_file
 
 # Random inputs of each kind.
-DRAWS = 6
+DRAWS = 12
 # A vocabulary that no block divides. Large enough for sums of many terms, small enough for fp64.
 SMALL = Workload(hidden=256, vocabulary=8111, prompts=4, length=64)
 

@@ -32,7 +32,7 @@ def is_dtensor(tensor: Tensor | None) -> bool:
 
 def whole(tensor: Tensor) -> Tensor:
     """All of a ``DTensor``, on every rank, all of which must call; another tensor is handed on."""
-    return tensor.full_tensor() if is_dtensor(tensor) else tensor  # type: ignore[attr-defined, no-any-return]
+    return tensor.full_tensor() if is_dtensor(tensor) else tensor  # type: ignore[attr-defined]
 
 
 def local_head(weight: Tensor, bias: Tensor | None, process_group: dist.ProcessGroup | None, prefix: str) -> LocalHead:

@@ -52,7 +52,6 @@ def test_every_contender_that_runs_agrees_with_plain_pytorch(
     assert 0 <= errors[name] < head.TOLERANCE[dtype]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in COMPARED if "compiled" in name])
 def test_compiled_contenders_agree_when_built_and_are_built_once(name: str) -> None:
     chosen = contender(name)

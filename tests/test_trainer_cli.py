@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -17,7 +18,9 @@ import yaml
 from trainer_samples import make_data, make_model, make_tokenizer
 
 from mopo_kernels import cli
-from mopo_kernels.cli.train import parse, train
+from mopo_kernels.cli.train import empty_model, load_model, parse, train
+from mopo_kernels.data import PreferenceCollator, load_preferences
+from mopo_kernels.data.synthetic import byte_tokenizer, random_preferences
 from mopo_kernels.trainer import last_complete_checkpoint
 
 ROOT = Path(__file__).parents[1]
@@ -325,3 +328,212 @@ def test_a_backend_that_is_not_there_is_one_line_before_the_model_loads(files, c
     monkeypatch.setattr("mopo_kernels.cli.train.AutoTokenizer", None)
     assert cli.main(["train", *arguments(files, "--backend", "cuda")]) == 2
     assert capsys.readouterr().err.startswith("mopo: error: backend 'cuda' is not available: ")
+
+
+TINY = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 260}
+RANDOM = [
+    *("--random_weights", "true", "--architecture", "llama", "--architecture_options", json.dumps(TINY)),
+    *("--max_steps", "2", "--use_cpu", "--disable_tqdm", "true", "--report_to", "none", "--save_strategy", "no"),
+    *("--thresholds", "second=0.3", "--per_device_train_batch_size", "2", "--logging_steps", "1"),
+    *("--random_data", "examples=6,responses=3,prompt_length=8,response_length=10"),
+]
+
+
+@pytest.fixture
+def offline(monkeypatch):
+    """Asking for anything by name is an error."""
+
+    def fail(*args, **options):
+        raise AssertionError(f"asked for {args[0]}")
+
+    for name in ("AutoConfig", "AutoTokenizer", "AutoModelForCausalLM"):
+        monkeypatch.setattr(f"mopo_kernels.cli.train.{name}.from_pretrained", fail)
+
+
+@pytest.mark.usefixtures("offline")
+def test_random_weights_train_on_random_data_without_any_file(tmp_path, capsys):
+    train([*RANDOM, "--output_dir", str(tmp_path), "--model_name_or_path", "some/model", "--dtype", "bfloat16"])
+    output = capsys.readouterr().out
+    assert "note: random weights and a byte-level tokenizer, trained on random data\n" in output
+    assert "6 examples, 18 pairs, objectives first, second\n" in output
+    summary = json.loads((tmp_path / "training_summary.json").read_text())
+    assert (summary["steps"], summary["model"]) == (2, "llama with random weights")
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert (config["hidden_size"], config["dtype"]) == (16, "bfloat16")
+    assert "| Base model | llama with random weights |" in (tmp_path / "README.md").read_text()
+
+
+def test_random_weights_in_the_shape_of_a_folder(files, tmp_path, capsys):
+    train(arguments(files, "--random_weights", "true", "--output_dir", str(tmp_path), "--max_steps", "1"))
+    assert "note: random weights and its folder's tokenizer\n" in capsys.readouterr().out
+    adapter = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert adapter["base_model_name_or_path"] == f"{files / 'model'} with random weights"
+
+
+def test_random_weights_have_their_dtype_from_the_start_and_follow_the_seed():
+    model, _, _ = parse([*RANDOM, "--dtype", "bfloat16"])
+    made = []
+    for seed in (0, 0, 1):
+        torch.manual_seed(seed)
+        made.append(load_model(model, torch.device("cpu")))
+    assert {parameter.dtype for parameter in made[0].parameters()} == {torch.bfloat16}
+    first, again, other = (value.model.embed_tokens.weight for value in made)
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+    assert {value.device.type for value in empty_model(model, torch.device("meta")).parameters()} == {"meta"}
+
+
+def test_the_byte_tokenizer_gives_every_text_back_a_token_a_byte():
+    tokenizer = byte_tokenizer()
+    text = "Grüße,\n\t世界 \x00 <eos"
+    ids = tokenizer(text)["input_ids"]
+    assert len(ids) == len(text.encode())
+    assert max(ids) < 256
+    assert tokenizer.decode(ids) == text
+    assert (tokenizer.eos_token_id, tokenizer.pad_token_id, len(tokenizer)) == (256, 257, 258)
+
+
+def test_random_data_follows_its_seed_and_sizes():
+    def made(**changes):
+        return list(random_preferences(["a", "b"], **{"examples": 20, "prompt_length": 9, "seed": 1, **changes}))
+
+    data = made()
+    assert data == made()
+    assert data != made(seed=2)
+    assert {len(example.prompt) for example in data} == {5, 6, 7, 8, 9}
+    assert {len(example.responses) for example in made(responses=3)} == {3}
+    labels = [pair.preference for example in data for pair in example.pairs]
+    assert len(labels) == 20 * 6
+    assert {label["a"] == label["b"] for label in labels} == {True, False}
+    with pytest.raises(ValueError, match="responses: expected at least 2; got 1"):
+        made(responses=1)
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--architecture", ""], "architecture: "),
+        (["--architecture", "nonesuch"], "architecture: "),
+        (["--architecture", "t5", "--architecture_options", "{}"], "architecture: t5 makes no causal language model"),
+        (["--architecture_options", "[1]"], "architecture_options: expected a mapping"),
+        (["--random_data", "rows=3"], "random_data: expected sizes among examples, responses, prompt_length"),
+        (["--random_data", "examples=0"], "examples: expected at least 1; got 0"),
+        (["--train_file", "x.jsonl"], "random_data: expected it without train_file and dataset_name; got both"),
+        (["--merge_adapters", "true"], "lora_r: expected a rank with merge_adapters; got none"),
+        (["--random_weights", "false"], "model_name_or_path: expected a folder or hub name; got none"),
+        (["--random_weights", "false", "--model_name_or_path", "x"], "random_data: expected it with random_weights"),
+    ],
+)
+def test_random_weights_that_cannot_work_are_refused_in_one_line(more, message, capsys, tmp_path):
+    assert cli.main(["train", *RANDOM, "--output_dir", str(tmp_path), *more]) == 2
+    assert message in capsys.readouterr().err.strip().splitlines()[-1]
+
+
+PHI, OPT = 1_418_270_720, 1_315_758_080
+
+
+@pytest.mark.parametrize(("name", "parameters"), [("phi", PHI), ("opt", OPT)])
+@pytest.mark.parametrize("how", ["lora", "full"])
+def test_the_large_configurations_have_the_shapes_they_are_named_for(name, parameters, how):
+    example = ["--config", str(ROOT / "configs" / f"{name}_1b_{how}.yaml"), "--use_cpu", "--random_weights"]
+    model, _, config = parse(example)
+    base = empty_model(model, torch.device("meta"))
+    assert sum(parameter.numel() for parameter in base.parameters()) == parameters
+    assert {parameter.dtype for parameter in base.parameters()} == {torch.bfloat16}
+    assert (model.lora_r is None) == (how == "full")
+    assert config.gradient_checkpointing is True
+    assert config.metric_for_best_model == "feasible_primary"
+
+
+@pytest.mark.usefixtures("offline")
+@pytest.mark.parametrize("name", ["phi_1b_lora", "opt_1b_full"])
+def test_the_large_configurations_train_as_they_stand_but_for_their_size(name, tmp_path):
+    if name.endswith("full"):
+        pytest.importorskip("torchao")
+    small = {
+        "phi_1b_lora": TINY,
+        "opt_1b_full": {"hidden_size": 16, "word_embed_proj_dim": 16, "ffn_dim": 24, "num_hidden_layers": 1}
+        | {"num_attention_heads": 2, "vocab_size": 260, "max_position_embeddings": 256},
+    }[name]
+    train(
+        [
+            *("--config", str(ROOT / "configs" / f"{name}.yaml"), "--random_weights", "true", "--max_steps", "2"),
+            *("--output_dir", str(tmp_path), "--use_cpu", "--architecture_options", json.dumps(small)),
+        ]
+    )
+    assert json.loads((tmp_path / "training_summary.json").read_text())["steps"] == 2
+    assert list(tmp_path.rglob("events.out.tfevents.*"))
+
+
+@pytest.mark.usefixtures("offline")
+def test_a_dry_run_tells_the_plan_and_does_nothing(tmp_path, capsys, monkeypatch):
+    more = ["--lora_r", "2", "--eval_fraction", "0.34", "--num_train_epochs", "3", "--max_steps", "-1"]
+    command = [*RANDOM, *more, "--output_dir", str(tmp_path / "out"), "--gradient_accumulation_steps", "2"]
+    assert cli.main(["train", *command, "--dry_run", "true"]) == 0
+    output = capsys.readouterr().out
+    assert not (tmp_path / "out").exists()
+
+    trained = []
+    monkeypatch.setattr("mopo_kernels.cli.train.save_results", lambda trainer, *rest: trained.append(trainer))
+    train(command)
+    (trainer,) = trained
+    batches = [trainer.data_collator([example]) for example in trainer.train_dataset]
+    tokens = sum(batch["input_ids"].numel() for batch in batches)
+    prompts = sum(int(batch["segment_length"][0]) for batch in batches)
+    scored = sum(batch["target"].numel() for batch in batches)
+    facts = dict(re.split(r" {2,}", line, maxsplit=1) for line in output.splitlines() if re.match(r"\w.* {2,}", line))
+    assert facts["data"] == "4 prompts, 12 responses, 12 pairs; held out 2 prompts, 6 responses, 6 pairs"
+    assert facts["layout"] == "each prompt once for its responses"
+    assert facts["tokens an epoch"].startswith(
+        f"{tokens:,} to compute: {prompts:,} of prompts, {scored:,} of responses"
+    )
+    assert facts["tokens an epoch"].endswith("padding 0 (0.0%)")
+    assert facts["steps"].startswith(f"{trainer.state.global_step} in all, 1 an epoch, of 4.0 prompts")
+    start = trainer.label_solution.multiplier["second"]
+    assert facts["thresholds"] == (
+        f"first maximised, second >= 0.3: can be met on the labels; multipliers start at second {start:.3g}"
+    )
+    held_out = sum(trainer.data_collator([example])["input_ids"].numel() for example in trainer.eval_dataset)
+    assert f": {tokens + held_out:,} tokens forward, beside {3 * tokens:,} forward" in facts["reference"]
+    numbers = [
+        sum(p.numel() for p in ps)
+        for ps in ([p for p in trainer.model.parameters() if p.requires_grad], list(trainer.model.parameters()))
+    ]
+    assert facts["trained"].startswith(f"{numbers[0]:,} of {numbers[1]:,} parameters")
+    assert re.search(r"^  total +\d+$", output, re.MULTILINE)
+
+
+def test_a_dry_run_counts_the_padding_of_rows(files, tmp_path, capsys):
+    more = ["--shared_prompts", "never", "--per_device_train_batch_size", "12", "--dry_run", "true"]
+    train(arguments(files, *more, "--output_dir", str(tmp_path)))
+    output = capsys.readouterr().out
+    data = load_preferences(files / "train.jsonl")
+    batch = PreferenceCollator(make_tokenizer(), data.objectives)(list(data))
+    mask = batch["attention_mask"]
+    assert f"tokens an epoch  {mask.numel():,} to compute: " in output
+    assert f"padding {int((1 - mask).sum()):,} ({float(1 - mask.float().mean()):.1%})" in output
+
+
+def test_a_dry_run_names_thresholds_that_the_labels_rule_out(files, tmp_path, capsys):
+    assert cli.main(["train", *arguments(files, "--thresholds", "brief=0.99", "--dry_run"), "--output_dir", "x"]) == 0
+    assert (
+        "brief >= 0.99: on the training labels (estimator pair, dual_max 10): threshold brief >= 0.99 cannot be met"
+        in (capsys.readouterr().out)
+    )
+
+
+def test_merged_weights_are_the_model_with_its_adapters(files, tmp_path):
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    train(arguments(files, "--output_dir", str(tmp_path), "--merge_adapters", "true", "--learning_rate", "0.1"))
+    tokens = torch.arange(10)[None]
+    base = AutoModelForCausalLM.from_pretrained(files / "model")
+    with torch.no_grad():
+        before = base(tokens).logits
+        expected = PeftModel.from_pretrained(base, tmp_path)(tokens).logits
+        found = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")(tokens).logits
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    assert (before - expected).abs().max() > 0.1
+    assert len(AutoTokenizer.from_pretrained(tmp_path / "merged")) == len(make_tokenizer())
+    assert "LORA adapter of rank 2, alpha 4, merged into the weights" in (tmp_path / "merged" / "README.md").read_text()

@@ -159,6 +159,7 @@ def train(
             dual_warmup_steps=settings.dual_warmup_steps,
             dual_smoothing=settings.dual_smoothing,
             reference="precomputed",
+            reference_path=str(out),
             max_steps=settings.steps,
             per_device_train_batch_size=settings.prompts_per_step,
             learning_rate=settings.learning_rate,

@@ -28,6 +28,7 @@ OPTIONAL_PACKAGES = {
     "safetensors": "train",
     "matplotlib": "plot",
     "moocore": "pareto",
+    "torchao": "lean",
 }
 
 

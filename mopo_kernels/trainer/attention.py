@@ -27,35 +27,35 @@ class Segments(NamedTuple):
     """A row cut into prompts and responses.
 
     Args:
-        length: tokens of each prompt and of each of its responses, in the row's order.
-        count: responses of each prompt.
-        mask: per response (1, 1, R, P + R) bool, what its R tokens see of the P prompt tokens and of themselves.
+        lengths: tokens of each prompt and of each of its responses, in the row's order.
+        counts: responses of each prompt.
+        masks: per response (1, 1, R, P + R) bool, what its R tokens see of the P prompt tokens and of themselves.
     """
 
-    length: list[int]
-    count: list[int]
-    mask: list[Tensor]
+    lengths: list[int]
+    counts: list[int]
+    masks: list[Tensor]
 
     @staticmethod
     def of(segment_length: Tensor, response_count: Tensor, device: torch.device) -> Segments:
         """From what ``PreferenceCollator`` says of the row. On an accelerator this waits for the device once."""
-        length, count = segment_length.tolist(), response_count.tolist()
-        mask = []
+        lengths, counts = segment_length.tolist(), response_count.tolist()
+        masks = []
         seen: dict[tuple[int, int], Tensor] = {}
-        for prompt, responses in groups(length, count):
+        for prompt, responses in groups(lengths, counts):
             for tokens in responses:
                 if (prompt, tokens) not in seen:
                     whole = torch.ones(1, 1, tokens, prompt + tokens, dtype=torch.bool, device=device)
                     seen[prompt, tokens] = whole.tril(prompt)
-                mask.append(seen[prompt, tokens])
-        return Segments(length, count, mask)
+                masks.append(seen[prompt, tokens])
+        return Segments(lengths, counts, masks)
 
 
-def groups(length: list[int], count: list[int]) -> Iterator[tuple[int, list[int]]]:
+def groups(lengths: list[int], counts: list[int]) -> Iterator[tuple[int, list[int]]]:
     """Tokens of a prompt and of its responses, prompt after prompt."""
     start = 0
-    for responses in count:
-        yield length[start], length[start + 1 : start + 1 + responses]
+    for responses in counts:
+        yield lengths[start], lengths[start + 1 : start + 1 + responses]
         start += 1 + responses
 
 
@@ -73,11 +73,11 @@ def sdpa_shared_prompts(
         output, _ = sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
         return output, None
     # One split and one cat, as the gradient of a slice is as long as the whole row.
-    queries, keys, values = (tensor.split(segments.length, dim=2) for tensor in (query, key, value))
+    queries, keys, values = (tensor.split(segments.lengths, dim=2) for tensor in (query, key, value))
     parts = []
-    masks = iter(segments.mask)
+    masks = iter(segments.masks)
     place = 0
-    for responses in segments.count:
+    for responses in segments.counts:
         prompt = place
         for here in range(place, place + 1 + responses):
             if here == prompt:
@@ -85,7 +85,7 @@ def sdpa_shared_prompts(
             else:
                 seen = (torch.cat([keys[prompt], keys[here]], dim=2), torch.cat([values[prompt], values[here]], dim=2))
                 mask = next(masks)
-            if segments.length[here]:
+            if segments.lengths[here]:
                 part, _ = sdpa_attention_forward(module, queries[here], *seen, mask, **kwargs)
                 parts.append(part)
         place += 1 + responses

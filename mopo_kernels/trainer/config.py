@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 from importlib.util import find_spec
+from typing import Any
 
 from transformers import TrainingArguments
 
@@ -221,7 +222,8 @@ class MOPOConfig(TrainingArguments):
             raise ValueError("threshold_relaxation: expected reference_update_steps with it; got None")
         if self.early_stopping_patience is not None and self.eval_strategy == "no":
             raise ValueError("early_stopping_patience: expected eval_strategy steps or epoch with it; got no")
-        if self.device.type == "cpu" and (self.gradient_checkpointing_kwargs or {}).get("offload"):
+        checkpointing: Any = self.gradient_checkpointing_kwargs or {}
+        if self.device.type == "cpu" and checkpointing.get("offload"):
             raise ValueError(
                 "gradient_checkpointing_kwargs: expected offload=False on a CPU, in whose memory activations are "
                 "already; got True"

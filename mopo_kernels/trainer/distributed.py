@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from typing import Any
+from typing import Any, TypeVar
 
 import torch.distributed as dist
 from accelerate import Accelerator  # type: ignore[import-untyped]
@@ -18,6 +19,8 @@ from accelerate.utils import (  # type: ignore[import-untyped]
 from torch import nn
 
 from mopo_kernels.trainer.head import causal_lm
+
+Initialize = TypeVar("Initialize", bound=Callable[..., None])
 
 
 def resolve_fsdp(accelerator: Accelerator, options: dict[str, Any] | None) -> bool:
@@ -38,6 +41,9 @@ def resolve_fsdp(accelerator: Accelerator, options: dict[str, Any] | None) -> bo
     plugin = getattr(state, "fsdp_plugin", None)
     if plugin is None and (options is not None or parse_flag_from_env("ACCELERATE_USE_FSDP")):
         if state.distributed_type != DistributedType.MULTI_CPU:
+            if options is not None:
+                # accelerate has set it, and a trainer made later without FSDP would be refused, too.
+                os.environ.pop("ACCELERATE_USE_FSDP", None)
             raise ValueError(f"fsdp: expected several processes with it; got {state.distributed_type.value}")
         plugin = FullyShardedDataParallelPlugin(**(options or {}))
         AcceleratorState._shared_state["fsdp_plugin"] = plugin
@@ -70,13 +76,13 @@ def gathered(model: nn.Module) -> Iterator[None]:
     if not parameters:
         yield
         return
-    import deepspeed  # type: ignore[import-not-found]
+    import deepspeed
 
     with deepspeed.zero.GatheredParameters(parameters):
         yield
 
 
-def with_whole_model(initialize: Callable[..., None]) -> Callable[..., None]:
+def with_whole_model(initialize: Initialize) -> Initialize:
     """An ``__init__(self, model, ...)`` that finds ``model`` whole: it may come from under ``deepspeed.zero.Init``."""
 
     @functools.wraps(initialize)
@@ -84,7 +90,7 @@ def with_whole_model(initialize: Callable[..., None]) -> Callable[..., None]:
         with gathered(model) if isinstance(model, nn.Module) else nullcontext():
             initialize(self, model, *args, **kwargs)
 
-    return whole
+    return whole  # type: ignore[return-value]
 
 
 def register_head(model: nn.Module) -> None:

@@ -264,7 +264,7 @@ def estimate_memory(
             activations = storages.live - before
             frozen = not weight.requires_grad
             buffer = loss_buffer_bytes(rows.shape[0], weight, args, frozen)
-            loss = _Loss.apply(rows, weight, bias, buffer)  # type: ignore[no-untyped-call]
+            loss = _Loss.apply(rows, weight, bias, buffer)
             after = storages.live
             del rows, weight, bias
             loss.backward()
@@ -297,7 +297,7 @@ def estimate_memory(
 
 def _options(text: str | None) -> dict[str, str]:
     """``optim_args``: name=value,..."""
-    return dict(item.replace(" ", "").split("=", 1) for item in (text or "").split(",") if "=" in item)  # type: ignore[misc]
+    return dict(item.replace(" ", "").split("=", 1) for item in (text or "").split(",") if "=" in item)
 
 
 def _reference_bytes(model: nn.Module, args: MOPOConfig, trained: list[nn.Parameter], device: torch.device) -> int:

@@ -117,7 +117,7 @@ class PolicyForward:
         scored = layout.scored(model)
         hidden, target, cu_seqlens = scored
         rows, weight, bias = output_head(model).operands(hidden)
-        count = scored.count()
+        count = scored.lengths()
         length = count.clamp(min=1) if self.length_normalize else None
         label_rate = None if self.label_rate is None else torch.tensor(self.label_rate, device=pairs.device)
         assert objective_weight is not None

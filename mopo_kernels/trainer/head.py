@@ -120,7 +120,7 @@ def output_head(model: nn.Module) -> Head:
         raise ValueError(f"model: expected an output head; {type(causal_lm(model)).__name__} has none")
     if isinstance(head, FSDPModule):
         # FSDP gathers a module before its forward, and the head's is never run. Its backward ends as every other's.
-        head.unshard()  # type: ignore[no-untyped-call]
+        head.unshard()
     if is_peft(model):
         from peft.tuners.lora import LoraLayer
         from peft.utils import ModulesToSaveWrapper

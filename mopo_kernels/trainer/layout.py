@@ -19,11 +19,16 @@ class Scored(NamedTuple):
     target: Tensor
     cu_seqlens: Tensor
 
-    def count(self) -> Tensor:
-        """(S,) scored tokens of each response: those whose label is not -100."""
-        scored = torch.zeros(self.target.numel() + 1, dtype=torch.int64, device=self.target.device)
-        scored[1:] = (self.target != -100).cumsum(0)
-        return scored[self.cu_seqlens[1:]] - scored[self.cu_seqlens[:-1]]
+    def lengths(self) -> Tensor:
+        """(S,) scored tokens of each response."""
+        return scored_lengths(self.target, self.cu_seqlens)
+
+
+def scored_lengths(target: Tensor, cu_seqlens: Tensor) -> Tensor:
+    """How many of each response's tokens have a label other than -100: (N,), (S + 1,) -> (S,)."""
+    before = torch.zeros(target.numel() + 1, dtype=torch.int64, device=target.device)
+    before[1:] = (target != -100).cumsum(0)
+    return before[cu_seqlens[1:]] - before[cu_seqlens[:-1]]
 
 
 class PaddedRows(NamedTuple):

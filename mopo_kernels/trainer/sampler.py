@@ -95,7 +95,7 @@ class TokenBudgetSampler(Sampler[list[int]]):
         return len(self.rounds)
 
     def __iter__(self) -> Iterator[list[int]]:
-        order = range(len(self.rounds))
+        order = list(range(len(self.rounds)))
         if self.shuffle:
             generator = torch.Generator().manual_seed(self.seed + self.epoch)
             order = torch.randperm(len(self.rounds), generator=generator).tolist()

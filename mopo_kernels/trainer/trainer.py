@@ -50,6 +50,7 @@ from mopo_kernels.trainer.distributed import (
 )
 from mopo_kernels.trainer.forward import PolicyForward, attach
 from mopo_kernels.trainer.head import causal_lm, check_model, find_transform, is_peft
+from mopo_kernels.trainer.layout import scored_lengths
 from mopo_kernels.trainer.model_card import model_card
 from mopo_kernels.trainer.precompute import SUFFIX, reference_logprobs
 from mopo_kernels.trainer.reference_model import (
@@ -314,7 +315,8 @@ class MOPOTrainer(Trainer):
         try:
             for name, indices in lacking.items():
                 part = parts[name]
-                with gathered(self.model):
+                # The pass draws a seed for its loader: training must not depend on whether it was needed.
+                with torch.random.fork_rng(devices=[]), gathered(self.model):
                     values = reference_logprobs(
                         self.model,
                         part.select(indices),
@@ -358,9 +360,7 @@ class MOPOTrainer(Trainer):
             TrainingInterrupted: after Ctrl-C; a checkpoint is there.
         """
         checkpoint = self._resolve_checkpoint(resume_from_checkpoint)
-        # A pass over the data draws a seed for its loader: training must not depend on whether it was needed.
-        with torch.random.fork_rng(devices=[]):
-            self._prepare_references()
+        self._prepare_references()
         self.dual = self._new_dual(self.args)
         self.reference.snapshot = None
         self._reset_sums()
@@ -482,7 +482,7 @@ class MOPOTrainer(Trainer):
         total = torch.zeros((), dtype=torch.float64)
         for batch in batch_samples:
             if self.args.loss_type == "cloning" and "cu_seqlens" in batch:
-                total += (batch["cu_seqlens"].diff() > 0).sum().cpu()
+                total += (scored_lengths(batch["target"], batch["cu_seqlens"]) > 0).sum().cpu()
             elif self.args.loss_type == "cloning":
                 total += (batch["labels"][:, 1:] != -100).any(dim=1).sum().cpu()
             else:
@@ -691,7 +691,8 @@ class MOPOTrainer(Trainer):
     def _load_callback_state(self) -> None:
         """A resumed run stops early where an undisturbed one would."""
         super()._load_callback_state()
-        stored: Any = self.state.stateful_callbacks.get(EarlyStoppingCallback.__name__, {})
+        state: Any = self.state
+        stored = state.stateful_callbacks.get(EarlyStoppingCallback.__name__, {})
         for callback in self.callback_handler.callbacks:
             if isinstance(callback, EarlyStoppingCallback) and isinstance(stored, dict):
                 for name, value in stored.get("attributes", {}).items():

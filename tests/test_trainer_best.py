@@ -1,0 +1,137 @@
+"""Which checkpoint is the best under thresholds, when training stops early, and what reaches TensorBoard."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from trainer_samples import lora, make_config, make_data, make_model, make_trainer
+
+
+def drifting(folder, **changes):
+    """Evaluates and saves after each of 8 steps in which nothing holds ``brief`` up, on the data it is trained on."""
+    settings = {
+        "eval_dataset": make_data(),
+        "per_device_train_batch_size": 8,
+        "max_steps": 8,
+        "eval_strategy": "steps",
+        "eval_steps": 1,
+        "save_strategy": "steps",
+        "save_steps": 1,
+        "thresholds": {"brief": 0.49},
+        "initial_multiplier": "zero",
+        "dual_warmup_steps": 100,
+        "learning_rate": 1e-2,
+        "load_best_model_at_end": True,
+        "on_infeasible": "warn",
+    }
+    return make_trainer(folder, lora(make_model()), **{**settings, **changes})
+
+
+def evaluations(trainer):
+    return {line["step"]: line for line in trainer.state.log_history if "eval_feasible_primary" in line}
+
+
+def test_the_best_checkpoint_is_the_best_of_those_that_keep_the_thresholds(tmp_path):
+    trainer = drifting(tmp_path)
+    trainer.train()
+    found = evaluations(trainer)
+    kept = {step: line["eval_satisfaction/helpful"] for step, line in found.items() if line["eval_slack/brief"] >= 0}
+    best = trainer.state.best_global_step
+    assert 0 < len(kept) < len(found), "the run must cross the threshold"
+    assert best == max(kept, key=kept.get)
+    assert max(line["eval_satisfaction/helpful"] for line in found.values()) > kept[best], (
+        "or the primary objective alone would have chosen the same"
+    )
+    for line in found.values():
+        slack, primary = line["eval_slack/brief"], line["eval_satisfaction/helpful"]
+        assert line["eval_feasible_primary"] == (primary if slack >= 0 else slack)
+    stored = load_file(tmp_path / f"checkpoint-{best}" / "adapter_model.safetensors")
+    live = {name.replace(".default", ""): value for name, value in trainer.model.named_parameters()}
+    assert all(torch.equal(live[name], value) for name, value in stored.items())
+
+
+def test_where_no_checkpoint_keeps_the_thresholds_the_nearest_is_the_best(tmp_path):
+    trainer = drifting(tmp_path, thresholds={"brief": 0.9})
+    trainer.train()
+    slacks = {step: line["eval_slack/brief"] for step, line in evaluations(trainer).items()}
+    assert all(slack < 0 for slack in slacks.values())
+    assert trainer.state.best_global_step == max(slacks, key=slacks.get)
+
+
+def test_without_thresholds_it_is_the_primary_objective(tmp_path):
+    trainer = drifting(tmp_path, thresholds={}, max_steps=3)
+    trainer.train()
+    for line in evaluations(trainer).values():
+        assert line["eval_feasible_primary"] == line["eval_satisfaction/helpful"]
+
+
+def test_training_stops_after_so_many_evaluations_without_a_better_one(tmp_path):
+    trainer = drifting(tmp_path, early_stopping_patience=2, max_steps=30)
+    trainer.train()
+    best = trainer.state.best_global_step
+    assert trainer.state.global_step == best + 2 < 30
+
+
+def test_a_resumed_run_stops_early_where_the_undisturbed_one_did(tmp_path):
+    first = drifting(tmp_path, early_stopping_patience=3, max_steps=30)
+    first.train()
+    end = first.state.global_step
+    resumed = drifting(tmp_path, early_stopping_patience=3, max_steps=30)
+    resumed.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{end - 1}"))
+    assert resumed.state.global_step == end
+
+
+def test_another_metric_can_be_named(tmp_path):
+    assert make_config(tmp_path).metric_for_best_model is None
+    options = {"eval_strategy": "epoch", "save_strategy": "epoch", "load_best_model_at_end": True}
+    config = make_config(tmp_path, **options)
+    assert (config.metric_for_best_model, config.greater_is_better) == ("feasible_primary", True)
+    config = make_config(tmp_path, **options, metric_for_best_model="satisfaction/brief")
+    assert config.metric_for_best_model == "satisfaction/brief"
+
+
+def test_early_stopping_needs_evaluations(tmp_path):
+    with pytest.raises(ValueError, match=r"^early_stopping_patience: expected eval_strategy steps or epoch with it"):
+        make_config(tmp_path, early_stopping_patience=2)
+    with pytest.raises(ValueError, match=r"^early_stopping_patience: expected a number in \[1, inf\); got 0"):
+        make_config(tmp_path, early_stopping_patience=0, eval_strategy="epoch")
+
+
+def test_offloading_activations_from_a_cpu_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"^gradient_checkpointing_kwargs: expected offload=False on a CPU"):
+        make_config(tmp_path, gradient_checkpointing=True, gradient_checkpointing_kwargs={"offload": True})
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_offloaded_activations_leave_the_policy_as_it_would_be(tmp_path):
+    def run(**changes):
+        trainer = make_trainer(tmp_path, max_steps=1, use_cpu=False, gradient_checkpointing=True, **changes)
+        trainer.train()
+        return {name: value.detach().cpu() for name, value in trainer.model.named_parameters()}
+
+    kept, moved = run(), run(gradient_checkpointing_kwargs={"offload": True})
+    assert all(torch.equal(kept[name], moved[name]) for name in kept)
+
+
+def test_multipliers_and_slacks_reach_tensorboard(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    trainer = drifting(tmp_path, report_to="tensorboard", max_steps=3)
+    trainer.train()
+    (file,) = tmp_path.rglob("events.out.tfevents.*")
+    events = EventAccumulator(str(file))
+    events.Reload()
+    for tag, key in (
+        ("train/multiplier/brief", "multiplier/brief"),
+        ("train/slack/brief", "slack/brief"),
+        ("train/satisfaction/helpful", "satisfaction/helpful"),
+        ("eval/slack/brief", "eval_slack/brief"),
+        ("eval/feasible_primary", "eval_feasible_primary"),
+    ):
+        logged = [(line["step"], line[key]) for line in trainer.state.log_history if key in line]
+        assert len(logged) == 3
+        assert [(event.step, event.value) for event in events.Scalars(tag)] == [
+            (step, pytest.approx(value, rel=1e-6)) for step, value in logged
+        ]
