@@ -413,7 +413,7 @@ def test_random_data_follows_its_seed_and_sizes():
     ("more", "message"),
     [
         (["--architecture", ""], "architecture: "),
-        (["--architecture", "nonesuch"], "architecture: "),
+        (["--architecture", "nonesuch"], "such as llama, phi or opt; got 'nonesuch'"),
         (["--architecture", "t5", "--architecture_options", "{}"], "architecture: t5 makes no causal language model"),
         (["--architecture_options", "[1]"], "architecture_options: expected a mapping"),
         (["--random_data", "rows=3"], "random_data: expected sizes among examples, responses, prompt_length"),

@@ -18,7 +18,7 @@ from mopo_kernels.trainer.attention import share_prompts
 from mopo_kernels.trainer.config import MOPOConfig
 from mopo_kernels.trainer.estimate import estimate_memory
 from mopo_kernels.trainer.head import causal_lm, is_peft
-from mopo_kernels.trainer.sampler import TokenBudgetSampler
+from mopo_kernels.trainer.sampler import TokenBudgetSampler, batch_tokens
 from mopo_kernels.trainer.trainer import precomputes, resolve_objectives, starting_multipliers
 
 
@@ -90,11 +90,8 @@ class _Tokens:
         return self.prompt(shared) + self.response - self.last(shared)
 
     def cost(self, indices: Sequence[int]) -> int:
-        """Tokens of a batch of these examples, padding included."""
-        if self.shared:
-            return sum(self.sizes[index].tokens for index in indices)
-        rows = sum(self.sizes[index].responses for index in indices)
-        return rows * max(self.sizes[index].longest for index in indices)
+        """Tokens of a batch of these examples."""
+        return batch_tokens([self.sizes[index] for index in indices], self.shared)
 
     def largest(self, count: int) -> list[int]:
         """The examples of the largest batch that so many can make."""

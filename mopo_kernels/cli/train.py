@@ -6,6 +6,7 @@ import ctypes
 import json
 import sys
 import time
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
@@ -15,7 +16,7 @@ from typing import Any, NoReturn
 
 import torch
 import yaml
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, set_seed
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, set_seed
 from transformers.trainer_utils import TrainOutput
 
 from mopo_kernels import backends
@@ -323,7 +324,12 @@ def model_config(arguments: ModelArguments) -> Any:
             str(arguments.architecture), **_parse_json("architecture_options", arguments.architecture_options)
         )
     except ValueError as error:
-        raise ValueError(f"architecture: {error}") from error
+        if arguments.architecture not in CONFIG_MAPPING:
+            raise ValueError(
+                "architecture: expected a type of model that transformers knows, such as llama, phi or opt; got "
+                f"{arguments.architecture!r}"
+            ) from error
+        raise ValueError(f"architecture_options: {error}") from error
 
 
 def load_tokenizer(arguments: ModelArguments) -> Any:
@@ -473,6 +479,8 @@ def train(argv: list[str]) -> None:
         SystemExit: 130 after Ctrl-C, 1 when training diverged or a threshold turned out impossible.
     """
     started = time.perf_counter()
+    # transformers warns of names that it is about to change and that older releases, which are supported, still need.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     model_arguments, data_arguments, config = parse(argv)
     backends.resolve(config.backend, config.device)
     set_seed(config.seed)

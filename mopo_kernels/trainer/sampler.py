@@ -14,6 +14,13 @@ from mopo_kernels.data.collator import ExampleSize
 _WINDOW = 16
 
 
+def batch_tokens(sizes: Sequence[ExampleSize], shared_prompts: bool) -> int:
+    """Tokens of a batch of examples as it is laid out, padding included."""
+    if shared_prompts:
+        return sum(size.tokens for size in sizes)
+    return sum(size.responses for size in sizes) * max(size.longest for size in sizes)
+
+
 class TokenBudgetSampler(Sampler[list[int]]):
     """Indices of examples, batch after batch, each at most ``budget`` tokens as it is laid out.
 
@@ -58,11 +65,8 @@ class TokenBudgetSampler(Sampler[list[int]]):
         self.rounds = self._plan(budget, ranks)
 
     def cost(self, indices: Sequence[int]) -> int:
-        """Tokens of a batch of these examples, padding included."""
-        if self.shared_prompts:
-            return sum(self.sizes[index].tokens for index in indices)
-        rows = sum(self.sizes[index].responses for index in indices)
-        return rows * max(self.sizes[index].longest for index in indices)
+        """Tokens of a batch of these examples."""
+        return batch_tokens([self.sizes[index] for index in indices], self.shared_prompts)
 
     def _plan(self, budget: int, ranks: int) -> list[list[list[int]]]:
         order = list(range(len(self.sizes)))
