@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import json
 import sys
 import time
@@ -31,8 +30,6 @@ from mopo_kernels.trainer.checkpoint import write_atomically
 from mopo_kernels.trainer.model_card import installed_version, model_card
 
 SUMMARY_FILE = "training_summary.json"
-# Of glibc's malloc.h.
-_M_MMAP_THRESHOLD = -3
 # What random data is labelled for when no objectives are named.
 RANDOM_OBJECTIVES = ["first", "second"]
 
@@ -457,17 +454,6 @@ def save_merged(trainer: MOPOTrainer) -> None:
     print(f"saved {folder}")
 
 
-def return_freed_memory() -> None:
-    """Have glibc give tensors of a megabyte or more back to the system when they are freed.
-
-    Left alone it keeps them in a heap which the activations of a step tear to pieces: runs were measured to take three
-    times the memory of their tensors.
-    """
-    # The C library of another system has no mallopt.
-    if (mallopt := getattr(ctypes.CDLL(None), "mallopt", None)) is not None:
-        mallopt(_M_MMAP_THRESHOLD, 1 << 20)
-
-
 def train(argv: list[str]) -> None:
     """Run ``mopo train``: saves the model (or adapters) and ``training_summary.json`` in ``output_dir``.
 
@@ -484,8 +470,6 @@ def train(argv: list[str]) -> None:
     model_arguments, data_arguments, config = parse(argv)
     backends.resolve(config.backend, config.device)
     set_seed(config.seed)
-    if config.device.type == "cpu" and sys.platform == "linux":
-        return_freed_memory()
     if not model_arguments.random_weights:
         check_model_name(model_arguments.model_name_or_path)
     tokenizer = load_tokenizer(model_arguments)
