@@ -109,8 +109,11 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument(
         "--contenders", nargs="+", default=[], metavar="NAME", help="only those whose name contains one of these"
     )
+    parser.add_argument("--draws", type=int, default=DRAWS, help="random inputs of each kind")
     parser.add_argument("--output", type=Path, help="JSON file to write")
     options = parser.parse_args(arguments)
+    if options.draws < 1:
+        parser.error(f"argument --draws: must be at least 1; got {options.draws}")
     if options.output is not None:
         try:
             prepare_file("--output", options.output)
@@ -123,10 +126,10 @@ def main(arguments: list[str] | None = None) -> None:
     found = []
     for dtype, trained in groups(tuple(DTYPES)):
         work = replace(SMALL, trained=trained, dtype=DTYPES[dtype])
-        found.append({"dtype": dtype, "trained": trained, "results": errors(work, contenders)})
+        found.append({"dtype": dtype, "trained": trained, "results": errors(work, contenders, options.draws)})
     record = {
         "workload": {**asdict(SMALL), "dtype": None, "trained": None, "scored": SMALL.scored},
-        "draws": DRAWS,
+        "draws": options.draws,
         "groups": found,
         "unavailable": unavailable,
         **provenance("bench.accuracy", sys.argv[1:] if arguments is None else arguments),

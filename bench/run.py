@@ -97,7 +97,7 @@ FULL = (
     Section("instructions", "instructions"),
 )
 QUICK = (
-    Section("accuracy_cpu", "accuracy"),
+    Section("accuracy_cpu", "accuracy", ("--draws", "3")),
     _head("head_cpu", *_SMALL),
     _head("head_frozen_cpu", *_SMALL, "--frozen"),
     _head("head_bf16_cpu", *_SMALL, "--dtype", "bfloat16"),

@@ -208,6 +208,12 @@ def test_a_wrong_argument_is_refused_before_anything_is_measured(
     assert message in capsys.readouterr().err
 
 
+def test_no_draw_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        accuracy.main(["--draws", "0"])
+    assert "argument --draws: must be at least 1; got 0" in capsys.readouterr().err
+
+
 def test_fewer_than_two_rounds_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         growth.main(["--rounds", "1"])
@@ -251,6 +257,17 @@ def test_an_error_is_the_larger_one_of_the_gradients_and_a_multiple_of_plain_pyt
     assert found["rounded"]["loss"] == pytest.approx(0.5, rel=1e-3)
     assert found["rounded"]["gradient"] == pytest.approx(0.01, rel=1e-3)
     assert found["rounded"]["times_plain"] == pytest.approx(0.01 / found["plain"]["gradient"], rel=1e-3)
+
+
+def test_an_error_is_the_root_mean_square_over_the_draws() -> None:
+    (found,) = accuracy.errors(SMALL, {PLAIN: CONTENDERS[PLAIN]}, draws=3).values()
+    each = [
+        accuracy.error(contenders.plain_compacted(x), accuracy.truth(x, "regression"))
+        for x in (Inputs.make(SMALL, seed) for seed in range(3))
+    ]
+    assert len({one["gradient"] for one in each}) == 3
+    for key in ("loss", "gradient"):
+        assert found[key] == pytest.approx((sum(one[key] ** 2 for one in each) / 3) ** 0.5)
 
 
 def test_accuracy_writes_every_contender_in_every_dtype(
