@@ -10,12 +10,20 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from trainer_samples import CONFIGS, lora, make_data, make_model, make_tokenizer, make_trainer
-from transformers import AutoModelForCausalLM, MambaConfig, MistralConfig, PhiConfig, Qwen3Config
+from trainer_samples import CONFIGS, lora, make_config, make_data, make_model, make_tokenizer, make_trainer
+from transformers import (
+    AutoModelForCausalLM,
+    DogeConfig,
+    LlamaConfig,
+    MambaConfig,
+    MistralConfig,
+    PhiConfig,
+    Qwen3Config,
+)
 
 from mopo_kernels.data import PreferenceCollator, PreferenceExample, PreferencePair
 from mopo_kernels.data.collator import ExampleSize
-from mopo_kernels.trainer import attention
+from mopo_kernels.trainer import MOPOTrainer, attention, sampler
 from mopo_kernels.trainer.attention import SEGMENTED, row_mask, share_prompts
 from mopo_kernels.trainer.layout import take_layout
 from mopo_kernels.trainer.sampler import TokenBudgetSampler
@@ -179,6 +187,55 @@ def test_a_window_must_cover_the_longest_row() -> None:
     assert share_prompts(model, None) == "its layers see 12 tokens, and max_length is None"
 
 
+def test_the_window_must_cover_the_rows_of_a_given_collator(tmp_path: Path) -> None:
+    data = make_data(4)
+    collator = PreferenceCollator(make_tokenizer(), data.objectives, shared_prompts=True)
+    with pytest.raises(ValueError, match=r"data_collator: expected shared_prompts=False.*max_length is None"):
+        MOPOTrainer(
+            model_of("mistral"),
+            make_config(tmp_path, max_length=8),
+            data_collator=collator,
+            train_dataset=data,
+            processing_class=make_tokenizer(),
+        )
+
+
+def test_a_mask_that_a_layer_makes_itself_is_not_thrown_away() -> None:
+    """Doge's layers add a trained term to the mask they are given, which is 0 in a fresh model."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(DogeConfig(**_SMALL, **_HEADS, keep_window_size=64)).double().eval()
+    separate, shared = batches()
+    expected = scored(model, separate).hidden
+    assert share_prompts(model, None) == "its layers see 64 tokens, and max_length is None"
+    assert share_prompts(model, 64) is None
+    assert model.config._attn_implementation == "sdpa"
+    found = scored(model, shared).hidden
+    trained = [p for name, p in model.named_parameters() if name.endswith(".A")]
+    up = torch.randn_like(expected)
+    for first, second in zip(
+        torch.autograd.grad(expected, trained, up), torch.autograd.grad(found, trained, up), strict=True
+    ):
+        assert float(first.norm()) > 0
+        assert float((first - second).norm()) <= 1e-5 * float(first.norm())
+
+
+@pytest.mark.parametrize(("max_length", "warned"), [(None, True), (30, True), (29, False)])
+def test_positions_that_move_with_the_longest_row_are_warned_of(
+    max_length: int | None, warned: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    rope = {
+        "rope_type": "longrope",
+        "rope_theta": 10000.0,
+        "short_factor": [1.0] * 4,
+        "long_factor": [4.0] * 4,
+        "original_max_position_embeddings": 30,
+    }
+    config = LlamaConfig(**_SMALL, **_HEADS, rope_parameters=rope, max_position_embeddings=40)
+    with caplog.at_level(logging.WARNING):
+        make_trainer(tmp_path, AutoModelForCausalLM.from_config(config), max_length=max_length)
+    assert any("longrope positions depend on the longest row" in line for line in caplog.messages) == warned
+
+
 def test_a_recurrent_model_is_found_out() -> None:
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(
@@ -267,6 +324,21 @@ def test_grouping_by_length_wastes_less_than_chance() -> None:
     grouped = TokenBudgetSampler(made, 700, shared_prompts=False)
     chance = TokenBudgetSampler(made, 700, shared_prompts=False, shuffle=False)
     assert padding(grouped) < 0.25 * padding(chance)
+
+
+def test_planning_looks_at_an_example_a_few_times_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    looks = 0
+    batch_tokens = sampler.batch_tokens
+
+    def counted(sizes: list[ExampleSize], shared_prompts: bool) -> int:
+        nonlocal looks
+        looks += len(sizes)
+        return batch_tokens(sizes, shared_prompts)
+
+    monkeypatch.setattr(sampler, "batch_tokens", counted)
+    made = [ExampleSize(2, 3, 4)] * 500
+    assert len(TokenBudgetSampler(made, 10**6, shared_prompts=True)) == 1
+    assert looks <= 4 * len(made)
 
 
 def test_fewer_examples_than_ranks_and_one_too_long() -> None:

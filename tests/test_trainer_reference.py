@@ -204,12 +204,15 @@ def test_a_tokenizer_that_was_used_is_the_same_tokenizer(tmp_path, passes):
     [
         (lambda lines: b"".join(lines[:-1]), "those of 22 of 23 examples"),
         (lambda lines: b"".join(lines)[:-3], "those of 22 of 23 examples"),
+        (lambda lines: b"".join(lines[:-1]) + b"[99, [-1.0]]\n", "those of 22 of 23 examples"),
+        (lambda lines: b"".join(lines[:-1]) + b"[22, null]\n", "those of 22 of 23 examples"),
+        (lambda lines: b"".join(lines[:-1]) + b"[[22], [-1.0]]\n", "those of 22 of 23 examples"),
         (lambda lines: b"prompt,response\n", "something else"),
         (lambda lines: b'{"prompt": "w1"}\n', "something else"),
         (lambda lines: b"", "something else"),
         (lambda lines: b"\xff\x00", "something else"),
     ],
-    ids=["short", "torn", "text", "data", "empty", "binary"],
+    ids=["short", "torn", "index", "null", "list", "text", "data", "empty", "binary"],
 )
 def test_a_damaged_or_foreign_file_is_refused(content, found, whole, tmp_path):
     file = tmp_path / "mine.logprob"
@@ -275,6 +278,11 @@ def test_a_file_that_cannot_be_made_is_named(tmp_path):
     (tmp_path / "refs").write_text("")
     with pytest.raises(ValueError, match=r"^reference_path: cannot use .*refs/mine\.logprob: "):
         prepared(tmp_path, reference_path=str(tmp_path / "refs" / "mine.logprob"))
+    (tmp_path / "mine.logprob").mkdir()
+    with pytest.raises(
+        ValueError, match=r"^reference_path: expected a file, as its name ends in \.logprob; .*a folder"
+    ):
+        prepared(tmp_path, reference_path=str(tmp_path / "mine.logprob"))
 
 
 def test_a_log_probability_that_is_not_finite_is_refused_and_not_kept(tmp_path):

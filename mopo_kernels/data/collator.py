@@ -33,6 +33,12 @@ class ExampleSize(NamedTuple):
     longest: int
     tokens: int
 
+    def joined(self, other: ExampleSize) -> ExampleSize:
+        """Of both in one batch."""
+        return ExampleSize(
+            self.responses + other.responses, max(self.longest, other.longest), self.tokens + other.tokens
+        )
+
 
 @dataclass
 class PreferenceCollator:

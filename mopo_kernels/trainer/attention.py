@@ -72,6 +72,8 @@ def sdpa_shared_prompts(
     if segments is None:
         output, _ = sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
         return output, None
+    if attention_mask is None or attention_mask.numel() != 1:
+        raise ValueError("its layers make a mask of their own")
     # One split and one cat, as the gradient of a slice is as long as the whole row.
     queries, keys, values = (tensor.split(segments.lengths, dim=2) for tensor in (query, key, value))
     parts = []
@@ -158,9 +160,12 @@ def share_prompts(model: nn.Module, max_length: int | None) -> str | None:
     kinds = set(getattr(config, "layer_types", None) or [])
     if others := kinds - {"full_attention", "sliding_attention"}:
         return f"it has layers of {', '.join(sorted(others))}"
-    window = getattr(config, "sliding_window", None) if not kinds or "sliding_attention" in kinds else None
-    if window is not None and (max_length is None or max_length > window):
-        return f"its layers see {window} tokens, and max_length is {max_length}"
+    windows = [getattr(config, "keep_window_size", None)]
+    if not kinds or "sliding_attention" in kinds:
+        windows.append(getattr(config, "sliding_window", None))
+    for window in windows:
+        if window is not None and (max_length is None or max_length > window):
+            return f"its layers see {window} tokens, and max_length is {max_length}"
     choices = ["flex_attention"] if implementation == "flex_attention" else [SEGMENTED, "sdpa"]
     failure = "its attention cannot be set"
     for choice in choices:
@@ -169,7 +174,7 @@ def share_prompts(model: nn.Module, max_length: int | None) -> str | None:
             continue
         try:
             difference = _difference_from_separate_rows(model)
-        except (TypeError, ValueError, RuntimeError) as error:
+        except Exception as error:  # whatever a model's forward says to a row that it was not written for
             failure = f"its forward fails over a shared prompt: {' '.join(str(error).split())[:200]}"
             continue
         # Rounding, of hidden states whose norm is 1; a token that sees what it must not moves them by tenths.

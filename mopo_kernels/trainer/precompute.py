@@ -135,9 +135,14 @@ def reference_file(place: Path, fallback: Path, key: Mapping[str, Any]) -> Path:
     if place.suffix == SUFFIX:
         return place
     name = f"reference-{_digest(dict(key))[:12]}{SUFFIX}"
-    there = next(folder for folder in (place, *place.absolute().parents) if folder.exists())
-    if place == fallback or (place / name).is_file() or os.access(there, os.W_OK | os.X_OK):
+    if place == fallback:
         return place / name
+    try:
+        there = next(folder for folder in (place, *place.absolute().parents) if folder.exists())
+        if (place / name).is_file() or os.access(there, os.W_OK | os.X_OK):
+            return place / name
+    except PermissionError:  # a folder on the way that cannot even be looked into
+        pass
     logger.warning("%s cannot be written: reference log-probabilities are kept in %s", place, fallback)
     return fallback / name
 
@@ -167,6 +172,8 @@ class ReferenceFile:
         Raises:
             ValueError: the file is of something else, or damaged. OSError: it cannot be read or written.
         """
+        if self.path.is_dir():
+            raise ValueError(f"reference_path: expected a file, as its name ends in {SUFFIX}; {self.path} is a folder")
         if self.path.is_file():
             return self._whole()
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -227,12 +234,17 @@ class ReferenceFile:
                     first = content
                     if first != self.key:
                         break
-                elif isinstance(content, list) and len(content) == 2:
+                elif self._is_row(content):
                     rows[content[0]] = content[1]
                 else:
                     break
                 end += len(line)
         return first, rows, end
+
+    def _is_row(self, content: Any) -> bool:
+        if not isinstance(content, list) or len(content) != 2 or not isinstance(content[0], int):
+            return False
+        return 0 <= content[0] < self.examples and isinstance(content[1], list)
 
     def _whole(self) -> Rows:
         first, rows, _ = self._read(self.path)

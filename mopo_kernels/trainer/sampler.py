@@ -26,8 +26,8 @@ class TokenBudgetSampler(Sampler[list[int]]):
 
     Every rank makes the same plan from the same seed and takes its own part: a round has one batch for each, of similar
     cost. Which examples share a batch is settled once, so that every epoch has the same number of steps; the order of
-    the rounds is drawn anew each epoch. Every example is in one batch, except that with fewer examples than ranks some
-    are repeated.
+    the rounds is drawn anew each epoch. Every example is in one batch, except that where every batch is a single
+    example some are repeated until each rank has as many.
 
     Args:
         sizes: of the examples, in their order.
@@ -78,11 +78,16 @@ class TokenBudgetSampler(Sampler[list[int]]):
                 part = order[start : start + window]
                 order[start : start + window] = sorted(part, key=lambda index: -self.sizes[index].longest)
         batches: list[list[int]] = []
+        together: ExampleSize | None = None
         for index in order:
-            if batches and self.cost([*batches[-1], index]) <= budget:
+            size = self.sizes[index]
+            joined = size if together is None else together.joined(size)
+            if together is not None and batch_tokens([joined], self.shared_prompts) <= budget:
                 batches[-1].append(index)
+                together = joined
             else:
                 batches.append([index])
+                together = size
         while len(batches) % ranks:
             place = max(range(len(batches)), key=lambda number: len(batches[number]))
             batch = batches[place]

@@ -194,8 +194,12 @@ class MOPOTrainer(Trainer):
                 max_response_length=args.max_response_length,
                 shared_prompts=_shares_prompts(model, args),
             )
-        elif getattr(data_collator, "shared_prompts", False) and (reason := share_prompts(model, args.max_length)):
+        elif getattr(data_collator, "shared_prompts", False) and (
+            reason := share_prompts(model, data_collator.max_length)
+        ):
             raise ValueError(f"data_collator: expected shared_prompts=False, as the model cannot share them: {reason}")
+        if args.process_index == 0:
+            _warn_of_moving_positions(model, getattr(data_collator, "max_length", args.max_length))
         if args.disable_dropout:
             _disable_dropout(model)
 
@@ -942,6 +946,24 @@ def _shares_prompts(model: nn.Module, args: MOPOConfig) -> bool:
     if args.process_index == 0:
         logger.warning("prompts are computed anew for each response, as %s cannot share them: %s", name, reason)
     return False
+
+
+def _warn_of_moving_positions(model: nn.Module, max_length: int | None) -> None:
+    """Rotary positions that are scaled by a batch's longest row make a log-probability depend on the other rows."""
+    config = causal_lm(model).config.get_text_config()
+    settings = getattr(config, "rope_parameters", None) or {}
+    for part in [settings] if "rope_type" in settings else settings.values():
+        if not isinstance(part, Mapping) or part.get("rope_type") not in ("longrope", "dynamic"):
+            continue
+        limit = part.get("original_max_position_embeddings") or config.max_position_embeddings
+        if max_length is None or max_length >= limit:
+            logger.warning(
+                "%s positions depend on the longest row of a batch from %d tokens on: log-probabilities of policy and "
+                "reference may differ (max_length is %s)",
+                part["rope_type"],
+                limit,
+                max_length,
+            )
 
 
 def _disable_dropout(model: nn.Module) -> None:
