@@ -234,17 +234,17 @@ class ReferenceFile:
                     first = content
                     if first != self.key:
                         break
-                elif self._is_row(content):
+                elif isinstance(content, list) and self._is_row(content):
                     rows[content[0]] = content[1]
                 else:
                     break
                 end += len(line)
         return first, rows, end
 
-    def _is_row(self, content: Any) -> bool:
-        if not isinstance(content, list) or len(content) != 2 or not isinstance(content[0], int):
+    def _is_row(self, content: list[Any]) -> bool:
+        if [type(part) for part in content] != [int, list]:
             return False
-        return 0 <= content[0] < self.examples and isinstance(content[1], list)
+        return 0 <= content[0] < self.examples
 
     def _whole(self) -> Rows:
         first, rows, _ = self._read(self.path)
