@@ -279,9 +279,7 @@ def test_a_file_that_cannot_be_made_is_named(tmp_path):
     with pytest.raises(ValueError, match=r"^reference_path: cannot use .*refs/mine\.logprob: "):
         prepared(tmp_path, reference_path=str(tmp_path / "refs" / "mine.logprob"))
     (tmp_path / "mine.logprob").mkdir()
-    with pytest.raises(
-        ValueError, match=r"^reference_path: expected a file, as its name ends in .*a folder"
-    ):
+    with pytest.raises(ValueError, match=r"^reference_path: expected a file, as its name ends in .*a folder"):
         prepared(tmp_path, reference_path=str(tmp_path / "mine.logprob"))
 
 
