@@ -40,7 +40,7 @@ lint: install
 paper: install
 	$(BIN)/python -m bench.paper
 
-# Every figure of bench/results: an hour on 2 cores, we estimate. `mopo bench --quick` takes three minutes.
+# Every figure of bench/results: an hour and a half on 2 cores, we estimate. `mopo bench --quick` takes three minutes.
 bench: install
 	$(BIN)/python -m bench.run
 

@@ -68,9 +68,7 @@ def segment_sum(value: Tensor, cu_seqlens: Tensor) -> Tensor:
     """``[value[a:b].sum() for a, b in zip(cu_seqlens, cu_seqlens[1:])]``: value (N,), cu_seqlens (S + 1,) -> (S,)."""
     lengths = cu_seqlens[1:] - cu_seqlens[:-1]
     owner = torch.repeat_interleave(lengths, output_size=value.shape[0])
-    # In fp64 where there is one: the loss is about differences of sums of hundreds of nats.
-    wide = value if value.device.type == "mps" else value.double()
-    return scatter_sum(wide.new_zeros(lengths.shape[0]), owner, wide).to(value.dtype)
+    return scatter_sum(value.new_zeros(lengths.shape[0]), owner, value)
 
 
 def pair_target(

@@ -28,7 +28,6 @@ from mopo_kernels.evaluation import (
     read_sweep,
 )
 from mopo_kernels.mappings import parse_mapping
-from mopo_kernels.tabular import nondominated
 
 Adapter = Annotated[str | None, typer.Option(help="A peft adapter (folder or hub name) to put on it.")]
 
@@ -97,7 +96,7 @@ def evaluate(
             prepare_file(option, path)
 
     if sweep is not None:
-        nondominated(np.empty((0, 1)))  # a missing package shows before the work, not after it
+        _nondominated(np.empty((0, 1)))  # a missing package shows before the work, not after it
         candidates = load_sweep_policies(policy, device=device)
     elif baseline is None and policy_adapter is None and not is_adapter(policy):
         raise ValueError("--baseline is needed: the policy has no adapter, so no base model to be compared with")
@@ -184,7 +183,14 @@ def evaluate(
 def _front(points: Mapping[str, Comparison], objectives: Sequence[str]) -> list[str]:
     """The points whose mean win rates no other point dominates."""
     means = [[point.win_rates[name].mean for name in objectives] for point in points.values()]
-    return [name for name, mark in zip(points, nondominated(means), strict=True) if mark]
+    return [name for name, mark in zip(points, _nondominated(means), strict=True) if mark]
+
+
+def _nondominated(points: Any) -> np.ndarray:
+    # Here, as its solvers take a while to import, and every command's --help reads this file.
+    from mopo_kernels.tabular import nondominated
+
+    return nondominated(points)
 
 
 def _thresholds(options: list[str], objectives: list[str]) -> dict[str, float]:
