@@ -36,7 +36,7 @@ ROOT = Path(__file__).parents[1]
 PROMPTS, A_BATCH, BATCHES = 23, 2, 12  # the last batch has one prompt; 8 batches a write
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(scope="module", autouse=True)
 def one_thread():
     """The same number of threads as in a killed process: the order of sums is part of a bit."""
     threads = torch.get_num_threads()
