@@ -289,16 +289,25 @@ SECTIONS: dict[str, Callable[[], str]] = {
 }
 
 
-def replaced(readme: str) -> str:
-    """The README with what is between its marks made anew."""
-    for name, make in SECTIONS.items():
-        begin, end = f"<!-- {name}: made by python -m bench.readme -->\n", "<!-- end -->\n"
+def fill_marks(document: str, sections: dict[str, Callable[[], str]], module: str, file: str) -> str:
+    """A document with what is between the marks of its sections made anew.
+
+    Raises:
+        ValueError: a section's marks are not there exactly once.
+    """
+    for name, make in sections.items():
+        begin, end = f"<!-- {name}: made by python -m {module} -->\n", "<!-- end -->\n"
         pattern = re.compile(f"{re.escape(begin)}.*?{re.escape(end)}", re.DOTALL)
         text = f"{begin}\n{make()}\n{end}"
-        readme, found = pattern.subn(lambda _, text=text: text, readme)
+        document, found = pattern.subn(lambda _, text=text: text, document)
         if found != 1:
-            raise ValueError(f"README.md must have one part that begins with {begin!r}, got {found}")
-    return readme
+            raise ValueError(f"{file} must have one part that begins with {begin!r}, got {found}")
+    return document
+
+
+def replaced(readme: str) -> str:
+    """The README with its tables made anew."""
+    return fill_marks(readme, SECTIONS, "bench.readme", "README.md")
 
 
 if __name__ == "__main__":

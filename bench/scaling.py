@@ -12,7 +12,6 @@ import argparse
 import functools
 import json
 import os
-import re
 import statistics
 import subprocess
 import sys
@@ -31,6 +30,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, LlamaConfig, PhiConfig, PretrainedConfig
 
 from bench.provenance import provenance
+from bench.readme import fill_marks
 from mopo_kernels.functional import DEFAULT_BUFFER_BYTES
 from mopo_kernels.trainer.estimate import optimizer_bytes, tensor_bytes
 
@@ -569,15 +569,8 @@ SECTIONS: dict[str, Callable[[], str]] = {
 
 
 def replaced(document: str) -> str:
-    """docs/scaling.md with what is between its marks made anew."""
-    for name, make in SECTIONS.items():
-        begin, end = f"<!-- {name}: made by python -m bench.scaling -->\n", "<!-- end -->\n"
-        pattern = re.compile(f"{re.escape(begin)}.*?{re.escape(end)}", re.DOTALL)
-        text = f"{begin}\n{make()}\n{end}"
-        document, found = pattern.subn(lambda _, text=text: text, document)
-        if found != 1:
-            raise ValueError(f"docs/scaling.md must have one part that begins with {begin!r}, got {found}")
-    return document
+    """docs/scaling.md with its tables made anew."""
+    return fill_marks(document, SECTIONS, "bench.scaling", "docs/scaling.md")
 
 
 def main() -> None:

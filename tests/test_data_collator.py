@@ -206,7 +206,10 @@ def test_an_over_long_response_raises_naming_the_example_or_is_cut_without_eos_a
 
 
 def test_a_length_exactly_at_the_limit_passes() -> None:
-    PreferenceCollator(word_level(closing=False), ["a"], max_length=9, max_response_length=5)([example()])
+    collator = PreferenceCollator(word_level(closing=False), ["a"], max_length=9, max_response_length=5)
+    batch = collator([example()])
+    assert int(batch["attention_mask"].sum(dim=1).max()) == 9
+    assert collator.truncated == 0
 
 
 def test_a_prompt_without_room_raises_even_when_truncating_and_names_the_start_of_the_prompt() -> None:
