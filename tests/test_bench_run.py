@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 import mopo_kernels.cli.bench as bench_command
 from bench import accuracy, contenders, figures, growth, run
@@ -125,14 +126,31 @@ def test_every_curve_has_time_and_memory_at_every_point(grown: tuple[dict[str, A
     assert {"commit", "peers", "machine", "threads", "cpu_capability", "torch", "date", "rounds"} <= record.keys()
 
 
-def test_time_grows_with_tokens_and_with_the_prompt_where_that_is_multiplied(
-    grown: tuple[dict[str, Any], Path],
-) -> None:
-    """Generous, as these calls take milliseconds: the prompt is as long as the response, which doubles all rows."""
+@pytest.mark.parametrize("trained", [True, False], ids=["head trained", "head frozen"])
+def test_work_grows_with_tokens_and_with_the_prompt_where_that_is_multiplied(trained: bool) -> None:
+    """Operations are counted, not timed: these calls take milliseconds. A share of half doubles all rows."""
+
+    def operations(name: str, axis: str) -> list[int]:
+        counts = []
+        for work in TINY.curves()[axis].values():
+            x = Inputs.make(replace(work, trained=trained), 0)
+            with FlopCounterMode(display=False) as counter:
+                CONTENDERS[name].run(x)
+            counts.append(counter.get_total_flops())
+        return counts
+
+    for name in (BARE, PLAIN, growth.ALL_ROWS):
+        few, *_, many = operations(name, "N")
+        assert many / few == max(TINY.curves()["N"]) / min(TINY.curves()["N"])
+    none, half = operations(growth.ALL_ROWS, "prompt share")
+    assert half == 2 * none > 0
+    none, half = operations(PLAIN, "prompt share")
+    assert half == none > 0
+
+
+def test_memory_grows_with_the_prompt_where_that_is_multiplied(grown: tuple[dict[str, Any], Path]) -> None:
     record, _ = grown
     for curve in record["curves"]:
-        if curve["axis"] == "N":
-            assert all(0.3 < fit["seconds"] < 1.7 for fit in curve["fits"].values())
         if curve["axis"] == "prompt share":
             assert curve["fits"][growth.ALL_ROWS]["peak_mib"] == pytest.approx(2, rel=0.2)
             assert curve["fits"][PLAIN]["peak_mib"] == pytest.approx(1, rel=0.1)
@@ -401,20 +419,20 @@ def test_an_interrupted_run_leaves_no_process_behind(sent: signal.Signals, code:
         [sys.executable, "-c", program], cwd=run.ROOT, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
     inner = tmp_path / "hangs.json"
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 300
     while not (inner.exists() and inner.read_text()):
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < deadline
         time.sleep(0.02)
     process.send_signal(sent)
-    _, stderr = process.communicate(timeout=30)
+    _, stderr = process.communicate(timeout=300)
     assert process.returncode == code
     assert "Traceback" not in stderr
     if sent == signal.SIGINT:
         assert stderr.splitlines()[-1] == "mopo: interrupted"
     # The section's own process has been waited for; what it had started is ended, if not yet collected.
     status = Path(f"/proc/{inner.read_text()}/status")
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 120
     while status.exists() and "State:\tZ" not in status.read_text():
         assert time.monotonic() < deadline
         time.sleep(0.02)

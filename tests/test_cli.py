@@ -354,6 +354,21 @@ def test_doctor_gives_every_backend_and_the_reason_one_is_missing(monkeypatch, c
     assert json.loads(capsys.readouterr().out)["backends"] == found
 
 
+def test_doctor_names_packages_that_do_not_work_together(monkeypatch, capsys):
+    versions = {"transformers": "5.24.0", "peft": "0.21.2"}
+    monkeypatch.setattr(doctor_module, "installed_version", versions.get)
+    what = "this transformers loads and adds adapters with peft 0.22 or newer only"
+    line = f"transformers 5.24.0 with peft 0.21.2: {what}"
+    assert doctor_module.incompatible() == [line]
+    assert cli.main(["doctor"]) == 0
+    (printed,) = [printed for printed in capsys.readouterr().out.splitlines() if what in printed]
+    assert printed.split(maxsplit=1) == ["incompatible", line]
+    for name, version in (("peft", "0.22.0"), ("transformers", "5.23.0"), ("peft", None)):
+        with monkeypatch.context() as patch:
+            patch.setitem(versions, name, version)
+            assert doctor_module.incompatible() == []
+
+
 def test_doctor_folds_no_line_in_a_pipe(monkeypatch, capsys):
     reason = "no compiler was found: " + 40 * "a long reason "
     monkeypatch.setattr(mopo_kernels.backends, "availability", lambda: {"torch": None, "cpp": reason.strip()})

@@ -3,10 +3,11 @@ than the buffer, batches of nothing; and what another objective costs."""
 
 from __future__ import annotations
 
-import time
+from dataclasses import replace
 
 import pytest
 import torch
+from counting import operations
 from samples import CPU_BACKENDS, Batch, make_batch
 from torch import Tensor
 
@@ -68,22 +69,14 @@ def test_a_batch_of_nothing(backend: str, trained: bool) -> None:
 
 
 @pytest.mark.parametrize("backend", CPU_BACKENDS)
-def test_eight_objectives_cost_what_one_does(backend: str) -> None:
-    """By design another objective adds P numbers, not a product; the medians of interleaved rounds differ by noise. The
-    bound here is for a loaded machine: a second pass over the head would double the time."""
-    seconds: dict[int, list[float]] = {1: [], 8: []}
-    batches = {
-        k: make_batch(
-            prompts=8, responses=2, longest=40, hidden=256, vocabulary=8192, objectives=k, dtype=torch.float32
-        )
-        for k in seconds
-    }
-    for batch in batches.values():
-        numbers(batch, backend)
-    for _ in range(9):
-        for k, batch in batches.items():
-            start = time.perf_counter()
-            numbers(batch, backend)
-            seconds[k].append(time.perf_counter() - start)
-    ratio = sorted(b / a for a, b in zip(seconds[1], seconds[8], strict=True))[4]
-    assert ratio < 1.25
+def test_another_objective_adds_numbers_a_pair_and_no_pass_over_the_head(backend: str) -> None:
+    """Not timed, as that depends on what else the machine does; `python -m bench.growth` does."""
+    batch = make_batch(prompts=8, responses=2, longest=40, hidden=16, vocabulary=512, objectives=8)
+    first = replace(batch, preference=batch.preference[:, :1], objective_weight=batch.objective_weight[:1])
+    found = []
+    for some in (first, batch):
+        numbers(some, backend)  # what is done once a process
+        done = operations(lambda some=some: numbers(some, backend))
+        found.append([(name, size) for name, size in done if name.startswith("aten") and size >= 512])
+    assert found[0] == found[1]
+    assert {"aten::mm", "aten::addmm"} & {name for name, _ in found[0]}

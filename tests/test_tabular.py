@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import time
-
 import numpy as np
 import pytest
+from counting import calls_of
 from scipy.optimize import linprog, minimize, minimize_scalar
 
 from mopo_kernels.tabular import TabularProblem, TabularSolution, capped_multipliers, robust_value, solve
+from mopo_kernels.tabular.dual import Dual
 
 
 def random_problem(
@@ -452,18 +452,18 @@ def test_capped_multipliers_agree_when_the_cap_does_not_bind_and_stop_there_when
         assert abs(value[k] - bound) < 1e-9 or (multiplier[k] == cap and value[k] < bound) or multiplier[k] == 0
 
 
-def test_large_problem_in_seconds() -> None:
-    """10^4 prompts x 100 responses x 8 objectives; the budget is 20 s on 2 cores."""
+def test_a_large_problem_takes_a_few_passes_over_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """10^4 prompts x 100 responses x 8 objectives: 5 passes where it is feasible, 33 where it is not."""
+    passes = calls_of(monkeypatch, Dual, "evaluate", "support_function")
     problem = random_problem(0, 8, 10_000, 100)
-    start = time.perf_counter()
     solution = solve(problem)
-    assert time.perf_counter() - start < 20
+    assert 0 < len(passes) <= 10
     assert solution.multiplier[1:].min() > 1e-3
     assert solution.kkt_residual < 1e-9
     assert abs(solution.gap) < 1e-9
-    start = time.perf_counter()
+    del passes[:]
     impossible = solve(with_thresholds(problem, 0.3))
-    assert time.perf_counter() - start < 20
+    assert 0 < len(passes) <= 60
     assert not impossible.feasible
     assert impossible.best_bound - impossible.best_value < 1e-9
 

@@ -13,6 +13,7 @@ from typing import Annotated, Any
 
 import torch
 import typer
+from packaging.requirements import Requirement
 from rich.markup import escape
 from rich.table import Table
 
@@ -30,6 +31,25 @@ OPTIONAL_PACKAGES = {
     "moocore": "pareto",
     "torchao": "lean",
 }
+
+# Releases that are in our ranges but not fit for each other, and what fails.
+INCOMPATIBLE = (
+    ("transformers>=5.24", "peft<0.22", "this transformers loads and adds adapters with peft 0.22 or newer only"),
+)
+
+
+def incompatible() -> list[str]:
+    """One line for each pair of installed packages that is known not to work together."""
+    lines = []
+    for first, second, what in INCOMPATIBLE:
+        found = []
+        for requirement in map(Requirement, (first, second)):
+            version = installed_version(requirement.name)
+            if version is not None and requirement.specifier.contains(version, prereleases=True):
+                found.append(f"{requirement.name} {version}")
+        if len(found) == 2:
+            lines.append(f"{' with '.join(found)}: {what}")
+    return lines
 
 
 def installed_version(package: str) -> str | None:
@@ -126,6 +146,7 @@ def collect() -> dict[str, Any]:
                 "reason": None if installed_version("triton") else "not installed: comes with the CUDA builds of torch",
             }
         },
+        "incompatible": incompatible(),
         "tools": {
             "compiler": _tool(_compilers(), "the C++ backend can't be built"),
             "ninja": _tool(["ninja"], "extensions build without it, more slowly"),
@@ -157,6 +178,8 @@ def _print(report: dict[str, Any]) -> None:
     table.add_row("bf16 products", _state(cpu["bf16_products"]["reason"], "in use by backend cpp (avx512_bf16)"))
     for name, entry in report["packages"].items():
         table.add_row(name, _state(entry["reason"], str(entry["version"])))
+    for line in report["incompatible"]:
+        table.add_row("incompatible", f"[red]{escape(line)}[/]")
     for name, entry in report["tools"].items():
         table.add_row(name, _state(entry["reason"], f"{entry['version']} ({entry['path']})"))
     show(table)

@@ -38,6 +38,14 @@ def is_peft(model: nn.Module) -> bool:
     return isinstance(model, PeftModel)
 
 
+def _has_adapter_layers(model: nn.Module) -> bool:
+    try:
+        from peft.tuners.tuners_utils import BaseTunerLayer
+    except ImportError:
+        return False
+    return any(isinstance(module, BaseTunerLayer) for module in model.modules())
+
+
 def causal_lm(model: nn.Module) -> Any:
     """The transformers model under a ``PeftModel``, or ``model`` itself."""
     return model.get_base_model() if is_peft(model) else model  # type: ignore[operator]
@@ -49,8 +57,11 @@ def check_model(model: nn.Module) -> None:
     Raises:
         ValueError: naming what is not supported and what to do instead.
     """
-    if getattr(model, "_hf_peft_config_loaded", False):
-        raise ValueError("model: expected adapters added by peft.get_peft_model; got ones added by model.add_adapter")
+    if not is_peft(model) and _has_adapter_layers(model):
+        raise ValueError(
+            "model: expected adapters added by peft.get_peft_model; got ones injected into the model's layers, as "
+            "model.add_adapter does"
+        )
     if is_peft(model):
         for name, config in model.peft_config.items():  # type: ignore[operator, union-attr]
             if config.is_prompt_learning or config.is_adaption_prompt:
