@@ -11,7 +11,7 @@ comma := ,
 empty :=
 space := $(empty) $(empty)
 
-.PHONY: install lock demo test test-slow test-oldest test-newest lint paper bench device clean
+.PHONY: install lock demo test test-slow test-oldest test-newest lint paper bench device wheels-for-device clean
 
 install: $(STAMP)
 
@@ -48,7 +48,7 @@ test-slow: install
 	$(BIN)/python -m pytest -q -m slow
 
 # What other versions of packages can change: not the benchmarks and studies, what other compilers build, or the demo.
-BESIDE_VERSIONS := bench% paper% device_suite demo% gate estimate cuda_build compile_report scaling readme large
+BESIDE_VERSIONS := bench% paper% device% demo% gate estimate cuda_build cuda_kernels compile_report scaling readme large
 ANY_VERSIONS = $(filter-out $(BESIDE_VERSIONS:%=tests/test_%.py),$(wildcard tests/test_*.py))
 # In a copy of the tree with an environment of its own, as the extension is built for one version of torch. $(1): its
 # name; $(2): its lock.
@@ -85,6 +85,14 @@ bench: install
 # On a CUDA machine, with its own python and what is installed there; `python -m bench.device --help` for ARGS.
 device:
 	$(PYTHON) -m bench.device $(ARGS)
+
+# Peers that a borrowed CUDA machine without a package index lacks, for its Python: docs/gpu.md. 2.7 MB.
+DEVICE_PYTHON ?= 3.12
+wheels-for-device:
+	rm -rf .wheels
+	$(PYTHON) -m pip download --quiet --no-deps --only-binary=:all: --python-version $(DEVICE_PYTHON) --dest .wheels \
+		--constraint requirements/lock.txt --constraint requirements/no_deps.txt \
+		trl liger-kernel cut-cross-entropy datasets dill multiprocess
 
 clean:
 	rm -rf build *.egg-info mopo_kernels/*.so runs .pytest_cache .mypy_cache .ruff_cache

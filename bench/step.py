@@ -362,20 +362,27 @@ def make_trainer(contender: Contender, work: Work, rounds: int, model_folder: st
         model_folder: of the model, which is loaded from there; so is TRL's copy that serves as reference.
         output: folder for what the trainers keep.
     """
-    from peft import LoraConfig, get_peft_model
-    from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
+    from transformers import AutoModelForCausalLM, AutoTokenizer
 
     model: Any = AutoModelForCausalLM.from_pretrained(
         model_folder, dtype=torch.bfloat16 if work.dtype == "bfloat16" else torch.float32
     )
-    vocabulary = model.get_input_embeddings().weight.shape[0]
-    data = prompts(work, vocabulary, rounds)
     if work.data:
         tokenizer = AutoTokenizer.from_pretrained(model_folder)
         # The texts as they are, so that both trainers see the same tokens.
         tokenizer.chat_template = None
     else:
-        tokenizer = make_tokenizer(vocabulary)
+        tokenizer = make_tokenizer(model.get_input_embeddings().weight.shape[0])
+    return trainer_of(contender, work, rounds, model, tokenizer, output)
+
+
+def trainer_of(contender: Contender, work: Work, rounds: int, model: Any, tokenizer: Any, output: str) -> Any:
+    """:func:`make_trainer` of a model that is made already; one that was not loaded from a folder cannot serve TRL as a
+    reference in every step."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import set_seed
+
+    data = prompts(work, model.get_input_embeddings().weight.shape[0], rounds)
     settings = {"output_dir": output, **settings_of(contender, work, rounds)}
     if settings.get("use_liger_kernel"):
         from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN

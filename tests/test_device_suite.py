@@ -84,7 +84,10 @@ def test_what_is_too_old_or_missing_is_named(name: str, version: str, monkeypatc
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--only", "build,everything"], "there is no section 'everything'; choose from build, tests, time, sanitize"),
+        (
+            ["--only", "build,everything"],
+            "there is no section 'everything'; choose from build, tests, probe, time, sanitize",
+        ),
         (["--budget", "0"], "must be positive; got 0"),
     ],
     ids=["section", "budget"],
@@ -158,14 +161,15 @@ def test_a_failing_section_is_recorded_and_the_next_still_runs(
 
 
 def test_the_record_says_what_ran_where(tmp_path: Path) -> None:
-    options = argparse.Namespace(device="cpu", commit=None, sections=["time"], budget=60.0)
+    options = argparse.Namespace(device="cpu", commit=None, slice=None, sections=["time"], budget=60.0)
     found = description(options)
     assert found["versions"]["torch"] == torch.__version__
     assert found["command"] == "python -m bench.device --only time --budget 60"
     assert found["device"]["name"]
     assert found["commit"]
-    options.commit = "abc"
+    options.commit, options.slice = "abc", "smoke"
     assert description(options)["commit"] == "abc"
+    assert description(options)["command"] == "python -m bench.device smoke --budget 60"
     # Nothing of the machine's folders.
     assert str(ROOT) not in json.dumps(found)
     assert first_line(KeyError()) == "KeyError: no message"
@@ -313,14 +317,11 @@ def test_passes_after_all_that():
 """
 
 
-def test_a_test_that_takes_its_process_with_it_costs_one_test(
-    section: Section, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_test_that_takes_its_process_with_it_costs_one_test(section: Section, tmp_path: Path) -> None:
     file, broken = tmp_path / "test_crashes.py", tmp_path / "test_broken.py"
     file.write_text(CRASHES)
     broken.write_text("import no_such_module\n")
-    monkeypatch.setattr(testing, "SILENCE", 2.0)
-    section.options = {"files": (str(broken), str(file)), "workers": 1}
+    section.options = {"files": (str(broken), str(file)), "workers": 1, "stages": ("triton",), "silence": 2.0}
     testing.run(section)
     outcomes = {"passed": 2, "failed": 3, "skipped": 1, "crashed": 2, "not run": 0}
     assert section.data["counts"] == outcomes
@@ -337,7 +338,8 @@ def test_a_test_that_takes_its_process_with_it_costs_one_test(
 def test_a_lost_device_ends_a_worker_and_a_late_one_stops(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     done = tmp_path / "done"
     done.write_text("")
-    for name, value in {recorder.SHARE: "0/1", recorder.DONE: str(done), recorder.SECONDS: "60"}.items():
+    told = {recorder.SHARE: "0/1", recorder.STAGES: "triton", recorder.DONE: str(done), recorder.SECONDS: "60"}
+    for name, value in told.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(children, "report", lambda **fields: None)
     failed = types.SimpleNamespace(when="call", passed=False, failed=True, skipped=False, nodeid="a", outcome="failed")
@@ -578,7 +580,7 @@ def test_the_build_is_for_this_device_and_a_missing_backend_is_a_failure(
     section.record.data["device"]["capability"] = "9.0"
     commands = []
 
-    def child(command: list[str], seconds: float, environment: Any = None) -> children.Finished:
+    def child(command: list[str], seconds: float, environment: Any = None, silence: float = 0) -> children.Finished:
         commands.append((command, environment))
         if "setup.py" in command:
             return children.Finished(1, 1.0, "nvcc: no such header")
@@ -617,7 +619,7 @@ def test_errors_of_the_sanitizer_are_failures_where_it_sees_a_planted_one(
 ) -> None:
     codes = {"control memcheck": 86 if works else 1, "cuda memcheck": 0, "cuda racecheck": 86, "triton memcheck": 1}
 
-    def child(command: list[str], seconds: float, environment: Any) -> children.Finished:
+    def child(command: list[str], seconds: float, environment: Any, silence: float) -> children.Finished:
         assert environment == {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
         return children.Finished(codes[f"{command[-2]} {command[command.index('--tool') + 1]}"], 1.0, "what was seen")
 

@@ -3,6 +3,10 @@
 Sections run one after the other, each within its share of ``--budget``; what one leaves goes to those after it. A
 section that fails is recorded and the next still runs. Exit code 0: none failed; 1: one did; 2: this is not such a
 machine.
+
+A slice is a choice of sections that fits a card borrowed for minutes, and is of use alone: ``smoke`` (does it work, and
+what bounds it), ``full`` (every test, and the head beside every peer), ``step`` (whole training steps). docs/gpu.md
+says what each decides.
 """
 
 from __future__ import annotations
@@ -10,14 +14,17 @@ from __future__ import annotations
 import argparse
 import importlib
 import importlib.util
+import os
 import re
 import signal
 import sys
+import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from bench.device import children
+from bench.device import children, wheels
 from bench.device.children import ROOT
 from bench.device.record import Record, Section, description
 
@@ -25,12 +32,30 @@ from bench.device.record import Record, Section, description
 SECTIONS = {
     "build": ("bench.device.building", 4.0),
     "tests": ("bench.device.testing", 5.0),
+    "probe": ("bench.device.probing", 3.0),
     "time": ("bench.device.timing", 5.0),
     "sanitize": ("bench.device.sanitizing", 2.0),
     "tune": ("bench.device.tuning", 4.0),
+    "step": ("bench.device.stepping", 5.0),
 }
 DEFAULT = ("build", "tests", "time", "sanitize")
+# Those that run peers.
+WITH_PEERS = {"time", "step"}
 NEEDED = {"torch": (2, 11), "triton": (3, 6)}
+
+
+class Slice(NamedTuple):
+    """Seconds for all of it, and its sections: share of the time, options."""
+
+    budget: float
+    sections: dict[str, tuple[float, dict[str, Any]]]
+
+
+SLICES = {
+    "smoke": Slice(190.0, {"tests": (70.0, {"stages": ("parity",), "workers": 12}), "probe": (120.0, {})}),
+    "full": Slice(280.0, {"tests": (150.0, {"workers": 12, "build": True}), "time": (130.0, {"most": 4})}),
+    "step": Slice(180.0, {"step": (1.0, {})}),
+}
 
 
 def missing(device: str) -> str | None:
@@ -61,27 +86,76 @@ def stop(signum: int, frame: Any) -> None:
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m bench.device", description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "slice", nargs="?", choices=SLICES, help="a choice of sections for a borrowed card, with a budget of its own"
+    )
     parser.add_argument("--only", metavar="SECTIONS", help=f"some of {','.join(SECTIONS)}, separated by commas")
     parser.add_argument("--tune", action="store_true", help="also try launch configurations of linear_fold")
+    budgets = ", ".join(f"{name} {one.budget:g}" for name, one in SLICES.items())
+    parser.add_argument("--budget", type=float, metavar="SECONDS", help=f"for the whole run [525; {budgets}]")
     parser.add_argument(
-        "--budget", type=float, default=525.0, metavar="SECONDS", help="for the whole run [%(default)s]"
+        "--output",
+        type=Path,
+        help="the JSON to write [device_<slice>_<name of the GPU>.json, in the folder that OUT names, else in "
+        "bench/results]",
     )
-    parser.add_argument("--output", type=Path, help="the JSON to write [bench/results/device_<name of the GPU>.json]")
     parser.add_argument("--commit", help="what to record as the commit where git cannot tell")
     # A dry run, for the tests of this suite.
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
+    if options.slice and (options.only or options.tune):
+        parser.error(f"argument slice: {options.slice} has its own sections; got --only or --tune as well")
     names = options.only.split(",") if options.only else [*DEFAULT, *(["tune"] if options.tune else [])]
     for name in names:
         if name not in SECTIONS:
             parser.error(f"argument --only: there is no section {name!r}; choose from {', '.join(SECTIONS)}")
     options.sections = [name for name in SECTIONS if name in names]
+    options.shares = {name: (SECTIONS[name][1], {}) for name in options.sections}
+    if options.slice:
+        options.shares = SLICES[options.slice].sections
+        options.sections = list(options.shares)
+    if options.budget is None:
+        options.budget = SLICES[options.slice].budget if options.slice else 525.0
     if options.budget <= 0:
         parser.error(f"argument --budget: must be positive; got {options.budget}")
     return options
 
 
+def output(options: argparse.Namespace, device: str) -> Path:
+    """Where the JSON goes: runs of other slices, sections or GPUs go elsewhere. A borrowed machine sends back what is
+    in the folder that OUT names."""
+    if options.output:
+        return Path(options.output)
+    which = options.slice or (options.only and "+".join(options.sections))
+    name = re.sub(r"[^a-z0-9]+", "_", device.lower()).strip("_")
+    folder = Path(os.environ["OUT"]) if os.environ.get("OUT") else ROOT / "bench" / "results"
+    return folder / f"{'_'.join(filter(None, ('device', which, name)))}.json"
+
+
+def section_of(module: str) -> Callable[[Section], None]:
+    """What runs a section; it is imported then, so that a package which it lacks costs the section and no other."""
+
+    def run(section: Section) -> None:
+        importlib.import_module(module).run(section)
+
+    return run
+
+
+def tell(record: Record, told: set[str]) -> None:
+    """Print the outcome of each section that has ended and was not told yet."""
+    for section, data in record.data["sections"].items():
+        if section in told:
+            continue
+        told.add(section)
+        print(f"{section}: {data['outcome']} in {data['seconds']} s {data.get('reason', '')}".rstrip(), flush=True)
+        if "counts" in data:
+            print(f"  {data['counts']}")
+        for line in data["failures"]:
+            print(f"  {line}", flush=True)
+
+
 def main(arguments: list[str] | None = None) -> int:
+    begun = time.monotonic()
     options = parse(arguments)
     reason = missing(options.device)
     if reason is not None:
@@ -89,23 +163,22 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, stop)
-    found = description(options)
-    name = re.sub(r"[^a-z0-9]+", "_", found["device"]["name"].lower()).strip("_")
-    record = Record(options.output or ROOT / "bench" / "results" / f"device_{name}.json", found)
-    print(f"{found['device']}\n{found['versions']}\ncommit {found['commit']}\nwriting {record.path}", flush=True)
-    for i, section in enumerate(options.sections):
-        module, share = SECTIONS[section]
-        shares = sum(SECTIONS[later][1] for later in options.sections[i:])
-        seconds = max(0.0, options.budget - record.elapsed) * share / shares
-        run: Callable[[Section], None] = importlib.import_module(module).run
-        outcome = record.run(section, run, options.device, seconds, {})
-        data = record.data["sections"][section]
-        print(f"{section}: {outcome} in {data['seconds']} s {data.get('reason', '')}".rstrip(), flush=True)
-        if "counts" in data:
-            print(f"  {data['counts']}")
-        for line in data["failures"]:
-            print(f"  {line}", flush=True)
-    return record.finish()
+    with tempfile.TemporaryDirectory() as folder:
+        peers = wheels.install(Path(folder)) if WITH_PEERS & {*options.sections} else {"reason": "no section runs any"}
+        found = {**description(options), "peers": peers}
+        record = Record(output(options, found["device"]["name"]), found, begun)
+        print(f"{found['device']}\n{found['versions']}\ncommit {found['commit']}\nwriting {record.path}", flush=True)
+        if found["commit"] == "unknown":
+            print("git cannot tell the commit: pass --commit, or no figure can be traced to its code", flush=True)
+        print(f"wheels of peers: {peers.get('reason') or ', '.join(peers['installed'])}", flush=True)
+        told: set[str] = set()
+        shares = [share for share, _ in options.shares.values()]
+        for i, (section, (share, choices)) in enumerate(options.shares.items()):
+            seconds = max(0.0, options.budget - record.elapsed) * share / sum(shares[i:])
+            dry = {"dry": True} if options.slice and options.device == "cpu" else {}
+            record.run(section, section_of(SECTIONS[section][0]), options.device, seconds, {**choices, **dry})
+            tell(record, told)
+        return record.finish()
 
 
 if __name__ == "__main__":

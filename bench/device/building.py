@@ -53,17 +53,21 @@ def served(device: str) -> dict[str, str | None]:
 
 
 def run(section: Section) -> None:
+    """``jobs``: compilers at a time, all processors without it. A dry run builds nothing: what is there may be in
+    use."""
     environment = {"MOPO_BUILD": "auto"}
     capability = section.record.data["device"].get("capability")
     if capability is not None:
         environment["TORCH_CUDA_ARCH_LIST"] = capability
     if "MAX_JOBS" not in os.environ:
-        environment["MAX_JOBS"] = str(os.cpu_count() or 1)
+        environment["MAX_JOBS"] = str(section.options.get("jobs", os.cpu_count() or 1))
     section.data |= {"environment": dict(environment), "ninja": shutil.which("ninja") is not None}
     home = toolkit()
     if home is not None:
         environment["CUDA_HOME"] = home
-    done = children.run([sys.executable, "setup.py", "build_ext", "--inplace"], section.left, environment=environment)
+    command = [sys.executable, "setup.py", *(["--version"] if section.dry else ["build_ext", "--inplace"])]
+    # A compiler reports nothing.
+    done = children.run(command, section.left, environment=environment, silence=float("inf"))
     if done.failure is not None:
         section.failures.append(f"setup.py build_ext: {done.failure}")
     section.data["backends"] = answer = served(section.device)

@@ -8,6 +8,7 @@ import json
 import os
 import platform
 import subprocess
+import threading
 import time
 import traceback
 from collections.abc import Callable
@@ -15,7 +16,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from bench.device.children import ROOT
+from bench.device.children import ROOT, first_line
 
 PACKAGES = (
     "torch",
@@ -29,6 +30,9 @@ PACKAGES = (
     "cut-cross-entropy",
     "quack-kernels",
     "transformers",
+    "peft",
+    "accelerate",
+    "datasets",
 )
 
 
@@ -36,15 +40,11 @@ class NotHere(Exception):
     """What a section needs is not on this machine: the section is left out, with the reason, and did not fail."""
 
 
-def first_line(error: BaseException) -> str:
-    text = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {text[0][:300] if text else 'no message'}"
-
-
 class Section:
     """What a section of the run knows and finds.
 
     Attributes:
+        options: what a slice wants of it, by name; each section says what it knows.
         data: what is written under the section's name; JSON values.
         failures: one line each; none means that the section passed.
     """
@@ -58,6 +58,11 @@ class Section:
         self._deadline = time.monotonic() + seconds
 
     @property
+    def dry(self) -> bool:
+        """Whether this is a slice's dry run, on the CPU: the least that shows that the section works."""
+        return bool(self.options.get("dry"))
+
+    @property
     def left(self) -> float:
         """Seconds until the section's time is up."""
         return self._deadline - time.monotonic()
@@ -68,12 +73,14 @@ class Section:
 
 
 class Record:
-    """``data`` as it stands in the file at ``path``."""
+    """``data`` as it stands in the file at ``path``; ``begun``: the run's start, by ``time.monotonic``. Sections may
+    run beside each other."""
 
-    def __init__(self, path: Path, data: dict[str, Any]) -> None:
+    def __init__(self, path: Path, data: dict[str, Any], begun: float | None = None) -> None:
         self.path = path
         self.data: dict[str, Any] = {**data, "outcome": "running", "seconds": 0.0, "sections": {}}
-        self._begun = time.monotonic()
+        self._begun = time.monotonic() if begun is None else begun
+        self._lock = threading.Lock()
         path.parent.mkdir(parents=True, exist_ok=True)
         self.write()
 
@@ -81,12 +88,20 @@ class Record:
     def elapsed(self) -> float:
         return time.monotonic() - self._begun
 
+    def _text(self) -> str:
+        while True:
+            try:
+                return json.dumps(self.data, indent=1) + "\n"
+            except RuntimeError:  # another section put something in meanwhile
+                continue
+
     def write(self) -> None:
-        self.data["seconds"] = round(self.elapsed, 1)
-        beside = self.path.with_name(f".{self.path.name}.part")
-        beside.write_text(json.dumps(self.data, indent=1) + "\n", encoding="utf-8")
-        # Whole or not at all: whoever reads the file meanwhile, or after a kill, finds valid JSON.
-        os.replace(beside, self.path)
+        with self._lock:
+            self.data["seconds"] = round(self.elapsed, 1)
+            beside = self.path.with_name(f".{self.path.name}.part")
+            beside.write_text(self._text(), encoding="utf-8")
+            # Whole or not at all: whoever reads the file meanwhile, or after a kill, finds valid JSON.
+            os.replace(beside, self.path)
 
     def run(
         self, name: str, section: Callable[[Section], None], device: str, seconds: float, options: dict[str, Any]
@@ -154,11 +169,12 @@ def description(options: argparse.Namespace) -> dict[str, Any]:
             "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
             "cuda": torch.version.cuda,
         }
+    chosen = options.slice or f"--only {','.join(options.sections)}"
     return {
         "device": found,
         "versions": {**_versions(), "torch": torch.__version__},
         "processors": os.cpu_count(),
         "commit": options.commit or _output("git", "describe", "--always", "--dirty=+", "--abbrev=12") or "unknown",
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "command": f"python -m bench.device --only {','.join(options.sections)} --budget {options.budget:g}",
+        "command": f"python -m bench.device {chosen} --budget {options.budget:g}",
     }

@@ -1,4 +1,4 @@
-"""Pytest plugin of section "tests": takes this worker's share of the tests and reports each as it ends.
+"""Pytest plugin of section "tests": takes this worker's share of a wave's tests and reports each as it ends.
 
 A test after which the device no longer answers ends the worker: what would follow in it would fail for nothing.
 """
@@ -6,7 +6,6 @@ A test after which the device no longer answers ends the worker: what would foll
 from __future__ import annotations
 
 import os
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -14,9 +13,13 @@ from typing import Any
 import pytest
 
 from bench.device import children
+from bench.device.children import device_answers
 
-# Environment of a worker: "i/n", a file of the tests that are done, seconds it has, "cuda" or "cpu".
-SHARE, DONE, SECONDS, DEVICE = ("MOPO_DEVICE_" + name for name in ("SHARE", "DONE", "SECONDS", "TESTED"))
+# Environment of a worker: "i/n", names of stages, a file of the tests that are done, seconds it has, "cuda" or "cpu",
+# most tests to take.
+SHARE, STAGES, DONE, SECONDS, DEVICE, MOST = (
+    "MOPO_DEVICE_" + name for name in ("SHARE", "STAGES", "DONE", "SECONDS", "TESTED", "MOST")
+)
 
 
 def wanted(item: Any, device: str) -> bool:
@@ -29,22 +32,54 @@ def wanted(item: Any, device: str) -> bool:
     return True
 
 
-def device_answers() -> bool:
-    torch = sys.modules.get("torch")
-    if torch is None or not torch.cuda.is_initialized():
-        return True
-    try:
-        torch.cuda.synchronize()
-    except RuntimeError:
-        return False
-    return True
+def parameters(item: Any) -> dict[str, Any]:
+    """The test's, its dtype by name: nothing here imports torch, so that a worker has soon said that it is there."""
+    values = dict(item.callspec.params) if hasattr(item, "callspec") else {}
+    return {**values, "dtype": str(values["dtype"]).removeprefix("torch.")} if "dtype" in values else values
+
+
+def stage(item: Any) -> str:
+    """What the test is about: "parity" (Triton's numbers in bf16), "triton" (all else about it), "torch", "cuda",
+    "large" (more memory than several tests can have at a time), "fp64" (slow, and nothing that training uses)."""
+    values = parameters(item)
+    dtype, name = values.get("dtype"), item.name.partition("[")[0]
+    if "two_to_the_31" in name:
+        return "large"
+    if dtype == "float64" or "in_fp64" in name:
+        return "fp64"
+    if item.path.name == "test_cuda_kernels.py":
+        return "cuda"
+    if values.get("backend") in ("torch", "cuda"):
+        return str(values["backend"])
+    # The kernels' own tests take exponentials, which are bf16, where there is a hidden size.
+    half = dtype == "bfloat16" or (dtype is None and values.get("hidden_size", 0) > 0)
+    return "parity" if half and item.path.name in ("test_device_parity.py", "test_kernels.py") else "triton"
+
+
+def urgency(item: Any, stages: list[str]) -> tuple[int, bool, bool]:
+    """What sorts first: the stages in their order, in each bf16 before the rest, what compiles whole graphs last."""
+    half = parameters(item).get("dtype", "bfloat16") == "bfloat16"
+    return stages.index(stage(item)), "compile" in item.name, not half
+
+
+def shared_out(items: list[Any], index: int, workers: int) -> list[Any]:
+    """A worker's part of sorted tests: those of a function with the same head and dtype, whose kernels are the same,
+    go to one worker, so that they are compiled once."""
+    groups: dict[Any, list[Any]] = {}
+    for item in items:
+        values = parameters(item)
+        same = "head" in values and (item.location[2].partition("[")[0], values["head"], values.get("dtype"))
+        groups.setdefault((same, values.get("backend")) if same else item.nodeid, []).append(item)
+    return [item for group in list(groups.values())[index::workers] for item in group]
 
 
 class Recorder:
     def __init__(self) -> None:
         self.index, self.workers = map(int, os.environ[SHARE].split("/"))
+        self.stages = os.environ[STAGES].split(",")
         self.done = set(Path(os.environ[DONE]).read_text(encoding="utf-8").splitlines())
         self.deadline = time.monotonic() + float(os.environ[SECONDS])
+        self.most = int(os.environ[MOST]) if MOST in os.environ else None
         self.session: Any = None
 
     def put(self, test: str, outcome: str, seconds: float, why: str) -> None:
@@ -55,7 +90,9 @@ class Recorder:
 
     @pytest.hookimpl(trylast=True)
     def pytest_collection_modifyitems(self, items: list[Any]) -> None:
-        mine = [item for item in items if wanted(item, os.environ[DEVICE])][self.index :: self.workers]
+        here = [item for item in items if wanted(item, os.environ[DEVICE]) and stage(item) in self.stages]
+        here.sort(key=lambda item: urgency(item, self.stages))
+        mine = shared_out(here, self.index, self.workers)[: self.most]
         children.report(share=[item.nodeid for item in mine])
         items[:] = [item for item in mine if item.nodeid not in self.done]
 

@@ -1,7 +1,8 @@
-"""Section "tests": every test that runs on the device, shared out over a few processes.
+"""Section "tests": every test that runs on the device, in waves, each shared out over a few processes.
 
-Each process reports a test as it ends. One that dies, hangs, or loses its device is followed by another, which goes on
-after the test that was running; so one bad kernel costs one test, and not all that follow it.
+What a release would stand or fall by comes first, so that a section cut short has said the most it could. Each process
+reports a test as it ends. One that dies, hangs, or loses its device is followed by another, which goes on after the
+test that was running; so one bad kernel costs one test, and not all that follow it.
 """
 
 from __future__ import annotations
@@ -11,19 +12,42 @@ import os
 import sys
 import tempfile
 import threading
+import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from bench.device import children, recorder
+from bench.device import building, children, recorder
 from bench.device.record import NotHere, Section
 
 FILES = ("tests/gpu", "tests/test_kernels.py", "tests/test_cuda_kernels.py")
 # Failures whose messages are kept, and names of tests that are printed.
 MESSAGES, PRINTED = 80, 25
-# Seconds that one test may take.
-SILENCE = 150.0
+
+
+class Wave(NamedTuple):
+    """Tests that run beside each other, by :func:`bench.device.recorder.stage`, in processes of their own.
+
+    Attributes:
+        stages: the first comes first.
+        reserve: seconds that the waves before it leave it.
+        alone: one process, as a test takes most of a device's memory.
+        built: a backend's availability is asked as tests are collected, so that its wave waits for the build.
+    """
+
+    stages: tuple[str, ...]
+    reserve: float = 0.0
+    alone: bool = False
+    built: bool = False
+
+
+WAVES = (
+    Wave(("parity", "triton", "torch")),
+    Wave(("cuda",), reserve=25.0, built=True),
+    Wave(("large",), reserve=25.0, alone=True),
+    Wave(("fp64",), reserve=20.0),
+)
 
 
 class Outcomes:
@@ -61,11 +85,14 @@ class Outcomes:
         self.section.save()
 
 
-def work(outcomes: Outcomes, share: str, files: tuple[str, ...], folder: str) -> None:
-    """One share of the tests, in as many processes after one another as it takes."""
-    section, done = outcomes.section, Path(folder) / share.replace("/", "-")
+def work(outcomes: Outcomes, share: str, stages: list[str], files: tuple[str, ...], folder: str, until: float) -> None:
+    """One share of the tests of some stages until a time, in as many processes after one another as it takes."""
+    section, done = outcomes.section, Path(folder) / "-".join((*stages, share.replace("/", "-")))
     mine: set[str] = set()
     running: str | None = None
+
+    def left() -> float:
+        return until - time.monotonic()
 
     def each(fields: dict[str, Any]) -> None:
         nonlocal running
@@ -80,42 +107,64 @@ def work(outcomes: Outcomes, share: str, files: tuple[str, ...], folder: str) ->
 
     command = [sys.executable, "-m", "pytest", "-q", "--tb=short", "--continue-on-collection-errors"]
     command += ["-p", "bench.device.recorder", "-p", "no:cacheprovider", *files]
-    while section.left > 10 and not children.stopped.is_set():
+    while left() > 5 and not children.stopped.is_set():
         finished_before = mine & outcomes.results.keys()
         done.write_text("".join(f"{name}\n" for name in sorted(finished_before)), encoding="utf-8")
         environment = {
             recorder.SHARE: share,
+            recorder.STAGES: ",".join(stages),
             recorder.DONE: str(done),
-            recorder.SECONDS: str(section.left - 5),
+            recorder.SECONDS: str(left() - 3),
             recorder.DEVICE: section.device,
         }
+        if section.dry:
+            environment[recorder.MOST] = "1"
         running = None
-        ended = children.run(command, section.left, each, environment, SILENCE)
-        if ended.failure is not None:
+        ended = children.run(command, left(), each, environment, section.options.get("silence", children.SILENCE))
+        # Where a stage has no test for this device, pytest ends with 5.
+        if ended.failure is not None and ended.code != 5:
             with outcomes.lock:
                 outcomes.output = ended.output
-        ours = section.left > 0 and not children.stopped.is_set()
+        ours = left() > 0 and not children.stopped.is_set()
         if running is not None and running not in outcomes.results and ours:
             why = f"{'it hung' if ended.code is None else ended.failure}\n{ended.output[-1500:]}"
-            outcomes.put(running, "crashed", SILENCE if ended.code is None else 0.0, why)
+            outcomes.put(running, "crashed", round(ended.seconds, 2) if ended.code is None else 0.0, why)
         remaining = mine - outcomes.results.keys()
         if not remaining or (mine & outcomes.results.keys()) == finished_before:
             return
 
 
 def run(section: Section) -> None:
+    """With the option ``build`` the section "build" runs behind the first wave; ``stages`` are those to run, all
+    without it."""
     if importlib.util.find_spec("pytest") is None:
         raise NotHere("pytest is not installed")
     files = tuple(
         name for name in section.options.get("files", FILES) if (children.ROOT / name.split("::")[0]).exists()
     )
-    workers = min(section.options.get("workers", 4), max(1, (os.cpu_count() or 1) // 2))
+    workers = min(section.options.get("workers", 4), max(1, (os.cpu_count() or 1) * 3 // 4))
     section.data |= {"files": [Path(name).name for name in files], "workers": workers}
     outcomes = Outcomes(section)
-    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(workers) as pool:
-        shares = [pool.submit(work, outcomes, f"{i}/{workers}", files, folder) for i in range(workers)]
-        for share in shares:
-            share.result()
+    end = time.monotonic() + section.left
+    waves = []
+    for wave in WAVES:
+        stages = [name for name in wave.stages if name in section.options.get("stages", wave.stages)]
+        if stages:
+            waves.append((wave, stages))
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(workers + 1) as pool:
+        build = None
+        if section.options.get("build"):
+            options = {**section.options, "jobs": max(1, (os.cpu_count() or 1) // 4)}
+            seconds = section.left - sum(wave.reserve for wave, _ in waves)
+            build = pool.submit(section.record.run, "build", building.run, section.device, seconds, options)
+        for number, (wave, stages) in enumerate(waves):
+            if wave.built and build is not None:
+                build.result()
+            count = 1 if wave.alone else workers
+            until = end - sum(later.reserve for later, _ in waves[number + 1 :])
+            shares = [pool.submit(work, outcomes, f"{i}/{count}", stages, files, folder, until) for i in range(count)]
+            for share in shares:
+                share.result()
     with outcomes.lock:
         outcomes.summarise()
     for name, why in list(section.data["failed"].items())[:PRINTED]:

@@ -15,7 +15,7 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from typing import Any, NamedTuple
@@ -42,6 +42,8 @@ FEWEST, MOST = 5, 30
 # What takes so many times as long as the bare products is taken once, and leaves the rounds to the others. On the CPU
 # that is Triton's interpreter.
 SLOW = {"cuda": 10.0, "cpu": 1000.0}
+# Seconds without a word that torch.compile may take.
+COMPILING = 90.0
 # What is overwritten between two entries, so that neither finds the other's data in the cache.
 CACHE_BYTES = 256 << 20
 
@@ -163,8 +165,9 @@ class Entry:
         return run
 
 
-def entries(shape: Shape, device: str) -> tuple[dict[str, Entry], dict[str, str]]:
-    """Every entry of a shape that can run on the device, the bare products first; and the others' reasons."""
+def entries(shape: Shape, device: str, dropped: Collection[str] = ()) -> tuple[dict[str, Entry], dict[str, str]]:
+    """Every entry of a shape that can run on the device but those ``dropped``, the bare products first; and the others'
+    reasons. A peer is imported here, which is reported before: its import may be what ends the process."""
     found, reasons = {BARE: Entry(CONTENDERS[BARE])}, {}
     for backend in backends.availability():
         name = OWN + backend
@@ -187,8 +190,9 @@ def entries(shape: Shape, device: str) -> tuple[dict[str, Entry], dict[str, str]
             found[f"{name}, not fused"] = Entry(contender, host=True, unfused=True)
     for name, contender in {**CONTENDERS, **(GPU_PEERS if device == "cuda" else {})}.items():
         # All rows are scored here.
-        if name == BARE or name.startswith(OWN) or "all rows" in name:
+        if name == BARE or name.startswith(OWN) or "all rows" in name or name in dropped:
             continue
+        report(begun=name, shape=shape.name)
         reason = contender.unavailable()
         # Each new shape costs compilations of many seconds.
         if reason is None and "compiled" in name and shape != SHAPES[0]:
@@ -197,7 +201,7 @@ def entries(shape: Shape, device: str) -> tuple[dict[str, Entry], dict[str, str]
             found[name] = Entry(contender)
         else:
             reasons[name] = reason
-    return found, reasons
+    return {name: entry for name, entry in found.items() if name not in dropped}, reasons
 
 
 # --------------------------------------------------------------------------------------------------------------- clocks
@@ -277,8 +281,7 @@ def measure(shape: Shape, device: str, seconds: float, dropped: set[str]) -> dic
         DeviceLost: an entry took the device with it; its message names the entry.
     """
     begun = time.monotonic()
-    found, reasons = entries(shape, device)
-    found = {name: entry for name, entry in found.items() if name not in dropped}
+    found, reasons = entries(shape, device, dropped)
     failed: dict[str, str] = {}
     errors: dict[str, float] = {}
     peaks: dict[str, float | None] = {}
@@ -298,7 +301,8 @@ def measure(shape: Shape, device: str, seconds: float, dropped: set[str]) -> dic
         expected: dict[tuple[str, int], registry.Result] = {}
         tolerance = TOLERANCE[DTYPES[shape.dtype]]
         for name, entry in found.items():
-            report(begun=name, shape=shape.name)
+            # The first call of what is compiled takes as long as its compiler.
+            report(begun=name, shape=shape.name, **({"patience": COMPILING} if "compiled" in name else {}))
             try:
                 errors[name] = difference(entry, few, expected)
                 if not errors[name] < tolerance:
@@ -312,6 +316,7 @@ def measure(shape: Shape, device: str, seconds: float, dropped: set[str]) -> dic
                 synchronize(device)
                 once[name] = 1e3 * (time.perf_counter() - started)
                 peaks[name] = peak_mib(call, device)
+                report(once=once[name], peak_mib=peaks[name], entry=name, shape=shape.name)
                 if once[name] < SLOW[device] * once[BARE]:
                     calls[name] = call
             except Exception as error:
@@ -334,6 +339,7 @@ def measure(shape: Shape, device: str, seconds: float, dropped: set[str]) -> dic
         while len(rounds) < FEWEST or (len(rounds) < MOST and time.monotonic() - begun < seconds):
             try:
                 rounds.append(take_turns(calls, device, cache, len(rounds)))
+                report(begun=None, shape=shape.name)
             except EntryFailed as entry:
                 # Memory that is enough for one alone may not be beside what the others leave behind.
                 name = str(entry)
@@ -429,18 +435,30 @@ def child(plan: dict[str, Any]) -> None:
 
 
 def run(section: Section) -> None:
+    """``shapes``: those to time, of them the first ``most``; all without. Of a shape that does not end in time, what
+    was called once is kept."""
     shapes = section.options.get("shapes") or (SHAPES if section.device == "cuda" else SMALL_SHAPES)
+    shapes = shapes[: 1 if section.dry else section.options.get("most")]
     section.data["shapes"] = results = {}
     section.data["lost"] = lost = {}
+    once: dict[str, dict[str, Any]] = {}
+    section.data["once"] = once
     running: dict[str, str | None] = {"name": None}
 
     def each(fields: dict[str, Any]) -> None:
         if "begun" in fields:
             running["name"] = fields["begun"]
+        elif "once" in fields:
+            once.setdefault(fields["shape"], {})[fields["entry"]] = {
+                "ms": fields["once"],
+                "peak_mib": fields["peak_mib"],
+            }
+            section.save()
         elif "lost" in fields:
             lost[running["name"]] = fields["lost"]
         else:
             results[fields["shape"]] = found = fields["found"]
+            once.pop(fields["shape"], None)
             section.save()
             print(table(found) if "results" in found else f"{fields['shape']}: {found['error']}", flush=True)
 

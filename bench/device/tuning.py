@@ -136,6 +136,7 @@ def compile_share(plan: dict[str, Any]) -> None:
     sizes = {store: (columns, hidden) for _, columns, hidden, store in plan["sizes"]}
     cases = [Case((16, *size, store), plan["device"]) for store, size in sizes.items()]
     for candidate in candidates(plan["most"])[first::workers]:
+        report(compiles=candidate)
         try:
             with configured(candidate):
                 for case in cases:
@@ -157,6 +158,7 @@ def compete(plan: dict[str, Any]) -> None:
     for candidate in candidates(plan["most"]):
         if candidate in failed or time.monotonic() > deadline:
             continue
+        report(begun=candidate)
         try:
             with configured(candidate):
                 for case, wanted in zip(cases, expected, strict=True):
@@ -175,6 +177,7 @@ def compete(plan: dict[str, Any]) -> None:
                 with configured(candidate):
                     taken[i].append(milliseconds(case.fold, device))
         rounds += 1
+        report(round=rounds)
     rows: list[dict[str, Any]] = []
     for candidate, taken in zip(runs, times, strict=True):
         ratios = [
@@ -210,7 +213,7 @@ def run(section: Section) -> None:
     def each(fields: dict[str, Any]) -> None:
         if "failed" in fields:
             section.data["failed"][json.dumps(fields["candidate"])] = fields["failed"]
-        else:
+        elif "rows" in fields:
             found.update(fields)
 
     def start(more: dict[str, Any], seconds: float) -> children.Finished:

@@ -78,7 +78,9 @@ def test_every_function_equals_the_oracle_in_fp64(device: str, backend: str, kin
     ("device", "backend", "trained"),
     everywhere(((),), (("hidden",),), (("weight",),), (("bias",),), (("hidden", "weight"),)),
 )
-def test_what_is_trained_does_not_change_the_numbers(device: str, backend: str, trained: tuple[str, ...]) -> None:
+def test_what_is_trained_does_not_change_the_numbers_in_fp64(
+    device: str, backend: str, trained: tuple[str, ...]
+) -> None:
     for kind, buffer in itertools.product(("logprob", "regression"), ("whole", "narrow")):
         expected = answers(kind, make_batch(), trained, backend="reference")
         batch = on(make_batch(), device)
@@ -88,7 +90,7 @@ def test_what_is_trained_does_not_change_the_numbers(device: str, backend: str, 
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(("device", "backend", "option"), everywhere(*((option,) for option in OPTIONS)))
-def test_every_option_of_the_loss_has_the_same_meaning(device: str, backend: str, option: str) -> None:
+def test_every_option_of_the_loss_has_the_same_meaning_in_fp64(device: str, backend: str, option: str) -> None:
     def run(batch: Batch, device: str, backend: str) -> list[Tensor]:
         filled = {"length": batch.length, "margin": batch.pair_weight - 1, "prompt_index": batch.prompt_index}
         given = {
@@ -103,7 +105,7 @@ def test_every_option_of_the_loss_has_the_same_meaning(device: str, backend: str
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(("device", "backend", "estimator"), everywhere(*((name,) for name in ESTIMATORS)))
-def test_reference_hidden_states_and_estimators(device: str, backend: str, estimator: str) -> None:
+def test_reference_hidden_states_and_estimators_in_fp64(device: str, backend: str, estimator: str) -> None:
     def run(batch: Batch, backend: str, own: bool) -> list[Tensor]:
         given = {"ref_hidden": batch.hidden + 0.1, "estimator": estimator, "prompt_index": batch.prompt_index}
         if own:
