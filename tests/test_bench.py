@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -250,10 +249,3 @@ def test_inputs_are_fresh_for_every_seed_and_the_same_for_one() -> None:
     rounded = Inputs.make(replace(SMALL, dtype=torch.bfloat16), 0)
     assert torch.equal(rounded.in_fp32().weight, rounded.weight.float())
     assert [leaf.dtype for leaf in rounded.in_fp32().leaves()] == [torch.float32] * 2
-
-
-def test_make_installs_the_peers_that_the_package_names() -> None:
-    extra = re.search(r"^peers = \[(.*)\]$", (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
-    assert extra is not None
-    pins = re.findall(r'"(.*?)"', extra.group(1))
-    assert f"pip install --quiet --no-deps {' '.join(pins)}\n" in (ROOT / "Makefile").read_text()

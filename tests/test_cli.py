@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
 from types import ModuleType
 
@@ -303,7 +304,7 @@ def test_eval_reports_win_rates_thresholds_and_settings_and_repeats_exactly(work
     assert (rate["prompts"], rate["samples"]) == (4, 12)
     assert [sample["prompt"] for sample in first["samples"]] == PROMPTS
     assert first["settings"]["thresholds"] == {"length": 0.01, "variety [of words]": 0.99}
-    assert first["versions"]["torch"] == torch.__version__
+    assert first["versions"]["torch"] == metadata.version("torch")
     assert cli.main(eval_arguments(workspace, *more)) == 0
     assert json.loads(out.read_text(encoding="utf-8")) == first
     assert cli.main(eval_arguments(workspace, *more, "--seed", "1")) == 0

@@ -414,7 +414,7 @@ def test_thresholds_that_none_of_the_policies_meets_are_all_named(capsys):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ([], "file"),
+        ([], "Missing argument"),
         (["absent.json"], "absent.json"),
         (["absent.npz"], "absent.npz"),
         (["absent.jsonl"], "absent.jsonl: no such file or folder"),
