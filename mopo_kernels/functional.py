@@ -653,15 +653,16 @@ def pack_responses(hidden: Tensor, labels: Tensor, ignore_index: int = -100) -> 
     """From padded causal-LM tensors to packed scored rows.
 
     Shifts by one (``hidden[:, t]`` predicts ``labels[:, t + 1]``) and keeps the rows whose label is scored: prompt and
-    padding never reach a product. Differentiable in hidden. The number of rows depends on the labels, so on an
-    accelerator this waits for the device once.
+    padding never reach a product. Differentiable in hidden. The number of rows depends on the labels: with labels on an
+    accelerator this waits for all that was launched there, with labels on the CPU for nothing.
 
     Args:
         hidden: (B, T, H) last hidden states.
-        labels: (B, T) int64, ``ignore_index`` on prompt and padding.
+        labels: (B, T) int64, ``ignore_index`` on prompt and padding. On hidden's device or on the CPU.
 
     Returns:
-        hidden (N, H), target (N,) int64, cu_seqlens (B + 1,) int64; a row without a scored token is an empty sequence.
+        hidden (N, H) and target (N,) int64 on hidden's device, cu_seqlens (B + 1,) int64 where the labels are; a row
+        without a scored token is an empty sequence.
 
     Raises:
         ValueError: a shape, dtype or device is wrong.
@@ -672,10 +673,11 @@ def pack_responses(hidden: Tensor, labels: Tensor, ignore_index: int = -100) -> 
     checks.dtype("hidden", hidden, checks.FLOATING)
     checks.dtype("labels", labels, (torch.int64,))
     checks.shape("labels", labels, tuple(hidden.shape[:2]), "(B, T)")
-    checks.device("labels", labels, hidden.device)
+    checks.device("labels", labels, hidden.device, host=True)
     shifted = labels[:, 1:]
     scored = shifted != ignore_index
     cu_seqlens = torch.zeros(labels.shape[0] + 1, dtype=torch.int64, device=labels.device)
     cu_seqlens[1:] = scored.sum(dim=1).cumsum(0)
     row, position = scored.nonzero(as_tuple=True)
-    return hidden[row, position], shifted[row, position], cu_seqlens
+    target = to_device(shifted[row, position], hidden.device)
+    return hidden[to_device(row, hidden.device), to_device(position, hidden.device)], target, cu_seqlens

@@ -251,7 +251,7 @@ def mopo_loss(
 
     if loss_type == "cloning":
         assert rho is not None
-        total, count = -(rho * logprob).sum(), torch.as_tensor(float(logprob.shape[0])).to(h)
+        total, count = -(rho * logprob).sum(), h.new_full((), float(logprob.shape[0]))
     else:
         if loss_type == "regression":
             per_pair = regression_loss(h, pair_target(preference, objective_weight, tau, label_rate))
@@ -259,7 +259,7 @@ def mopo_loss(
             per_pair = sigmoid_loss(h, preference, objective_weight, tau, label_rate, margin)
         total, count = (weight * per_pair).sum(), weight.sum()
     if normalizer is not None:
-        count = torch.as_tensor(normalizer).to(h)
+        count = normalizer.to(h) if isinstance(normalizer, Tensor) else h.new_full((), normalizer)
     # A batch without a pair (or whose pairs all weigh nothing) has loss 0 and gradient 0, not 0 / 0.
     loss = total / torch.where(count == 0, torch.ones_like(count), count)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import subprocess
@@ -16,6 +17,7 @@ from transformers import AutoModelForCausalLM
 
 from mopo_kernels.data import PreferenceCollator
 from mopo_kernels.data.synthetic import random_preferences
+from mopo_kernels.trainer.attention import SEGMENTED
 from mopo_kernels.trainer.estimate import estimate_memory, loss_buffer_bytes, optimizer_bytes, tensor_bytes
 
 CHILD = Path(__file__).with_name("memory_child.py")
@@ -74,9 +76,11 @@ def test_the_estimate_is_within_15_percent_of_what_runs_take(tmp_path):
     assert all(0.85 < ratio < 1.15 for ratio in ratios.values()), ratios
 
 
-def estimate(kind, folder, adapters=False, collator=None, **changes):
+def estimate(kind, folder, adapters=False, collator=None, attention=None, config=None, **changes):
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(CONFIGS[kind])
+        model = AutoModelForCausalLM.from_config(CONFIGS[kind] if config is None else config)
+        if attention is not None:
+            model.set_attn_implementation(attention)
         if adapters:
             model = lora(model)
     data = random_preferences(["helpful", "brief"], examples=2, prompt_length=6, response_length=8)
@@ -133,6 +137,21 @@ def test_checkpointing_leaves_fewer_activations(tmp_path):
     kept, _ = estimate("llama", tmp_path, gradient_checkpointing=True)
     assert kept.activations < plain.activations / 2
     assert kept.total < plain.total
+
+
+def test_a_model_that_leaves_layers_out_at_random_is_counted_whole(tmp_path):
+    """Some releases of transformers draw the number for a rate of 0, too, and there is none without storage."""
+    config = copy.deepcopy(CONFIGS["opt"])
+    config.layerdrop = 0.9
+    assert estimate("opt", tmp_path, config=config)[0] == estimate("opt", tmp_path)[0]
+
+
+def test_a_row_of_shared_prompts_is_counted_with_a_mask_of_its_own(tmp_path):
+    shared = {"collator": {"shared_prompts": True}}
+    pieces = estimate("llama", tmp_path, attention=SEGMENTED, **shared)[0]
+    whole = estimate("llama", tmp_path, attention="sdpa", **shared)[0]
+    assert pieces.weights == whole.weights
+    assert whole.activations > 0
 
 
 def test_the_buffer_of_the_loss_keeps_to_its_limit(tmp_path):

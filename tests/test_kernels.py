@@ -740,6 +740,32 @@ def test_nothing_that_changes_with_the_batch_is_compiled_in() -> None:
         assert set(options["do_not_specialize"]) <= set(inspect.signature(kernel.fn).parameters), name
 
 
+@pytest.mark.skipif(DEVICE.type == "cuda", reason="kernels do not run in the interpreter")
+def test_a_range_over_what_a_kernel_loads_runs_in_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As Triton 3.6 leaves it: numpy is asked for the integer of an array of one element, and 2.4 has none."""
+    from triton.runtime import interpreter as its_interpreter
+
+    from mopo_kernels.kernels import interpreter
+
+    patch = its_interpreter._patch_lang_tensor
+
+    def of_triton_3_6(tensor: Any, scope: Any) -> None:
+        def index(self: Any) -> int:
+            if self.handle.data.ndim > 0:
+                raise TypeError("only 0-dimensional arrays can be converted to Python scalars")
+            return int(self.handle.data)
+
+        patch(tensor, scope)
+        scope.set_attr(tensor, "__index__", index)
+
+    value, cu_seqlens = torch.arange(5.0), torch.tensor([0, 2, 2, 5])
+    monkeypatch.setattr(its_interpreter, "_patch_lang_tensor", of_triton_3_6)
+    with pytest.raises(Exception, match="only 0-dimensional arrays"):
+        BACKEND.segment_sum(value, cu_seqlens)
+    interpreter.repair()
+    assert BACKEND.segment_sum(value, cu_seqlens).tolist() == [1.0, 0.0, 9.0]
+
+
 # Where Triton is missing.
 
 ABSENT = """

@@ -72,7 +72,7 @@ def test_rows_and_gradients_are_those_of_separate_rows(name: str, implementation
     found = scored(model, shared)
     assert torch.equal(found.target, expected.target)
     assert torch.equal(found.cu_seqlens, expected.cu_seqlens)
-    assert torch.equal(found.lengths(), expected.lengths())
+    assert torch.equal(found.lengths, expected.lengths)
     # Norms and rotations are computed in fp32 whatever the model's dtype.
     assert float((found.hidden - expected.hidden).norm()) <= 1e-6 * float(expected.hidden.norm())
     up = torch.randn_like(found.hidden)
@@ -91,12 +91,13 @@ def test_rows_and_gradients_are_those_of_separate_rows(name: str, implementation
 
 def test_the_block_mask_is_the_mask() -> None:
     segments, counts = torch.tensor([3, 2, 0, 4, 1, 2]), torch.tensor([3, 1])
-    mask = attention.block_mask(segments, counts)
+    cpu = torch.device("cpu")
+    mask = attention.block_mask(segments, counts, cpu)
     tokens = int(segments.sum())
     q, k = torch.arange(tokens)[:, None].expand(tokens, tokens), torch.arange(tokens).expand(tokens, tokens)
-    assert torch.equal(mask.mask_mod(None, None, q, k), row_mask(segments, counts)[0, 0])
+    assert torch.equal(mask.mask_mod(None, None, q, k), row_mask(segments, counts, cpu)[0, 0])
     # By hand: the first response's second token sees the prompt and itself; the third's last one nothing of the first.
-    seen = row_mask(segments, counts)[0, 0].int().tolist()
+    seen = row_mask(segments, counts, cpu)[0, 0].int().tolist()
     assert seen[4] == [1, 1, 1, 1, 1, 0, 0, 0, 0, 0, 0, 0]
     assert seen[8] == [1, 1, 1, 0, 0, 1, 1, 1, 1, 0, 0, 0]
     assert seen[11] == [0, 0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1]
@@ -166,8 +167,11 @@ def test_training_is_that_of_separate_rows(checkpointing: bool, adapter: bool, t
 
 
 def test_what_cannot_share_says_why_and_takes_separate_rows(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    # The default of some releases of transformers; others have sdpa, which leaves its cap out.
+    model = make_model("gemma2")
+    model.set_attn_implementation("eager")
     with caplog.at_level(logging.WARNING):
-        trainer = make_trainer(tmp_path, make_model("gemma2"))
+        trainer = make_trainer(tmp_path, model)
     assert not trainer.data_collator.shared_prompts
     (line,) = [record.getMessage() for record in caplog.records if "prompts are" in record.getMessage()]
     assert line == (
@@ -175,7 +179,7 @@ def test_what_cannot_share_says_why_and_takes_separate_rows(tmp_path: Path, capl
         "eager, not sdpa or flex_attention"
     )
     with pytest.raises(ValueError, match=r"shared_prompts: expected a model that can .* Gemma2ForCausalLM cannot"):
-        make_trainer(tmp_path, make_model("gemma2"), shared_prompts="always")
+        make_trainer(tmp_path, model, shared_prompts="always")
     with pytest.raises(ValueError, match="shared_prompts: expected one of auto, always, never; got 'yes'"):
         make_trainer(tmp_path, shared_prompts="yes")
 
@@ -207,6 +211,11 @@ def test_a_mask_that_a_layer_makes_itself_is_not_thrown_away() -> None:
     separate, shared = batches()
     expected = scored(model, separate).hidden
     assert share_prompts(model, None) == "its layers see 64 tokens, and max_length is None"
+    whole, cut = (model.base_model(torch.tensor([[3, 4, 5, 6]])[:, :n]).last_hidden_state[:, :2] for n in (4, 2))
+    if not torch.allclose(whole, cut):
+        # In some releases of transformers a row without padding is given no mask, so that its tokens see later ones.
+        assert "off by" in str(share_prompts(model, 64))
+        return
     assert share_prompts(model, 64) is None
     assert model.config._attn_implementation == "sdpa"
     found = scored(model, shared).hidden
@@ -253,7 +262,9 @@ def test_a_leak_between_responses_is_found_out(monkeypatch: pytest.MonkeyPatch) 
         return attention.Segments([tokens], [0], [])
 
     monkeypatch.setattr(attention.Segments, "of", staticmethod(all_before))
-    monkeypatch.setattr(attention, "row_mask", lambda a, b: torch.ones(1, 1, int(a.sum()), int(a.sum())).tril().bool())
+    monkeypatch.setattr(
+        attention, "row_mask", lambda a, b, device: torch.ones(1, 1, int(a.sum()), int(a.sum())).tril().bool()
+    )
     reason = share_prompts(model_of("llama"), None)
     assert "off by" in str(reason)
 

@@ -1,5 +1,9 @@
-"""Repairs to Triton's interpreter, which gets bf16 wrong: it cuts off fp32 where a GPU rounds, and multiplies matrices
-of bf16 as if their bits were integers (3.6 to 3.9)."""
+"""Repairs to Triton's interpreter.
+
+It gets bf16 wrong: it cuts off fp32 where a GPU rounds, and multiplies matrices of bf16 as if their bits were integers
+(3.6 to 3.9). And its scalars are arrays of one element, which numpy 2.4 no longer takes for integers: no ``range`` over
+a number that a kernel is given, or loads, works in 3.6.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +25,25 @@ def _from_bf16(bits: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
 
 
 def repair() -> None:
-    """Replace the two methods; harmless if done twice."""
+    """Replace what is wrong; harmless if done twice."""
+    _repair_bf16()
+    _repair_index()
+
+
+def _repair_index() -> None:
+    patch: Any = interpreter._patch_lang_tensor
+    if getattr(patch, "repaired", False):
+        return
+
+    def patch_lang_tensor(tensor: Any, scope: Any) -> None:
+        patch(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+    patch_lang_tensor.repaired = True  # type: ignore[attr-defined]
+    interpreter._patch_lang_tensor = patch_lang_tensor
+
+
+def _repair_bf16() -> None:
     builder: Any = interpreter.InterpreterBuilder
     cast, dot = builder.cast_impl, builder.create_dot
     if getattr(cast, "repaired", False):

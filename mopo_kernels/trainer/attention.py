@@ -18,6 +18,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from mopo_kernels.driver import to_device
 from mopo_kernels.trainer.head import causal_lm
 
 SEGMENTED = "sdpa_shared_prompts"
@@ -38,7 +39,7 @@ class Segments(NamedTuple):
 
     @staticmethod
     def of(segment_length: Tensor, response_count: Tensor, device: torch.device) -> Segments:
-        """From what ``PreferenceCollator`` says of the row. On an accelerator this waits for the device once."""
+        """From what ``PreferenceCollator`` says of the row, read on the CPU; the masks are made on ``device``."""
         lengths, counts = segment_length.tolist(), response_count.tolist()
         masks = []
         seen: dict[tuple[int, int], Tensor] = {}
@@ -99,29 +100,32 @@ AttentionInterface.register(SEGMENTED, sdpa_shared_prompts)
 AttentionMaskInterface.register(SEGMENTED, sdpa_mask)
 
 
-def _indices(segment_length: Tensor, response_count: Tensor) -> tuple[Tensor, Tensor]:
-    """For each token of the row: which prompt it belongs to, and which response, or -1."""
+def _indices(segment_length: Tensor, response_count: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
+    """For each token of the row: which prompt it belongs to, and which response, or -1; on ``device``."""
     segments = int(segment_length.numel())
-    kind = torch.zeros(segments, dtype=torch.int64, device=segment_length.device)
+    kind = torch.zeros(segments, dtype=torch.int64)
     first = torch.cumsum(response_count + 1, 0) - (response_count + 1)
     kind[first] = 1
     prompt = torch.cumsum(kind, 0) - 1
-    response = torch.where(kind == 1, -1, torch.arange(segments, device=segment_length.device))
-    return prompt.repeat_interleave(segment_length), response.repeat_interleave(segment_length)
+    response = torch.where(kind == 1, -1, torch.arange(segments))
+    # Told the size, which on the meta device, or without storage, nothing else could tell.
+    tokens = sum(segment_length.tolist())
+    prompt, response = (x.repeat_interleave(segment_length, output_size=tokens) for x in (prompt, response))
+    return to_device(prompt, device), to_device(response, device)
 
 
-def row_mask(segment_length: Tensor, response_count: Tensor) -> Tensor:
-    """What every token of the row sees: (1, 1, L, L) bool."""
-    prompt, response = _indices(segment_length, response_count)
+def row_mask(segment_length: Tensor, response_count: Tensor, device: torch.device) -> Tensor:
+    """What every token of the row sees: (1, 1, L, L) bool on ``device``."""
+    prompt, response = _indices(segment_length, response_count, device)
     same = (prompt[:, None] == prompt) & ((response == -1) | (response[:, None] == response))
     return same.tril()[None, None]
 
 
-def block_mask(segment_length: Tensor, response_count: Tensor) -> Any:
+def block_mask(segment_length: Tensor, response_count: Tensor, device: torch.device) -> Any:
     """The same as a ``torch.nn.attention.flex_attention.BlockMask``."""
     from torch.nn.attention.flex_attention import create_block_mask
 
-    prompt, response = _indices(segment_length, response_count)
+    prompt, response = _indices(segment_length, response_count, device)
 
     def sees(batch: Tensor, head: Tensor, q: Tensor, k: Tensor) -> Tensor:
         return (k <= q) & (prompt[q] == prompt[k]) & ((response[k] == -1) | (response[q] == response[k]))
@@ -130,17 +134,19 @@ def block_mask(segment_length: Tensor, response_count: Tensor) -> Any:
     return create_block_mask(sees, None, None, tokens, tokens, device=prompt.device)
 
 
-def attention_arguments(model: nn.Module, segment_length: Tensor, response_count: Tensor) -> dict[str, Any]:
-    """What the backbone's forward takes for such a row, by the attention that ``share_prompts`` has settled on."""
+def attention_arguments(
+    model: nn.Module, segment_length: Tensor, response_count: Tensor, device: torch.device
+) -> dict[str, Any]:
+    """What the backbone's forward takes for such a row on ``device``, by the attention that ``share_prompts`` has
+    settled on; the row's description is on the CPU."""
     implementation = causal_lm(model).config._attn_implementation
     if implementation == SEGMENTED:
-        device = segment_length.device
         # A mask of four dimensions is passed on as it is: this one only says that none is to be made.
         nothing = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device)
         return {"attention_mask": nothing, "segments": Segments.of(segment_length, response_count, device)}
     if implementation == "flex_attention":
-        return {"attention_mask": block_mask(segment_length, response_count)}
-    return {"attention_mask": row_mask(segment_length, response_count)}
+        return {"attention_mask": block_mask(segment_length, response_count, device)}
+    return {"attention_mask": row_mask(segment_length, response_count, device)}
 
 
 def share_prompts(model: nn.Module, max_length: int | None) -> str | None:
@@ -195,8 +201,7 @@ def _difference_from_separate_rows(model: nn.Module) -> float:
     length = [tokens for prompt, responses in shape for tokens in (prompt, *responses)]
     total = sum(length)
     ids = (torch.arange(total, device=device) * 7 + 3) % vocabulary
-    segments = torch.tensor(length, device=device)
-    counts = torch.tensor([len(responses) for _, responses in shape], device=device)
+    segments, counts = torch.tensor(length), torch.tensor([len(responses) for _, responses in shape])
     positions = torch.cat(
         [
             torch.arange(tokens, device=device) + (0 if prompt is None else prompt)
@@ -211,7 +216,7 @@ def _difference_from_separate_rows(model: nn.Module) -> float:
             input_ids=ids[None],
             position_ids=positions[None],
             use_cache=False,
-            **attention_arguments(model, segments, counts),
+            **attention_arguments(model, segments, counts, device),
         ).last_hidden_state[0]
         starts = [0, *accumulate(length)]
         place, found, expected = 0, [], []

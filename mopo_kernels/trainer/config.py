@@ -156,6 +156,8 @@ class MOPOConfig(TrainingArguments):
     # The collator needs every column, and a log line every 500 steps hides a run that is going wrong.
     remove_unused_columns: bool = field(default=False, metadata={"help": "Must stay False."})
     logging_steps: float = field(default=10, metadata={"help": "Log every so many optimiser steps."})
+    # The filter looks at every micro-batch's loss, for which the host waits; a step that is not finite raises anyway.
+    logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Leave losses that are not finite out."})
 
     def __post_init__(self) -> None:
         if self.deepspeed is not None and find_spec("deepspeed") is None:

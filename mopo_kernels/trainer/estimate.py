@@ -138,6 +138,10 @@ class _Storages(TorchDispatchMode):
         self._bytes: dict[int, int] = {tensor.untyped_storage()._cdata: 0 for tensor in known}
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function is torch.ops.aten.rand.default and not args[0]:
+            # By it a model decides whether to leave a layer out, in some releases at a rate of 0 as well. None is left
+            # out, which takes the most.
+            return torch.tensor(1.0)
         result = function(*args, **(kwargs or {}))
         for tensor in tree_leaves(result):
             if isinstance(tensor, Tensor) and tensor.device.type == self.device.type:
@@ -201,18 +205,21 @@ def _give_sizes(model: nn.Module, mode: FakeTensorMode, device: torch.device) ->
 
 
 class _Batch:
-    """A collator's batch, of which the model sees the sizes only."""
+    """A collator's batch, of which the model sees the sizes only, on ``device``."""
 
-    def __init__(self, batch: Mapping[str, Tensor], mode: FakeTensorMode) -> None:
-        seen = ("input_ids", "position_ids", "attention_mask")
-        tokens = {name: mode.from_tensor(value) if name in seen else value for name, value in batch.items()}
+    def __init__(self, batch: Mapping[str, Tensor], mode: FakeTensorMode, device: torch.device) -> None:
+        seen = ("input_ids", "position_ids", "attention_mask", "scored_rows")
+        with mode:
+            tokens = {
+                name: torch.empty_like(value, device=device) if name in seen else value for name, value in batch.items()
+            }
         self.layout = take_layout(tokens)
         self.scored = int((batch["labels"][:, 1:] != -100).sum()) if "labels" in batch else batch["target"].numel()
 
     def rows(self, model: nn.Module) -> Tensor:
         """The scored rows: (N, H)."""
         if not isinstance(self.layout, PaddedRows):
-            return self.layout.scored(model).hidden
+            return self.layout.rows(model)
         hidden = last_hidden_state(model, self.layout.input_ids, self.layout.attention_mask)
         return hidden.flatten(0, 1)[: self.scored].clone()
 
@@ -254,8 +261,8 @@ def estimate_memory(
     optimizer = optimizer_bytes(optim, trained, _options(args.optim_args))
     reference = _reference_bytes(model, args, trained, device)
 
-    training = _Batch(batch, mode)
-    evaluated = None if evaluation_batch is None else _Batch(evaluation_batch, mode)
+    training = _Batch(batch, mode, device)
+    evaluated = None if evaluation_batch is None else _Batch(evaluation_batch, mode, device)
     with mode, _autocast(args, device):
         if args.gradient_accumulation_steps > 1:
             for parameter in trained:

@@ -16,10 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from mopo_kernels import reference
+from mopo_kernels.driver import to_device
 from mopo_kernels.functional import MOPOLossOutput, linear_mopo_loss, linear_sequence_logprob
 from mopo_kernels.reference import MAX_LOG_IMPORTANCE
 from mopo_kernels.trainer.head import Transform, output_head
-from mopo_kernels.trainer.layout import Layout, take_layout
+from mopo_kernels.trainer.layout import Layout, OnHost, Scored, take_layout
 from mopo_kernels.trainer.reference_model import ReferenceModel
 from mopo_kernels.trainer.statistics import Statistics, double, importance_sums
 
@@ -61,9 +62,9 @@ class PolicyForward:
 
     def sequence_logprob(self, model: nn.Module, layout: Layout) -> Tensor:
         """Log-probability of every response under the model as it is: (S,) nats."""
-        hidden, target, cu_seqlens = layout.scored(model)
-        rows, weight, bias = output_head(model).operands(hidden)
-        return linear_sequence_logprob(rows, weight, target, cu_seqlens, bias, **self.head_options)
+        scored = layout.scored(model)
+        rows, weight, bias = output_head(model).operands(scored.hidden)
+        return linear_sequence_logprob(rows, weight, scored.target, scored.cu_seqlens, bias, **self.head_options)
 
     def reference_logprob(self, model: nn.Module, layout: Layout, given: Tensor | None) -> tuple[Tensor, Tensor]:
         """``(first, current)`` log-probabilities (S,) under the first and the current reference, without gradient.
@@ -93,6 +94,7 @@ class PolicyForward:
         normalizer: Tensor | float | None = None,
         ref_logprob: Tensor | None = None,
         reference_only: bool = False,
+        host: OnHost | None = None,
         **tokens: Tensor,
     ) -> dict[str, Tensor]:
         """The loss of a preference batch and its statistics; the tensors are those of ``PreferenceCollator``.
@@ -103,31 +105,34 @@ class PolicyForward:
             normalizer: what the loss is divided by; None is the batch's own weight.
             ref_logprob: (S,) log-probabilities under the first reference, when precomputed.
             reference_only: return only the log-probabilities under the first reference.
+            host: what of the batch is on the CPU, see ``layout.forward_arguments``. Without it, that is read from the
+                device before the backbone runs.
             tokens: the tensors of one of the collator's layouts.
 
         Returns:
             ``loss`` () and ``statistics``, the vector of ``Statistics``; or ``ref_logprob`` (S,).
         """
-        layout = take_layout(tokens)
+        layout = take_layout(tokens, host)
         if tokens:
             raise ValueError(f"batch: expected the tensors of PreferenceCollator; got also {', '.join(tokens)}")
         if reference_only:
             return {"ref_logprob": self.reference_logprob(model, layout, None)[0]}
+        device = pairs.device
+        # From the CPU it lets the chunks be planned so that pairs close in them.
+        host_pairs = pairs.cpu() if host is None else host.tensors["pairs"]
         first, current = self.reference_logprob(model, layout, ref_logprob)
         scored = layout.scored(model)
-        hidden, target, cu_seqlens = scored
-        rows, weight, bias = output_head(model).operands(hidden)
-        count = scored.lengths()
+        rows, weight, bias = output_head(model).operands(scored.hidden)
+        count = to_device(scored.lengths, device)
         length = count.clamp(min=1) if self.length_normalize else None
-        label_rate = None if self.label_rate is None else torch.tensor(self.label_rate, device=pairs.device)
+        label_rate = None if self.label_rate is None else to_device(torch.tensor(self.label_rate), device)
         assert objective_weight is not None
-        # The layout has waited for the device already; on the CPU these let the chunks be planned so that pairs close.
         output = linear_mopo_loss(
             rows,
             weight,
-            target,
-            cu_seqlens.cpu(),
-            pairs.cpu(),
+            scored.target,
+            scored.cu_seqlens,
+            host_pairs,
             preference,
             objective_weight,
             bias,
@@ -152,6 +157,7 @@ class PolicyForward:
                 output,
                 first_ratio,
                 count,
+                _present(scored, device),
                 pairs,
                 preference,
                 pair_weight,
@@ -159,7 +165,7 @@ class PolicyForward:
                 objective_weight,
                 label_rate,
             )
-            statistics["tokens"] = layout.tokens()
+            statistics["tokens"] = to_device(layout.tokens(), device)
             packed = self.statistics.pack(statistics.pop("value"), statistics.pop("labelled"), statistics)
         return {"loss": output.loss, "statistics": packed}
 
@@ -168,6 +174,7 @@ class PolicyForward:
         output: MOPOLossOutput,
         first_ratio: Tensor,
         count: Tensor,
+        present: Tensor | slice,
         pairs: Tensor,
         preference: Tensor,
         pair_weight: Tensor,
@@ -188,22 +195,28 @@ class PolicyForward:
         value, labelled = output.satisfaction, output.labelled
         if self.reference.is_lagged:
             value, labelled = reference.satisfaction(first_ratio, pairs, preference, pair_weight, self.estimator, rho)
-        present = count > 0
+        responses = (count > 0).sum()
         target = reference.pair_target(preference, objective_weight, self.tau, label_rate)
         ratio = torch.exp(double(first_ratio[present]).clamp(max=MAX_LOG_IMPORTANCE)) if rho is None else rho[present]
         return {
             "value": value,
             "labelled": labelled,
             "loss": output.loss,
-            "items": present.sum() if self.loss_type == "cloning" else pair_weight.sum(),
+            "items": responses if self.loss_type == "cloning" else pair_weight.sum(),
             "margin": (pair_weight * torch.sign(target) * output.margin).sum(),
             "margin_weight": (pair_weight * (target != 0)).sum(),
-            "responses": present.sum(),
+            "responses": responses,
             **importance_sums(first_ratio[present], output.log_ratio[present]),
             "ratio": ratio.sum(),
             "ratio_square": double(ratio).square().sum(),
             "scored_tokens": count.sum(),
         }
+
+
+def _present(scored: Scored, device: torch.device) -> Tensor | slice:
+    """Where the responses are that have a scored token: a mask would make the host wait for their number."""
+    some = scored.lengths > 0
+    return slice(None) if bool(some.all()) else to_device(some.nonzero()[:, 0], device)
 
 
 def attach(model: nn.Module, policy: PolicyForward) -> None:

@@ -27,6 +27,7 @@ from tqdm.auto import tqdm  # type: ignore[import-untyped]
 
 from mopo_kernels.data import PreferenceCollator, PreferenceData, PreferenceExample, PreferencePair
 from mopo_kernels.trainer.head import causal_lm
+from mopo_kernels.trainer.layout import forward_arguments
 from mopo_kernels.trainer.reference_model import base_parameters
 
 if TYPE_CHECKING:
@@ -364,8 +365,8 @@ def _compute_missing(
         for start in range(0, math.ceil(len(lacking) / ranks), _BATCHES_A_WRITE):
             rows: list[tuple[int, list[float]]] = []
             for indices in mine[start : start + _BATCHES_A_WRITE]:
-                batch = {name: value.to(device) for name, value in next(loader).items() if name != "ref_logprob"}
-                logprob = model(**batch, reference_only=True)["ref_logprob"].tolist()
+                batch = {name: value for name, value in next(loader).items() if name != "ref_logprob"}
+                logprob = model(**forward_arguments(batch, device), reference_only=True)["ref_logprob"].tolist()
                 values: list[list[float]] = [[] for _ in indices]
                 for position, value in zip(batch["prompt_index"].tolist(), logprob, strict=True):
                     values[position].append(value)

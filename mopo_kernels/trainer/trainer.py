@@ -28,6 +28,7 @@ from transformers import (
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, TrainOutput, rotate_checkpoints
 
 from mopo_kernels.data import PreferenceCollator, PreferenceData, PreferenceExample, win_rates
+from mopo_kernels.driver import to_device
 from mopo_kernels.dual import DualAscent, LabelSolution, ThresholdError, Unmet, solve_labels
 from mopo_kernels.trainer.attention import share_prompts
 from mopo_kernels.trainer.checkpoint import (
@@ -50,7 +51,7 @@ from mopo_kernels.trainer.distributed import (
 )
 from mopo_kernels.trainer.forward import PolicyForward, attach
 from mopo_kernels.trainer.head import causal_lm, check_model, find_transform, is_peft
-from mopo_kernels.trainer.layout import scored_lengths
+from mopo_kernels.trainer.layout import forward_arguments, scored_lengths
 from mopo_kernels.trainer.model_card import model_card
 from mopo_kernels.trainer.precompute import SUFFIX, reference_logprobs
 from mopo_kernels.trainer.reference_model import (
@@ -391,10 +392,10 @@ class MOPOTrainer(Trainer):
         return output
 
     def get_train_dataloader(self) -> DataLoader[Any]:
-        """As of ``transformers.Trainer``, or batches by tokens with ``max_tokens_per_batch``."""
+        """As of ``transformers.Trainer``, or batches by tokens with ``max_tokens_per_batch``; on the CPU."""
         args = self.args
         if args.max_tokens_per_batch is None:
-            return super().get_train_dataloader()
+            return _left_on_cpu(super().get_train_dataloader())
         # The ranks take their own parts of one plan, so accelerate must not deal the batches out again.
         sampler = TokenBudgetSampler(
             [item.size for item in self.data_collator.tokenize(list(self.train_dataset))],
@@ -414,6 +415,18 @@ class MOPOTrainer(Trainer):
             persistent_workers=args.dataloader_persistent_workers,
             prefetch_factor=args.dataloader_prefetch_factor,
         )
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[Any]:
+        """As of ``transformers.Trainer``; its batches are on the CPU."""
+        return _left_on_cpu(super().get_eval_dataloader(eval_dataset))
+
+    def get_test_dataloader(self, test_dataset: Any) -> DataLoader[Any]:
+        """As of ``transformers.Trainer``; its batches are on the CPU."""
+        return _left_on_cpu(super().get_test_dataloader(test_dataset))
+
+    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """What of a batch is read on the host is read here, before the model runs: see ``forward_arguments``."""
+        return super()._prepare_inputs(forward_arguments(inputs, self.args.device))
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         """Not entered when every step is done: the Trainer looks at that only after another one."""
@@ -491,7 +504,7 @@ class MOPOTrainer(Trainer):
                 total += (batch["labels"][:, 1:] != -100).any(dim=1).sum().cpu()
             else:
                 total += batch["pair_weight"].to("cpu", torch.float64).sum()
-        return self._over_ranks(total.to(_fp64_device(device)))
+        return self._over_ranks(to_device(total, _fp64_device(device)))
 
     def _over_ranks(self, sums: Tensor) -> Tensor:
         """The sum over ranks that have a batch of their own; every rank must call it."""
@@ -504,8 +517,8 @@ class MOPOTrainer(Trainer):
     def _policy_arguments(self, normalizer: Tensor | float | None) -> dict[str, Any]:
         device = self.args.device
         if isinstance(normalizer, Tensor):
-            normalizer = normalizer.to(device) if device.type != "mps" else float(normalizer)
-        return {"objective_weight": self.dual.weight.to(device), "normalizer": normalizer}
+            normalizer = to_device(normalizer, device) if device.type != "mps" else float(normalizer)
+        return {"objective_weight": to_device(self.dual.weight, device), "normalizer": normalizer}
 
     def compute_loss(
         self,
@@ -664,7 +677,7 @@ class MOPOTrainer(Trainer):
         ignore_keys: list[str] | None = None,
     ) -> tuple[Tensor, None, None]:
         """Adds a batch to the sums; the loss returned is a sum, too."""
-        inputs = self._without_repeats(self._prepare_inputs(inputs))
+        inputs = self._prepare_inputs(self._without_repeats(inputs))
         with torch.no_grad(), self.compute_loss_context_manager():
             outputs = model(**inputs, **self._policy_arguments(1.0))
         assert self._eval_sums is not None
@@ -783,6 +796,12 @@ class MOPOTrainer(Trainer):
         self._window_sums = state["window_sums"]
         self._window_steps, self._window_seconds = state["window_steps"], state["window_seconds"]
         self._window_sizes = list(state.get("window_sizes", []))
+
+
+def _left_on_cpu(loader: DataLoader[Any]) -> DataLoader[Any]:
+    """``loader`` without accelerate moving its batches to a device: what is read of them would be read back."""
+    loader.device = None
+    return loader
 
 
 def as_preference_data(data: Any, argument: str) -> PreferenceData:
