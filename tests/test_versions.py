@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import sysconfig
 from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
@@ -58,7 +59,9 @@ def test_what_is_installed_is_what_the_lock_says() -> None:
         pytest.skip("this environment was not made from a lock: `make install` makes one that is")
     locked = pins(INSTALLED) | pins(ROOT / "requirements" / "no_deps.txt")
     # Without local parts: which build of torch it is, the lock leaves open.
-    found = {canonicalize_name(one.name): one.version.partition("+")[0] for one in metadata.distributions()}
+    # Not of sys.path, to which setuptools adds what it brings along.
+    places = [sysconfig.get_paths()[name] for name in ("purelib", "platlib")]
+    found = {canonicalize_name(one.name): one.version.partition("+")[0] for one in metadata.distributions(path=places)}
     assert {name: found[name] for name in locked.keys() & found.keys() if found[name] != locked[name]} == {}
     needed = {
         canonicalize_name(requirement.name)
