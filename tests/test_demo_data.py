@@ -117,6 +117,16 @@ def test_every_topic_is_in_both_splits():
         assert full <= train | heldout, topic
 
 
+def test_the_larger_set_of_requests_begins_with_the_demos_and_repeats_none():
+    lines = (DEMO / "data" / "prompts.jsonl").read_text(encoding="utf-8").splitlines()
+    larger = [json.loads(line) for line in lines]
+    assert len({row["request"].casefold() for row in larger}) == len(larger) == 1000
+    for topic, requests in prompts.TOPICS.items():
+        found = [row["request"] for row in larger if row["topic"] == topic]
+        assert len(found) == 100
+        assert tuple(found[: len(requests)]) == requests
+
+
 def test_shipped_file_loads_with_every_objective(rows):
     data = load_preferences(PREFERENCES)
     assert len(data) == len(rows)
