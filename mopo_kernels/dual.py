@@ -199,7 +199,14 @@ class DualAscent:
         """Smoothed satisfaction minus threshold, of constrained objectives measured so far; negative is unmet."""
         return {name: value - self._threshold[name] for name, value in self.smoothed.items() if name in self._threshold}
 
-    def update(self, satisfaction: torch.Tensor | Sequence[float], labelled: torch.Tensor | Sequence[float]) -> None:
+    def update(
+        self,
+        satisfaction: torch.Tensor | Sequence[float],
+        labelled: torch.Tensor | Sequence[float],
+        *,
+        lr: Mapping[str, float] | None = None,
+        margin: Mapping[str, float] | None = None,
+    ) -> None:
         """One dual step, eq. (9) of docs/method.md.
 
         Args:
@@ -207,6 +214,8 @@ class DualAscent:
                 is expected where ``labelled`` is 0.
             labelled: (K,) how many labels (or how much label weight) each value stands on; objectives with none keep
                 their multiplier and their smoothed value.
+            lr: step sizes >= 0 of this update, by objective, in place of ``lr``; 0 leaves a multiplier where it is.
+            margin: what is aimed at above the threshold in this update, by objective; 0 where not given.
 
         Raises:
             ValueError: wrong shape, negative ``labelled``, or a satisfaction that is not finite though it has labels.
@@ -233,9 +242,11 @@ class DualAscent:
                 self._best_seen[name] = None
             else:
                 self._best_seen[name] = smoothed if best is None else max(best, smoothed)
-            if self._steps <= self.warmup_steps:
+            step = self.lr if lr is None else lr.get(name, self.lr)
+            if self._steps <= self.warmup_steps or step == 0:
                 continue
-            moved = self._multiplier[name] + self.lr * (self._threshold[name] - smoothed)
+            aim = self._threshold[name] if margin is None else self._threshold[name] + margin.get(name, 0.0)
+            moved = self._multiplier[name] + step * (aim - smoothed)
             self._multiplier[name] = min(max(moved, 0.0), self.maximum)
             stuck = self._multiplier[name] == self.maximum and smoothed < self._threshold[name]
             self._at_maximum[name] = self._at_maximum[name] + 1 if stuck else 0
@@ -322,6 +333,8 @@ class LabelSolution:
         residual: largest violation of the conditions that define the multipliers.
         converged: whether the residual is as small as that of a solution. On the "pair" scale the search can end above
             it where objectives are strongly opposed; a threshold unmet there is not known to be out of reach.
+        slope: by constrained objective, how much its satisfaction changes a unit of its own multiplier there: eq. (8)
+            of docs/method.md on the win-rate scale.
     """
 
     multiplier: dict[str, float]
@@ -331,6 +344,7 @@ class LabelSolution:
     message: str
     residual: float
     converged: bool = True
+    slope: dict[str, float] = dataclasses.field(default_factory=dict)
 
 
 class _PairScale:
@@ -494,6 +508,7 @@ def solve_labels(
         full = np.zeros(len(names))
         full[main], full[constrained] = 1.0, multiplier
         satisfaction = scale(full)
+        jacobian = scale.jacobian(full)
         reason = ""
     else:
         exact = solve(problem, tolerance)
@@ -506,6 +521,9 @@ def solve_labels(
         if reason:
             capped, satisfaction, residual = capped_multipliers(problem, maximum, tolerance)
             multiplier = capped[constrained]
+        full = np.zeros(len(names))
+        full[main], full[constrained] = 1.0, multiplier
+        jacobian = _win_rate_jacobian(problem, full)
     accepted = 100 * tolerance
     # With a residual no larger, a threshold missed by more has its multiplier at the maximum.
     missed = satisfaction[constrained] < bounds - accepted
@@ -532,7 +550,19 @@ def solve_labels(
         message=message,
         residual=residual,
         converged=converged,
+        slope={name: float(jacobian[k, k]) for name, k in zip(found, constrained, strict=True)},
     )
+
+
+def _win_rate_jacobian(problem: TabularProblem, objective_weight: Array) -> Array:
+    """(K, K): ``E_x Cov_{pi_w}(s_k, s_l) / tau``, eq. (8) of docs/method.md."""
+    score = np.einsum("k,kxy->xy", objective_weight, problem.win_rate) / problem.tau
+    tilted = np.where(problem.support, np.log(np.where(problem.support, problem.reference, 1.0)) + score, -np.inf)
+    policy = np.exp(tilted - tilted.max(1, keepdims=True))
+    policy /= policy.sum(1, keepdims=True)
+    centred = problem.win_rate - (policy * problem.win_rate).sum(2, keepdims=True)
+    covariance = np.einsum("x,xy,kxy,lxy->kl", problem.prompt_weight, policy, centred, centred, optimize=True)
+    return np.asarray(covariance / problem.tau)
 
 
 def _impossible(unmet: Sequence[Unmet], held: Sequence[str]) -> str:

@@ -76,17 +76,21 @@ def plot_training(
 ) -> Path:
     """Draw satisfaction, threshold and multiplier of every objective over the optimiser steps.
 
-    history: rows as in transformers' `trainer_state.json` (`log_history`), with "step", "satisfaction/<objective>",
-        "multiplier/<objective>" and, where the threshold moves, "threshold/<objective>".
+    history: rows as in transformers' `trainer_state.json` (`log_history`), with "step",
+        "dual/satisfaction/<objective>" and "dual/standard_error/<objective>", measured on prompts that the loss never
+        fits, drawn with a band of two standard errors; where there is none, "in_sample/satisfaction/<objective>", drawn
+        pale; "multiplier/<objective>" and, where the threshold moves, "threshold/<objective>".
     path: the PNG to write. thresholds: objective -> fixed threshold, for those that have none in the history.
     primary: the objective that is maximised, which is drawn first and named so.
     An objective with a threshold is held; the others are drawn without one and without a multiplier.
     Returns path. Raises ValueError if no row holds a satisfaction, ImportError without matplotlib.
     """
-    prefix = "satisfaction/"
-    objectives = list(dict.fromkeys(key[len(prefix) :] for row in history for key in row if key.startswith(prefix)))
+    held_out, fitted = "dual/satisfaction/", "in_sample/satisfaction/"
+    objectives = list(
+        dict.fromkeys(key.rpartition("/")[2] for row in history for key in row if key.startswith((held_out, fitted)))
+    )
     if not objectives:
-        raise ValueError(f"history must have rows with {prefix}<objective>, got {len(history)} rows without")
+        raise ValueError(f"history must have rows with {fitted}<objective>, got {len(history)} rows without")
     fixed = thresholds or {}
     unknown = sorted(set(fixed) - set(objectives))
     if unknown:
@@ -103,12 +107,21 @@ def plot_training(
         axes.tick_params(labelleft=False)
     for column, name in enumerate(objectives):
         upper, lower = grid[0][column], grid[-1][column]
-        steps, values = _series(history, prefix + name)
-        window = max(1, len(values) // 10)
-        upper.plot(steps, values, color=_BLUE, alpha=0.35 if window > 1 else 1.0, linewidth=1.2, label="as logged")
-        if window > 1:
-            label = f"mean of the last {window}"
-            upper.plot(steps, _running_mean(values, window), color=_BLUE, linewidth=2.0, label=label)
+        steps, values = _series(history, held_out + name)
+        if steps:
+            error = dict(zip(*_series(history, f"dual/standard_error/{name}"), strict=True))
+            upper.plot(steps, values, color=_BLUE, linewidth=2.0, label="held-out prompts")
+            spread = [2 * error.get(step, math.nan) for step in steps]
+            low, high = (
+                [value + sign * extra for value, extra in zip(values, spread, strict=True)] for sign in (-1, 1)
+            )
+            upper.fill_between(steps, low, high, color=_BLUE, alpha=0.15, linewidth=0, label="2 standard errors")
+        else:
+            steps, values = _series(history, fitted + name)
+            upper.plot(steps, values, color=_LIGHT_BLUE, alpha=0.5, linewidth=1.2, label="training pairs")
+            if (window := len(values) // 10) > 1:
+                label = f"training pairs, mean of the last {window}"
+                upper.plot(steps, _running_mean(values, window), color=_LIGHT_BLUE, linewidth=2.0, label=label)
         upper.axhline(0.5, color="0.45", linestyle=":", linewidth=1.2, label="parity")
         bound_steps, bound = bounds[name]
         if not bound_steps and name in fixed:

@@ -10,6 +10,7 @@ Source of the method: Agnihotri, Jain, Ramachandran, Wen, "Multi-Objective Prefe
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -175,6 +176,19 @@ def satisfaction(
     The second result is the denominator, so values merge over micro-batches and ranks as
     ``sum(value * labelled) / sum(labelled)``. An objective without a label has value NaN and labelled 0.
     """
+    value, total = satisfaction_terms(log_ratio, pairs, preference, pair_weight, estimator, rho)
+    return value.sum(dim=0) / total.sum(dim=0), total.sum(dim=0)
+
+
+def satisfaction_terms(
+    log_ratio: Tensor,
+    pairs: Tensor,
+    preference: Tensor,
+    pair_weight: Tensor,
+    estimator: str = "pair",
+    rho: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """What every pair adds to numerator and denominator of :func:`satisfaction`, both (P, K); 0 without a label."""
     labelled = ~torch.isnan(preference)
     z = torch.nan_to_num(preference, nan=0.5)
     if estimator == "pair":
@@ -185,9 +199,45 @@ def satisfaction(
         assert importance is not None
         chosen, unchosen = importance[pairs[:, 0]][:, None], importance[pairs[:, 1]][:, None]
     mass = pair_weight[:, None] * labelled
-    total = (mass * (chosen + unchosen)).sum(dim=0)
-    value = (mass * (chosen * z + unchosen * (1 - z))).sum(dim=0)
-    return value / total, total
+    return mass * (chosen * z + unchosen * (1 - z)), mass * (chosen + unchosen)
+
+
+def capped_log_ratio(log_ratio: Tensor) -> Tensor:
+    """Log importance weights cut at ``logsumexp(log_ratio) - log(S) / 2``: (S,) -> (S,).
+
+    So no response has more than ``1 / sqrt(S)`` of the weight that there was. The cut, and with it the bias, goes away
+    as S grows (Ionides, "Truncated importance sampling", 2008): section 14 of docs/method.md has what it is worth.
+    """
+    if log_ratio.shape[0] == 0:
+        return log_ratio
+    return log_ratio.clamp(max=float(torch.logsumexp(log_ratio, dim=0)) - 0.5 * math.log(log_ratio.shape[0]))
+
+
+def ratio_moments(value: Tensor, total: Tensor) -> Tensor:
+    """Sums over the prompts of A, B, A^2, A B, B^2 and of 1 where B > 0: value A (X, K), total B (X, K) -> (6, K).
+
+    They merge over batches and ranks by addition; :func:`ratio_estimate` takes them.
+    """
+    parts = (value, total, value.square(), value * total, total.square(), (total > 0).to(total.dtype))
+    return torch.stack([part.sum(dim=0) for part in parts])
+
+
+def ratio_estimate(moments: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """``v = sum A / sum B``, its standard error by prompt and the effective number of prompts, each (K,).
+
+    ``standard error = sqrt(n / (n - 1) sum (A - v B)^2) / sum B``  the delta method's, prompts being independent
+    ``effective number = (sum B)^2 / sum B^2``
+
+    See eq. (39) of docs/method.md. The error is NaN for fewer than two prompts with labels, the value for none.
+
+    Args:
+        moments: (6, K) of :func:`ratio_moments`.
+    """
+    a, b, aa, ab, bb, count = moments
+    value = a / b
+    spread = (aa - 2 * value * ab + value.square() * bb).clamp(min=0)
+    error = torch.where(count > 1, (spread * count / (count - 1)).sqrt() / b, torch.nan)
+    return value, error, torch.where(bb > 0, b.square() / bb, torch.zeros_like(bb))
 
 
 def effective_sample_size(log_weight: Tensor) -> Tensor:

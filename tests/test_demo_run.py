@@ -70,7 +70,7 @@ def test_a_log_file_shows_training_progress(run: ModuleType, capsys: pytest.Capt
     state = SimpleNamespace(max_steps=5, global_step=0)
     bar.on_train_begin(None, state, None)
     for state.global_step in range(1, 6):
-        bar.on_log(None, state, None, logs={"satisfaction/plain": 0.5, "multiplier/plain": 1.25})
+        bar.on_log(None, state, None, logs={"in_sample/satisfaction/plain": 0.5, "multiplier/plain": 1.25})
         bar.on_step_end(None, state, None)
     bar.on_train_end(None, state, None)
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("constrained ")]

@@ -6,7 +6,7 @@ import re
 
 import pytest
 from huggingface_hub import ModelCard
-from trainer_samples import lora, make_data, make_model, make_trainer
+from trainer_samples import STEERED, lora, make_data, make_dual_data, make_model, make_trainer
 
 from mopo_kernels.trainer.model_card import model_card
 
@@ -22,9 +22,10 @@ def rows(card):
 def test_before_training_nothing_is_claimed(tmp_path):
     trainer = make_trainer(tmp_path, lora(make_model()))
     table = rows(model_card(trainer))
-    assert table["helpful"] == ["maximised", "", "not measured", "", "", "not measured", ""]
+    assert table["helpful"] == ["maximised", "", "", "not measured", "", "not measured", ""]
     start = f"{trainer.dual.multiplier['brief']:.4f}"
-    assert table["brief"] == ["held", "0.4", "not measured", "not measured", start, "not measured", "not measured"]
+    assert table["brief"] == ["held", "0.4", start, "not measured", "not measured", "not measured", "not measured"]
+    assert table["Dual data"] == ["none"]
     assert table["Held-out KL to the base model"] == ["not measured"]
     assert table["Held-out data"] == ["none"]
     assert table["Optimizer steps"] == ["0"]
@@ -32,26 +33,34 @@ def test_before_training_nothing_is_claimed(tmp_path):
 
 def test_a_saved_adapter_states_what_it_was_trained_for_and_what_was_measured(tmp_path):
     trainer = make_trainer(
-        tmp_path, lora(make_model()), eval_dataset=make_data(6, seed=3), tau=0.7, estimator="snis", seed=5
+        tmp_path,
+        lora(make_model()),
+        eval_dataset=make_data(6, seed=3),
+        tau=0.7,
+        estimator="snis",
+        seed=5,
+        dual_dataset=make_dual_data(5),
+        **STEERED,
     )
     trainer.train()
     metrics = trainer.evaluate()
     trainer.save_model()
     card = ModelCard.load(tmp_path / "README.md")
     table = rows(card)
-    dual = trainer.dual
+    value, error = trainer.measurement.satisfaction, trainer.measurement.standard_error
     assert table["helpful"][0] == "maximised"
-    assert table["helpful"][2] == f"{dual.smoothed['helpful']:.4f}"
+    assert table["helpful"][3] == f"{value['helpful']:.4f} ± {error['helpful']:.4f}"
     assert table["brief"] == [
         "held",
         "0.4",
-        f"{dual.smoothed['brief']:.4f}",
-        f"{dual.smoothed['brief'] - 0.4:+.4f}",
-        f"{dual.multiplier['brief']:.4f}",
-        f"{metrics['eval_satisfaction/brief']:.4f}",
+        f"{trainer.dual.multiplier['brief']:.4f}",
+        f"{value['brief']:.4f} ± {error['brief']:.4f}",
+        f"{value['brief'] - 0.4:+.4f}",
+        f"{metrics['eval_satisfaction/brief']:.4f} ± {metrics['eval_standard_error/brief']:.4f}",
         f"{metrics['eval_slack/brief']:+.4f}",
     ]
-    assert "Held-out: measured after step 2." in card.text
+    assert "labels of 5 prompts after step 2. Held-out: measured after step 2." in card.text
+    assert table["Dual data"][0].startswith("5 prompts, ")
     pairs = sum(len(example.pairs) for example in make_data())
     assert table["Training data"] == [f"8 prompts, {pairs} pairs"]
     assert table["Held-out data"][0].startswith("6 prompts, ")
@@ -72,7 +81,7 @@ def test_full_fine_tuning_and_an_objective_without_threshold(tmp_path):
     card = ModelCard.load(tmp_path / "final" / "README.md")
     table = rows(card)
     assert table["Trained"] == ["every weight"]
-    assert (table["brief"][0], table["brief"][1], table["brief"][4]) == ("watched", "", "")
+    assert (table["brief"][0], table["brief"][1], table["brief"][2]) == ("watched", "", "")
     assert "no threshold was set" in card.text
     assert card.data.library_name == "transformers"
 
@@ -97,7 +106,7 @@ def test_weights_of_the_best_checkpoint_come_with_its_figures(tmp_path):
     (line,) = [line for line in trainer.state.log_history if line["step"] == best and "eval_satisfaction/brief" in line]
     table = rows(model_card(trainer))
     assert table["Weights"][0].startswith(f"of step {best}, the best by `kl_first` (")
-    assert table["brief"][5] == f"{line['eval_satisfaction/brief']:.4f}"
+    assert table["brief"][5].startswith(f"{line['eval_satisfaction/brief']:.4f} ± ")
     assert table["Held-out KL to the base model"] == [f"{line['eval_kl_first']:.4g} nats a response"]
     assert f"Held-out: measured after step {best}." in model_card(trainer).text
 

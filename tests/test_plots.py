@@ -15,9 +15,10 @@ HISTORY = [
     {
         "step": step,
         "loss": 1.0 / step,
-        "satisfaction/detail": 0.5 + 0.002 * step,
+        "dual/satisfaction/detail": 0.5 + 0.002 * step,
+        "dual/standard_error/detail": 0.01,
         "multiplier/detail": 1.0,
-        "satisfaction/plain": 0.5 - 0.001 * step,
+        "in_sample/satisfaction/plain": 0.5 - 0.001 * step,
         "multiplier/plain": 0.05 * step,
         "threshold/plain": 0.48 - 0.0001 * step,
     }
@@ -74,9 +75,16 @@ def test_training_shows_satisfaction_threshold_and_multiplier_of_every_objective
     top_detail, top_plain, bottom_detail, bottom_plain = figure.axes
     steps = np.arange(1, 31)
     plain = lines_of(top_plain)
-    np.testing.assert_allclose(plain["as logged"], np.c_[steps, 0.5 - 0.001 * steps])
+    np.testing.assert_allclose(plain["training pairs"], np.c_[steps, 0.5 - 0.001 * steps])
     np.testing.assert_allclose(plain["threshold"], np.c_[steps, 0.48 - 0.0001 * steps])
-    np.testing.assert_allclose(plain["mean of the last 3"][4], [5, 0.5 - 0.001 * 4])
+    np.testing.assert_allclose(plain["training pairs, mean of the last 3"][4], [5, 0.5 - 0.001 * 4])
+    detail = lines_of(top_detail)
+    np.testing.assert_allclose(detail["held-out prompts"], np.c_[steps, 0.5 + 0.002 * steps])
+    assert not any("training" in label for label in detail)
+    (band,) = top_detail.collections
+    corners = band.get_paths()[0].vertices
+    for offset in (-0.02, 0.02):
+        assert any(np.allclose(corner, [30, 0.56 + offset]) for corner in corners)
     np.testing.assert_allclose(bottom_plain.lines[0].get_xydata(), np.c_[steps, 0.05 * steps])
     assert bottom_plain.get_ylim()[1] > 1.5  # the whole multiplier is inside the picture
     np.testing.assert_allclose(bottom_detail.lines[0].get_ydata(), 1.0)
@@ -91,7 +99,14 @@ def test_training_axes_are_labelled_with_units_and_the_legend_lists_each_line_on
     assert top.get_ylabel() == "satisfaction (probability)"
     assert bottom.get_ylabel() == "multiplier (no unit)"
     assert bottom.get_xlabel() == bottom_right.get_xlabel() == "optimiser step"
-    assert sorted(texts_of(figure)) == ["as logged", "mean of the last 3", "parity", "threshold"]
+    assert sorted(texts_of(figure)) == [
+        "2 standard errors",
+        "held-out prompts",
+        "parity",
+        "threshold",
+        "training pairs",
+        "training pairs, mean of the last 3",
+    ]
 
 
 def test_a_fixed_threshold_is_drawn_over_the_whole_run(figures, tmp_path):
@@ -102,7 +117,7 @@ def test_a_fixed_threshold_is_drawn_over_the_whole_run(figures, tmp_path):
 
 def test_panels_without_anything_to_show_are_left_out(figures, tmp_path):
     free = [{key: value for key, value in row.items() if "multiplier" not in key} for row in HISTORY]
-    held = [row | {"satisfaction/warmth": 0.5, "multiplier/plain": 0.1} for row in free]
+    held = [row | {"in_sample/satisfaction/warmth": 0.5, "multiplier/plain": 0.1} for row in free]
     plots.plot_training(free, tmp_path / "free.png", primary="detail")
     plots.plot_training(held, tmp_path / "held.png", primary="detail")
     assert len(figures[0].axes) == 2

@@ -59,6 +59,10 @@ def files(tmp_path_factory):
         "learning_rate": 0.02,
         "initial_multiplier": "zero",
         "dual_lr": 10.0,
+        "dual_data": 0.25,
+        "dual_effective_prompts": 1,
+        "dual_steps": 1,
+        "dual_warmup_steps": 0,
         "reference": "precomputed",
         "logging_steps": 1,
         "save_strategy": "steps",
@@ -278,7 +282,7 @@ def test_the_report_has_what_every_point_came_to(files, swept):
         summary = json.loads((swept / record["name"] / "training_summary.json").read_text())
         assert record["status"] == "trained"
         assert (record["thresholds"], record["multiplier"]) == (thresholds, summary["multiplier"])
-        assert record["satisfaction"]["train"] == summary["satisfaction"]
+        assert record["satisfaction"]["train"] == summary["in_sample"]
         for name in ("helpful", "brief"):
             assert record["satisfaction"]["eval"][name] == summary["eval"][f"eval_satisfaction/{name}"]
         for part in ("train", "eval"):

@@ -7,7 +7,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from trainer_samples import lora, make_config, make_data, make_model, make_tokenizer, make_trainer
+from trainer_samples import (
+    STEERED,
+    lora,
+    make_config,
+    make_data,
+    make_dual_data,
+    make_model,
+    make_tokenizer,
+    make_trainer,
+)
 from transformers import TrainerCallback
 
 from mopo_kernels import reference
@@ -72,6 +81,8 @@ def test_accumulated_micro_batches_give_the_gradient_of_the_whole_batch(loss_typ
             thresholds={"brief": 0.49},
             initial_multiplier={"brief": 0.3},
             reference="model",
+            dual_dataset=make_dual_data(4),
+            **STEERED,
         )
         runs.append((record(trainer), trainer.state.log_history))
     whole, logs = runs[0]
@@ -80,12 +91,17 @@ def test_accumulated_micro_batches_give_the_gradient_of_the_whole_batch(loss_typ
             scale = max(float(value.abs().max()) for value in expected.values())
             for name, value in expected.items():
                 assert float((found[name] - value).abs().max()) <= 1e-12 * scale, name
-        # Multipliers see the same satisfaction, up to the order of its sums.
+        # Multipliers see the same policy.
         assert [m["brief"] for m in recorder.multipliers] == pytest.approx(
             [m["brief"] for m in whole.multipliers], rel=1e-9
         )
-        for key in ("loss", "satisfaction/helpful", "margin", "kl", "effective_sample_size"):
-            assert history[1][key] == pytest.approx(logs[1][key], rel=1e-6), key
+        lines = [[line for line in log if "loss" in line][1] for log in (history, logs)]
+        for key in (
+            *("loss", "margin", "kl", "effective_sample_size"),
+            *("in_sample/satisfaction/helpful", "in_sample/standard_error/helpful"),
+        ):
+            assert lines[0][key] == pytest.approx(lines[1][key], rel=1e-6), key
+    assert whole.multipliers[0]["brief"] != whole.multipliers[1]["brief"] != 0.3
 
 
 def test_a_step_short_of_micro_batches_is_normalised_by_what_it_has(tmp_path):
@@ -103,7 +119,6 @@ def test_a_step_short_of_micro_batches_is_normalised_by_what_it_has(tmp_path):
         train_sampling_strategy="sequential",
         reference="model",
         initial_multiplier="zero",
-        dual_warmup_steps=100,
     )
     recorder = record(trainer)
     collator = trainer.data_collator
@@ -115,28 +130,34 @@ def test_a_step_short_of_micro_batches_is_normalised_by_what_it_has(tmp_path):
             torch.testing.assert_close(found[name], parameter.grad, rtol=1e-9, atol=1e-10, msg=name)
 
 
-def test_one_dual_step_follows_each_optimiser_step_on_the_satisfaction_of_its_whole_batch(tmp_path):
+def test_one_dual_step_follows_every_so_many_optimiser_steps_on_the_dual_data_alone(tmp_path):
     trainer = make_trainer(
         tmp_path,
         data=make_data(4),
+        dual_dataset=make_dual_data(4),
         per_device_train_batch_size=1,
         gradient_accumulation_steps=4,
-        max_steps=3,
-        dual_smoothing=0.0,
-        dual_lr=0.5,
+        max_steps=6,
         thresholds={"brief": 0.6},
         initial_multiplier="zero",
+        **STEERED | {"dual_steps": 2, "dual_lr": 0.5},
     )
     recorder = record(trainer)
-    expected, logged = 0.0, [line for line in trainer.state.log_history if "loss" in line]
-    assert logged[0]["satisfaction/brief"] == pytest.approx(0.5, abs=1e-6), "the policy starts at the reference"
-    for line, multiplier in zip(logged, recorder.multipliers, strict=True):
-        expected = max(0.0, expected + 0.5 * (0.6 - line["satisfaction/brief"]))
-        assert multiplier["brief"] == pytest.approx(expected, rel=1e-6)
-        assert line["multiplier/brief"] == multiplier["brief"]
-        assert line["slack/brief"] == pytest.approx(line["satisfaction/brief"] - 0.6)
-        assert line["threshold/brief"] == 0.6
+    expected, history = 0.0, trainer.state.log_history
+    first = next(line for line in history if "loss" in line)
+    assert first["in_sample/satisfaction/brief"] == pytest.approx(0.5, abs=1e-6), "the policy starts at the reference"
+    measured = {line["step"]: line for line in history if "dual/satisfaction/brief" in line}
+    assert list(measured) == [2, 4, 6]
+    for step, multiplier in enumerate(recorder.multipliers, 1):
+        if (line := measured.get(step)) is not None:
+            value = line["dual/satisfaction/brief"]
+            expected = max(0.0, expected + 0.5 * (0.6 - value))
+            assert line["multiplier/brief"] == multiplier["brief"]
+            assert line["dual/slack/brief"] == pytest.approx(value - 0.6)
+            assert (line["threshold/brief"], line["dual/lr/brief"]) == (0.6, 0.5)
+        assert multiplier["brief"] == pytest.approx(expected, rel=1e-12)
     assert expected > 0
+    assert trainer.measurement.satisfaction["brief"] == trainer.dual.smoothed["brief"]
 
 
 def test_the_constraint_moves_the_policy(tmp_path):
@@ -149,13 +170,11 @@ def test_the_constraint_moves_the_policy(tmp_path):
             thresholds=thresholds,
             max_steps=60,
             per_device_train_batch_size=8,
-            dual_lr=0.3,
-            dual_smoothing=0.5,
             learning_rate=3e-3,
             logging_steps=60,
         )
         trainer.train()
-        values[name] = trainer.dual.smoothed
+        values[name] = trainer.in_sample
     assert values["free"]["brief"] < 0.45
     assert values["held"]["brief"] > 0.48
     assert values["free"]["helpful"] > values["held"]["helpful"] > 0.5
@@ -214,13 +233,14 @@ def test_the_label_solution_counts_examples_by_their_weight(tmp_path):
 
 
 def test_a_threshold_that_stays_unmet_at_the_largest_multiplier_stops_training_with_a_checkpoint(tmp_path):
-    settings = {
+    settings = STEERED | {
         "thresholds": {"brief": 0.95},
         "initial_multiplier": "zero",
         "dual_max": 0.1,
         "dual_lr": 1.0,
         "dual_patience": 3,
         "max_steps": 20,
+        "dual_dataset": make_dual_data(),
     }
     trainer = make_trainer(tmp_path / "error", **settings)
     with pytest.raises(ThresholdError, match=r"threshold brief >= 0\.95 cannot be met: best seen 0\.\d+"):
@@ -309,7 +329,9 @@ def test_a_lagged_reference_is_the_policy_as_it_was_and_thresholds_follow(kind, 
         reference_update_steps=2,
         threshold_relaxation=0.9,
         max_steps=5,
-        dual_smoothing=0.0,
+        dual_dataset=make_dual_data(),
+        # Longer than the run: a relaxation makes a dual step of its own, as it needs the value of the moment.
+        **STEERED | {"dual_steps": 100},
     )
     start = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
     seen = []
@@ -323,7 +345,7 @@ def test_a_lagged_reference_is_the_policy_as_it_was_and_thresholds_follow(kind, 
                     weights,
                     None if snapshot is None else {n: v.clone() for n, v in snapshot.items()},
                     trainer.dual.threshold["brief"],
-                    trainer.dual.smoothed["brief"],
+                    trainer.dual.smoothed.get("brief"),
                 )
             )
 
@@ -360,7 +382,7 @@ def test_a_lagged_reference_is_the_policy_as_it_was_and_thresholds_follow(kind, 
 
 
 def test_under_a_lagged_reference_satisfaction_is_measured_from_the_first(tmp_path):
-    trainer = make_trainer(tmp_path, reference="model", reference_update_steps=1, max_steps=3, dual_smoothing=0.0)
+    trainer = make_trainer(tmp_path, reference="model", reference_update_steps=1, max_steps=3)
     trainer.train()
     model = trainer.model
     batch = trainer.data_collator([make_data()[i] for i in range(4)])
@@ -371,7 +393,7 @@ def test_under_a_lagged_reference_satisfaction_is_measured_from_the_first(tmp_pa
         logprob = policy.sequence_logprob(model, layout)
         first, current = policy.reference_logprob(model, layout, None)
     expected, _ = reference.satisfaction(logprob - first, batch["pairs"], batch["preference"], batch["pair_weight"])
-    found, _ = trainer._statistics.satisfaction(output["statistics"])
+    found = trainer._statistics.satisfaction(output["statistics"])[0]
     torch.testing.assert_close(found.float(), expected, rtol=1e-5, atol=1e-6)
     other, _ = reference.satisfaction(logprob - current, batch["pairs"], batch["preference"], batch["pair_weight"])
     assert not torch.allclose(other, expected, atol=1e-3)
@@ -431,30 +453,45 @@ def test_the_kl_estimates_are_those_of_the_policy_when_the_first_reference_wrote
     scalars = dict.fromkeys(statistics.scalars, torch.ones(()))
     scalars |= {"responses": torch.tensor(len(draws))}
     scalars |= importance_sums((policy / first).log()[draws], (policy / lagged).log()[draws])
-    summary = statistics.summary(statistics.pack(torch.ones(1), torch.ones(1), scalars))
+    summary = statistics.summary(statistics.pack(torch.ones(6, 1), scalars))
     assert summary["kl_first"] == pytest.approx(float((policy * (policy / first).log()).sum()), rel=0.02)
     assert summary["kl"] == pytest.approx(float((policy * (policy / lagged).log()).sum()), rel=0.02)
     assert abs(summary["kl"] - summary["kl_first"]) > 0.1
 
     # A policy that is the current reference has KL 0 to it, on however few responses.
     scalars |= {"responses": torch.tensor(2)} | importance_sums(torch.tensor([-1.0, -2.0]), torch.zeros(2))
-    summary = statistics.summary(statistics.pack(torch.ones(1), torch.ones(1), scalars))
+    summary = statistics.summary(statistics.pack(torch.ones(6, 1), scalars))
     assert summary["kl"] == pytest.approx(0.0, abs=1e-12)
     assert summary["kl_first"] > 0.1
 
 
 def test_every_promised_number_is_logged(tmp_path):
-    trainer = make_trainer(tmp_path, max_steps=4, logging_steps=2, eval_dataset=make_data(3, seed=9))
+    trainer = make_trainer(
+        tmp_path,
+        max_steps=4,
+        logging_steps=2,
+        eval_dataset=make_data(3, seed=9),
+        dual_dataset=make_dual_data(),
+        **STEERED,
+    )
     trainer.train()
+    dual = [line for line in trainer.state.log_history if "dual/satisfaction/brief" in line]
+    assert [line["step"] for line in dual] == [1, 2, 3, 4]
+    for line in dual:
+        for key in (
+            *("multiplier/brief", "threshold/brief", "dual/slack/brief", "dual/lr/brief", "dual/satisfaction/helpful"),
+            *(f"dual/{kind}/{name}" for kind in ("standard_error", "effective_prompts") for name in trainer.objectives),
+        ):
+            assert math.isfinite(line[key]), key
     lines = [line for line in trainer.state.log_history if "loss" in line]
     assert [line["step"] for line in lines] == [2, 4]
     for line in lines:
         for key in (
             "multiplier/brief",
             "threshold/brief",
-            "satisfaction/brief",
-            "satisfaction/helpful",
-            "slack/brief",
+            "in_sample/satisfaction/brief",
+            "in_sample/satisfaction/helpful",
+            "in_sample/standard_error/brief",
             "margin",
             "kl",
             "kl_first",
@@ -528,7 +565,7 @@ def test_an_unconstrained_third_objective_is_measured_and_does_not_act(tmp_path)
     trainer.train()
     line = trainer.state.log_history[0]
     assert trainer.dual.weight.tolist() == [1.0, 0.0]
-    assert "satisfaction/brief" in line
+    assert "in_sample/satisfaction/brief" in line
     assert "multiplier/brief" not in line
 
 
@@ -589,7 +626,7 @@ def test_bf16_autocast_trains_and_starts_at_the_reference(tmp_path):
     trainer = make_trainer(tmp_path, reference="precomputed", bf16=True, max_steps=3)
     trainer.train()
     line = trainer.state.log_history[0]
-    assert line["satisfaction/helpful"] == pytest.approx(0.5, abs=0.02)
+    assert line["in_sample/satisfaction/helpful"] == pytest.approx(0.5, abs=0.02)
     assert line["kl"] < 1e-2
     assert all(parameter.dtype == torch.float32 for parameter in trainer.model.parameters())
 
@@ -638,6 +675,10 @@ def test_a_diverged_policy_is_told_with_its_step(tmp_path):
         ({"tau": 0.0}, r"tau: expected a number in \(0, inf\); got 0\.0"),
         ({"dual_smoothing": 1.0}, r"dual_smoothing: expected a number in \[0, 1\); got 1\.0"),
         ({"dual_lr": -1.0}, r"dual_lr: .*got -1\.0"),
+        ({"dual_lr": "often"}, "dual_lr: expected a number or auto; got 'often'"),
+        ({"dual_data": 1.0}, r"dual_data: expected a number in \[0, 1\); got 1\.0"),
+        ({"dual_steps": 0}, r"dual_steps: expected a number in \[1, inf\); got 0"),
+        ({"threshold_confidence": 0.4}, r"threshold_confidence: expected a number in \[0\.5, 1\); got 0\.4"),
         ({"loss_type": "dpo"}, "loss_type: expected one of regression, cloning, sigmoid; got 'dpo'"),
         ({"estimator": "exact"}, "estimator: expected one of pair, snis, closed_form; got 'exact'"),
         ({"reference": "none"}, "reference: expected one of auto, precomputed, model; got 'none'"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from safetensors.torch import load_file
-from trainer_samples import lora, make_config, make_data, make_model, make_trainer
+from trainer_samples import lora, make_config, make_data, make_dual_data, make_model, make_trainer
 
 
 def drifting(folder, **changes):
@@ -20,7 +20,6 @@ def drifting(folder, **changes):
         "save_steps": 1,
         "thresholds": {"brief": 0.49},
         "initial_multiplier": "zero",
-        "dual_warmup_steps": 100,
         "learning_rate": 1e-2,
         "load_best_model_at_end": True,
         "on_infeasible": "warn",
@@ -118,20 +117,28 @@ def test_offloaded_activations_leave_the_policy_as_it_would_be(tmp_path):
 def test_multipliers_and_slacks_reach_tensorboard(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    trainer = drifting(tmp_path, report_to="tensorboard", max_steps=3)
+    trainer = drifting(
+        tmp_path,
+        report_to="tensorboard",
+        max_steps=3,
+        dual_dataset=make_dual_data(),
+        dual_steps=1,
+        dual_effective_prompts=1,
+    )
     trainer.train()
     (file,) = tmp_path.rglob("events.out.tfevents.*")
     events = EventAccumulator(str(file))
     events.Reload()
     for tag, key in (
         ("train/multiplier/brief", "multiplier/brief"),
-        ("train/slack/brief", "slack/brief"),
-        ("train/satisfaction/helpful", "satisfaction/helpful"),
+        ("train/in_sample/satisfaction/helpful", "in_sample/satisfaction/helpful"),
+        ("train/dual/slack/brief", "dual/slack/brief"),
         ("eval/slack/brief", "eval_slack/brief"),
         ("eval/feasible_primary", "eval_feasible_primary"),
     ):
         logged = [(line["step"], line[key]) for line in trainer.state.log_history if key in line]
-        assert len(logged) == 3
+        # A multiplier stands in the line of a dual step and in that of the loss.
+        assert len(dict(logged)) == 3
         assert [(event.step, event.value) for event in events.Scalars(tag)] == [
             (step, pytest.approx(value, rel=1e-6)) for step, value in logged
         ]

@@ -147,7 +147,7 @@ def test_some_of_the_objectives_of_a_file_can_be_chosen(files, tmp_path):
         train(arguments(files, *more, *chosen))
         summary = json.loads((tmp_path / "training_summary.json").read_text())
         assert summary["objectives"] == chosen
-        assert set(summary["satisfaction"]) == set(chosen)
+        assert set(summary["in_sample"]) == set(chosen)
 
 
 def test_the_name_that_a_single_objective_format_needs_is_still_given_by_objectives(files, tmp_path):
@@ -290,6 +290,7 @@ def test_ctrl_c_exits_130_with_one_line_and_a_checkpoint(files, tmp_path):
 
 def test_an_impossible_threshold_found_in_training_exits_1_and_names_the_checkpoint(files, tmp_path, capsys):
     more = ["--thresholds", "brief=0.95", "--initial_multiplier", "zero", "--dual_max", "0.1", "--dual_lr", "1.0"]
+    more += ["--dual_data", "0.25", "--dual_effective_prompts", "1", "--dual_steps", "1", "--dual_warmup_steps", "0"]
     with pytest.raises(SystemExit) as caught:
         train(arguments(files, "--output_dir", str(tmp_path), *more, "--dual_patience", "2", "--max_steps", "9"))
     assert caught.value.code == 1

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from trainer_child import build
-from trainer_samples import lora, make_model, make_trainer
+from trainer_samples import STEERED, lora, make_dual_data, make_model, make_trainer
 from transformers import TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 
@@ -37,7 +37,7 @@ def one_thread():
 @pytest.fixture(scope="module")
 def killed(tmp_path_factory):
     """Two runs, each killed with SIGKILL: between two checkpoints, and while one was being written."""
-    folders = {kind: tmp_path_factory.mktemp(kind) for kind in ("lora", "full")}
+    folders = {kind: tmp_path_factory.mktemp(kind) for kind in ("lora", "full", "judged")}
     root = str(Path(__file__).parents[1])
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([root, os.environ.get("PYTHONPATH", "")])}
     children = [
@@ -47,7 +47,7 @@ def killed(tmp_path_factory):
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
         )
-        for kind, how in (("lora", "kill-at-step-5"), ("full", "kill-while-saving-6"))
+        for kind, how in (("lora", "kill-at-step-5"), ("full", "kill-while-saving-6"), ("judged", "kill-at-step-5"))
     ]
     for child in children:
         output, _ = child.communicate(timeout=240)
@@ -75,7 +75,7 @@ def same(first, second, path=""):
 TIMED = ("train_runtime", "per_second", "peak_memory", "total_flos", "train_loss")
 
 
-@pytest.mark.parametrize("kind", ["lora", "full"])
+@pytest.mark.parametrize("kind", ["lora", "full", "judged"])
 def test_killed_and_resumed_equals_never_stopped_bit_for_bit(kind, killed, tmp_path):
     folder = tmp_path / "resumed"
     shutil.copytree(killed[kind], folder)
@@ -90,8 +90,10 @@ def test_killed_and_resumed_equals_never_stopped_bit_for_bit(kind, killed, tmp_p
     same(whole.optimizer.state_dict(), resumed.optimizer.state_dict(), "optimizer")
     same(whole.lr_scheduler.state_dict(), resumed.lr_scheduler.state_dict(), "scheduler")
     same(whole.dual.state_dict(), resumed.dual.state_dict(), "dual")
+    same(whole._controller.state_dict(), resumed._controller.state_dict(), "controller")
+    same(whole.in_sample, resumed.in_sample, "in-sample")
     assert whole.dual.multiplier["brief"] > 0
-    assert whole.dual.threshold["brief"] != 0.55
+    assert whole.dual.threshold["brief"] != 0.8
     same(whole.reference.snapshot, resumed.reference.snapshot, "reference")
     # The log line of step 5 covers steps 1 to 5, of which the killed run did the first three.
     for expected, found in zip(whole.state.log_history, resumed.state.log_history, strict=True):
@@ -184,7 +186,7 @@ def test_a_finished_run_is_resumed_without_a_step(length, tmp_path, caplog):
         "thresholds": {"brief": 0.55},
         "initial_multiplier": "zero",
     }
-    settings |= {"on_infeasible": "warn", "estimator": "snis"}
+    settings |= {"on_infeasible": "warn", "estimator": "snis", "dual_dataset": make_dual_data(), **STEERED}
     first = make_trainer(tmp_path, **{**settings, **(length if length["max_steps"] != 3 else {"max_steps": 6})})
     first.train()
     assert not first.already_finished
@@ -197,7 +199,8 @@ def test_a_finished_run_is_resumed_without_a_step(length, tmp_path, caplog):
         planned = 3 if length["max_steps"] == 3 else steps
         told = f"nothing left to train: {tmp_path / f'checkpoint-{steps}'} has {steps} of {planned} steps"
         assert caplog.messages.count(told) == 1
-        assert again.state.global_step == again.dual.steps == steps
+        assert again.state.global_step == steps
+        assert again.dual.steps == first.dual.steps == steps
         same(dict(first.model.state_dict()), dict(again.model.state_dict()), "weights")
         same(first.dual.state_dict(), again.dual.state_dict(), "dual")
         assert [path.name for path in tmp_path.glob("checkpoint-*")] == [f"checkpoint-{steps}"]
@@ -222,6 +225,7 @@ def test_new_thresholds_are_taken_on_resume_with_one_warning(tmp_path, caplog):
 def test_thresholds_that_the_run_itself_moved_are_kept_on_resume(tmp_path, caplog):
     settings = {"thresholds": {"brief": 0.5}, "reference_update_steps": 2, "threshold_relaxation": 0.9}
     settings |= {"initial_multiplier": "zero", "reference": "model", "save_strategy": "steps", "save_steps": 3}
+    settings |= {"dual_dataset": make_dual_data(), **STEERED}
     whole = make_trainer(tmp_path, max_steps=3, **settings)
     whole.train()
     assert whole.dual.threshold["brief"] != 0.5
@@ -242,6 +246,7 @@ def test_thresholds_that_the_run_itself_moved_are_kept_on_resume(tmp_path, caplo
         ({"label_rate": "auto"}, "^label_rate: expected None, with which .* got 'auto'"),
         ({"primary": "brief", "thresholds": None}, "^primary: expected 'helpful', with which .* got 'brief'"),
         ({"objectives": ["brief", "helpful"]}, r"^objectives: expected \['helpful', 'brief'\], with which"),
+        ({"dual_dataset": make_dual_data()}, r"^dual_data: expected 'none', with which .* got '8 prompts \("),
         ({"thresholds": None}, r"^objectives with thresholds: expected \['brief'\], with which .* got \[\]"),
     ],
 )
@@ -260,7 +265,8 @@ def test_a_checkpoint_of_a_version_without_settings_and_identities_is_resumed_fr
     (folder / RUN_FILE).unlink()
     newest = folder / "checkpoint-4"
     state = torch.load(newest / STATE_FILE, weights_only=True)
-    del state["settings"], state["window_sizes"]
+    del state["settings"], state["window_sizes"], state["controller"], state["in_sample"]
+    state["window_sums"] = state["window_sums"][8:]  # 4 sums fewer an objective
     torch.save(state, newest / STATE_FILE)
     manifest = json.loads((newest / MANIFEST_FILE).read_text())
     del manifest["run"]
@@ -304,7 +310,8 @@ def test_a_run_without_a_checkpoint_yet_has_nothing_of_an_earlier_one_to_resume_
 
 
 def test_a_second_train_starts_its_multipliers_afresh(tmp_path):
-    trainer = make_trainer(tmp_path, thresholds={"brief": 0.55}, initial_multiplier="zero", max_steps=3)
+    settings = {"thresholds": {"brief": 0.55}, "initial_multiplier": "zero", "dual_dataset": make_dual_data()}
+    trainer = make_trainer(tmp_path, max_steps=3, **settings, **STEERED)
     trainer.train()
     first = trainer.dual.steps
     trainer.train()
@@ -335,6 +342,7 @@ class InterruptAtStep(TrainerCallback):
 
 def test_ctrl_c_finishes_the_step_and_leaves_a_checkpoint_to_resume_from(tmp_path):
     settings = {"max_steps": 6, "thresholds": {"brief": 0.55}, "initial_multiplier": "zero"}
+    settings |= {"dual_dataset": make_dual_data(), **STEERED}
     whole = make_trainer(tmp_path / "whole", **settings)
     whole.train()
     stopped = make_trainer(tmp_path / "stopped", **settings)

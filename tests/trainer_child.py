@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from trainer_samples import lora, make_data, make_model, make_trainer
+from trainer_samples import STEERED, brevity, lora, make_data, make_dual_data, make_model, make_trainer
 from transformers import TrainerCallback
 
 from mopo_kernels.trainer import MOPOTrainer
@@ -27,15 +27,23 @@ def build(kind: str, folder: Path) -> MOPOTrainer:
         "save_strategy": "steps",
         "save_steps": 3,
         "logging_steps": 5,
-        "thresholds": {"brief": 0.55},
+        "thresholds": {"brief": 0.8},
         "on_infeasible": "warn",
         "initial_multiplier": "zero",
         "reference_update_steps": 2,
         "threshold_relaxation": 0.99,
+        **STEERED,
+        "dual_steps": 2,
         "dual_smoothing": 0.8,
+        # In turns: 5, 10, ... of 7.
+        "dual_dataset": make_dual_data(7),
+        "dual_prompts": 5,
     }
     model = make_model()
-    if kind == "lora":
+    if kind == "judged":
+        # Their answers must neither depend on the random state nor leave a trace in it.
+        settings |= {"judges": {"brief": brevity}, "estimator": "snis", "dual_samples": 5}
+    if kind != "full":
         # Dropout, so that the run depends on the random state.
         return make_trainer(folder, lora(model, lora_dropout=0.3), make_data(8), **settings)
     return make_trainer(folder, model, make_data(8), save_total_limit=1, reference="precomputed", **settings)

@@ -21,14 +21,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
-from trainer_samples import lora, make_config, make_data, make_model, make_trainer
+from trainer_samples import STEERED, brevity, lora, make_config, make_data, make_dual_data, make_model, make_trainer
 from transformers import AutoModelForCausalLM, TrainerCallback
 
 from mopo_kernels.data import PreferenceCollator, PreferenceData
 from mopo_kernels.parallel import whole
 from mopo_kernels.trainer import MOPOTrainer
 
-KINDS = ("full", "lora", "lagged", "cloning", "hollow", "scarce")
+KINDS = ("full", "lora", "lagged", "cloning", "hollow", "scarce", "judged")
 SHARDED = ("full", "lora", "hollow")
 HELD_OUT = 5
 STEPS = 4
@@ -82,7 +82,7 @@ def hollow_data() -> PreferenceData:
 
 def make_policy(kind: str, dtype: torch.dtype) -> Any:
     model = make_model(dtype=dtype)
-    if kind not in ("lora", "lagged"):
+    if kind not in ("lora", "lagged", "judged"):
         return model
     return lora(model, target_modules=["q_proj", "lm_head"]).to(dtype)
 
@@ -117,6 +117,9 @@ def build(
         "on_infeasible": "warn",
         "initial_multiplier": {"brief": 0.2},
         "eval_dataset": make_data(HELD_OUT, seed=9),
+        # 3 batches of 2, 2 and 1 prompts, so that a rank has one that another has as well.
+        "dual_dataset": make_dual_data(HELD_OUT),
+        **STEERED,
     }
     # The prompts of make_data have 2 to 4 responses: the ranks' micro-batches differ in pairs and tokens.
     data = hollow_data() if kind == "hollow" else make_data(2 * PROMPTS)
@@ -124,6 +127,8 @@ def build(
         model = make_policy(kind, torch.float64)
     if kind == "lagged":
         settings |= {"reference": "model", "reference_update_steps": 2, "threshold_relaxation": 0.9}
+    if kind == "judged":
+        settings |= {"judges": {"brief": brevity}, "estimator": "snis", "dual_samples": HELD_OUT - 1}
     if kind == "cloning":
         settings |= {"loss_type": "cloning"}
     if kind == "scarce":
@@ -163,6 +168,7 @@ def run(kind: str, folder: Path, ranks: int, sharded: bool = False, stand_in: in
         "weights": {name: whole(p.detach()) for name, p in parameters.items()},
         "dual": trainer.dual.state_dict(),
         "log": [line for line in trainer.state.log_history if "loss" in line],
+        "measured": [line for line in trainer.state.log_history if "dual/satisfaction/brief" in line],
         "ref_logprob": [example.ref_logprob for example in trainer.train_dataset],
     }
     if sharded:

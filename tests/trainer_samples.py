@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import random
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -100,6 +101,21 @@ def make_data(prompts: int = 8, seed: int = 0) -> PreferenceData:
     return PreferenceData.from_examples(examples, ["helpful", "brief"])
 
 
+# Multipliers that follow a few held-out prompts at every step, which no one should want outside a test.
+STEERED: dict[str, Any] = {"dual_steps": 1, "dual_effective_prompts": 1, "dual_warmup_steps": 0, "dual_lr": 0.1}
+
+
+def make_dual_data(prompts: int = 8, seed: int = 100) -> PreferenceData:
+    """As ``make_data``, with prompts that it never has."""
+    examples = [replace(example, prompt=f"held out {example.prompt}") for example in make_data(prompts, seed)]
+    return PreferenceData.from_examples(examples, ["helpful", "brief"])
+
+
+def brevity(prompt: str, response: str) -> float:
+    """A judge: the shorter the better."""
+    return -len(response.split())
+
+
 def make_config(folder: Path, **changes: Any) -> MOPOConfig:
     settings: dict[str, Any] = {
         "output_dir": str(folder),
@@ -120,13 +136,13 @@ def make_config(folder: Path, **changes: Any) -> MOPOConfig:
 
 
 def make_trainer(folder: Path, model: Any = None, data: PreferenceData | None = None, **changes: Any) -> MOPOTrainer:
-    evaluation = changes.pop("eval_dataset", None)
+    given = {name: changes.pop(name) for name in ("eval_dataset", "dual_dataset", "judges") if name in changes}
     return MOPOTrainer(
         make_model() if model is None else model,
         make_config(folder, **changes),
         train_dataset=make_data() if data is None else data,
-        eval_dataset=evaluation,
         processing_class=make_tokenizer(),
+        **given,
     )
 
 

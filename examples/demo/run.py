@@ -111,7 +111,7 @@ class Bar(TrainerCallback):
         parts = []
         for name in JUDGES:
             price = logs.get(f"multiplier/{name}")
-            if (value := logs.get(f"satisfaction/{name}")) is not None:
+            if (value := logs.get(f"dual/satisfaction/{name}", logs.get(f"in_sample/satisfaction/{name}"))) is not None:
                 parts.append(f"{name} {value:.2f}" + ("" if price is None else f" (x{price:.2f})"))
         if parts:
             self.progress.update(self.task, state="  ".join(parts))

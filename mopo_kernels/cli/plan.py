@@ -16,6 +16,7 @@ from mopo_kernels.data.collator import TokenizedExample
 from mopo_kernels.dual import ThresholdError
 from mopo_kernels.trainer.attention import share_prompts
 from mopo_kernels.trainer.config import MOPOConfig
+from mopo_kernels.trainer.control import hold_out
 from mopo_kernels.trainer.estimate import estimate_memory
 from mopo_kernels.trainer.head import causal_lm, is_peft
 from mopo_kernels.trainer.sampler import TokenBudgetSampler, batch_tokens
@@ -43,7 +44,9 @@ def plan(
         max_response_length=config.max_response_length,
         shared_prompts=shared,
     )
-    tokens = _Tokens(collator, train)
+    rest, held, reason = hold_out(config, train)
+    fitted = train.select(rest) if held else train
+    tokens = _Tokens(collator, fitted)
     batches, largest = _batches(config, tokens)
     steps_an_epoch = max(1, math.ceil(len(batches) / config.gradient_accumulation_steps / config.world_size))
     steps = config.max_steps if config.max_steps > 0 else math.ceil(config.num_train_epochs * steps_an_epoch)
@@ -53,21 +56,27 @@ def plan(
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     every = sum(parameter.numel() for parameter in model.parameters())
     lines = {
-        "data": _counted(train) + ("" if evaluation is None else f"; held out {_counted(evaluation)}"),
+        "data": _counted(fitted)
+        + (f"; {_counted(train.select(held))} steer the multipliers" if held else f"; {reason}" if reason else "")
+        + ("" if evaluation is None else f"; held out {_counted(evaluation)}"),
         "layout": layout + (f" ({why_not})" if why_not else ""),
         "tokens an epoch": f"{computed:,} to compute: {tokens.prompt(shared):,} of prompts, {tokens.response:,} of "
         f"responses and their ends, all of these scored, less {tokens.last(shared):,} that nothing follows; padding "
         f"{computed - tokens.real(shared):,} ({1 - tokens.real(shared) / computed:.1%})",
-        "steps": f"{steps:,} in all, {steps_an_epoch:,} an epoch, of {len(train) / steps_an_epoch:,.1f} prompts and "
+        "steps": f"{steps:,} in all, {steps_an_epoch:,} an epoch, of {len(fitted) / steps_an_epoch:,.1f} prompts and "
         f"{computed / steps_an_epoch:,.0f} tokens{ranks}",
         "thresholds": _thresholds(config, objectives, primary, train),
-        "reference": _reference(config, is_peft(model), train, evaluation, collator, computed / steps_an_epoch * steps),
+        "reference": _reference(
+            config, is_peft(model), train, len(fitted), evaluation, collator, computed / steps_an_epoch * steps
+        ),
         "trained": f"{trained:,} of {every:,} parameters ({trained / every:.1%}), optimizer "
         f"{getattr(config.optim, 'value', config.optim)}",
     }
     text = [f"{name:<16} {value}" for name, value in lines.items()]
-    passes = [train] * _is_precomputed(config, is_peft(model), train) + [evaluation] * (evaluation is not None)
-    return "\n".join([*text, *_memory(model, config, collator, train, largest, [part for part in passes if part])])
+    passes = [train] * _is_precomputed(config, is_peft(model), train, len(fitted)) + [evaluation] * (
+        evaluation is not None
+    )
+    return "\n".join([*text, *_memory(model, config, collator, fitted, largest, [part for part in passes if part])])
 
 
 class _Tokens:
@@ -163,15 +172,16 @@ def _thresholds(config: MOPOConfig, objectives: Sequence[str], primary: str, dat
     return f"{wanted}: {state}; multipliers start at {start}"
 
 
-def _is_precomputed(config: MOPOConfig, is_adapter: bool, train: PreferenceData) -> bool:
+def _is_precomputed(config: MOPOConfig, is_adapter: bool, train: PreferenceData, fitted: int) -> bool:
     step = config.per_device_train_batch_size * config.gradient_accumulation_steps * config.world_size
-    return "ref_logprob" not in train.dataset.column_names and precomputes(config, is_adapter, len(train), step)
+    return "ref_logprob" not in train.dataset.column_names and precomputes(config, is_adapter, fitted, step)
 
 
 def _reference(
     config: MOPOConfig,
     is_adapter: bool,
     train: PreferenceData,
+    fitted: int,
     evaluation: PreferenceData | None,
     collator: PreferenceCollator,
     trained_on: float,
@@ -179,7 +189,7 @@ def _reference(
     lagged = ""
     if config.reference_update_steps is not None:
         lagged = f"; lagged after step {config.reference_update_steps}, then one more forward pass a step"
-    if _is_precomputed(config, is_adapter, train):
+    if _is_precomputed(config, is_adapter, train, fitted):
         parts = [train] if evaluation is None else [train, evaluation]
         tokens = sum(_Tokens(collator, part).real(collator.shared_prompts) for part in parts)
         return (

@@ -20,7 +20,7 @@ from mopo_kernels.trainer.checkpoint import write_atomically
 from mopo_kernels.trainer.sweep import Sweep, load_sweep
 
 TABLE_FILE, PICTURE_FILE = "sweep.md", "front.png"
-_PARTS = {"train": "in training (running means)", "eval": "on held-out data"}
+_PARTS = {"train": "in-sample (running means in training)", "eval": "on held-out data"}
 
 
 def train_sweep(
@@ -180,6 +180,17 @@ def _write(report: Mapping[str, Any], folder: Path) -> None:
     print(f"saved {folder / TABLE_FILE}{_draw(report, folder / PICTURE_FILE)}")
 
 
+def _intervals(trained: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, tuple[float, float]]]:
+    """Two standard errors by prompt to either side, by point and objective."""
+    return {
+        record["name"]: {
+            name: (record["satisfaction"]["eval"][name] - 2 * error, record["satisfaction"]["eval"][name] + 2 * error)
+            for name, error in record.get("standard_error", {}).items()
+        }
+        for record in trained
+    }
+
+
 def _draw(report: Mapping[str, Any], path: Path) -> str:
     """The measured front as a picture; returns what to say of it."""
     trained = [record for record in report["points"] if record["status"] == "trained"]
@@ -198,6 +209,7 @@ def _draw(report: Mapping[str, Any], path: Path) -> str:
         x=others,
         y=report["primary"],
         nondominated=[record["name"] for record in trained if record["nondominated"]],
+        intervals=_intervals(trained) if report["front"] == "eval" else None,
         bounds={record["name"]: record["threshold"] for record in trained},
         scale=f"satisfaction ({report['estimator']})",
         parity=None if report["estimator"] == "closed_form" else "reference",

@@ -8,7 +8,7 @@ import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
@@ -426,7 +426,8 @@ def save_results(trainer: MOPOTrainer, output: TrainOutput, model_name: str) -> 
         "steps": output.global_step,
         "multiplier": trainer.dual.multiplier,
         "threshold": trainer.dual.threshold,
-        "satisfaction": trainer.dual.smoothed,
+        "in_sample": trainer.in_sample,
+        "dual": None if trainer.measurement is None else asdict(trainer.measurement),
         "multiplier_on_labels": None if solution is None else solution.multiplier,
         "train": _earlier_metrics(path) if trainer.already_finished else output.metrics,
         "eval": metrics,

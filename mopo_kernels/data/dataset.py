@@ -143,6 +143,11 @@ class PreferenceData:
         Raises:
             ValueError: ``fraction`` out of range, or fewer than two distinct prompts.
         """
+        rest, held = self.split_indices(fraction, seed)
+        return self.select(rest), self.select(held)
+
+    def split_indices(self, fraction: float, seed: int = 0) -> tuple[list[int], list[int]]:
+        """Which examples :meth:`split` keeps, and which it holds out."""
         if not 0 < fraction < 1:
             raise ValueError(f"fraction: expected a number strictly between 0 and 1, got {fraction}")
         keys = [prompt_key(prompt) for prompt in self.dataset["prompt"]]
@@ -152,8 +157,8 @@ class PreferenceData:
         count = min(max(round(fraction * len(distinct)), 1), len(distinct) - 1)
         held = set(random.Random(seed).sample(distinct, count))
         return (
-            self.select(index for index, key in enumerate(keys) if key not in held),
-            self.select(index for index, key in enumerate(keys) if key in held),
+            [index for index, key in enumerate(keys) if key not in held],
+            [index for index, key in enumerate(keys) if key in held],
         )
 
     def group_by_prompt(self) -> PreferenceData:

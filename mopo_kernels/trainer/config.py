@@ -18,6 +18,7 @@ ON_INFEASIBLE = ("error", "warn")
 SHARED_PROMPTS = ("auto", "always", "never")
 # Prefers what keeps the thresholds: see MOPOTrainer.evaluate.
 BEST_METRIC = "feasible_primary"
+AUTO = "auto"
 
 
 def parse_names(name: str, value: list[str] | str | None) -> list[str] | None:
@@ -50,12 +51,32 @@ class MOPOConfig(TrainingArguments):
         loss_type: ``regression``, ``cloning`` or ``sigmoid`` (see ``mopo_kernels.mopo_loss``).
         estimator: how satisfaction is measured: ``pair`` (0.5 at the reference; not the win rate), ``snis`` or
             ``closed_form``.
-        dual_lr: step size of the multipliers, one plain projected step an optimiser step.
+        dual_data: share of the training prompts, in [0, 1), that the loss never fits and the multipliers listen to:
+            drawn by prompt with ``data_seed`` (default ``seed``), where there are thresholds and no ``dual_dataset`` is
+            given to the trainer. With 0, or where the share is fewer than ``dual_effective_prompts`` prompts, nothing
+            is held out and the multipliers stand where they start.
+        dual_steps: optimiser steps from one dual step to the next. None: an eighth of an epoch, and at least 8. Each
+            costs a forward pass over ``dual_prompts`` prompts (none with ``closed_form``).
+        dual_prompts: most prompts of the dual data that one dual step looks at, in turns.
+        dual_effective_prompts: the effective number of prompts (eq. 39 of docs/method.md) that an objective's
+            measurement must rest on to move its multiplier.
+        dual_samples: prompts answered afresh in a dual step, one answer each, where the trainer is given ``judges``.
+        dual_max_new_tokens: longest such answer. None: ``max_response_length``, or the longest response in the dual
+            data.
+        dual_lr: step size of the multipliers. ``auto`` takes as much of a Newton step on the labels' own dual as leaves
+            no more than ``dual_noise`` of the measurement's error in an objective's value, at most half of one, times
+            the learning rate's share of its peak, so that the multipliers settle with the policy. A number is a
+            plain step, the same throughout.
+        dual_noise: see ``dual_lr``; in units of satisfaction.
         dual_max: upper limit of a multiplier.
-        dual_warmup_steps: optimiser steps before the multipliers move.
-        dual_smoothing: share of the old value in the running mean of satisfaction, in [0, 1). 0 is no smoothing.
-        dual_patience: optimiser steps in a row that a multiplier may spend at ``dual_max`` with its threshold unmet,
+        dual_warmup_steps: optimiser steps before the multipliers move. None: half of the first epoch, in which the
+            policy is on its way from the reference to what its multipliers ask for, and its values mean little.
+        dual_smoothing: share of the old value in the running mean of what is measured, in [0, 1). 0 is no smoothing.
+        dual_patience: dual steps in a row that a multiplier may spend at ``dual_max`` with its threshold unmet,
             before the thresholds count as impossible to meet (see ``on_infeasible``).
+        threshold_confidence: aim at ``b + z s`` in place of b, z the one-sided normal quantile of this level (in
+            [0.5, 1)) and s the standard error by prompt of the dual data, so that a threshold is kept with about this
+            probability and not every other time. None: aim at b.
         initial_multiplier: ``"labels"`` solves the dual exactly on the training labels (for the optimum of
             ``regression`` and ``cloning``; a starting point only for ``sigmoid``), ``"zero"`` starts at 0, a
             mapping gives numbers (in the forms of ``thresholds``).
@@ -97,7 +118,8 @@ class MOPOConfig(TrainingArguments):
         early_stopping_patience: stop once so many evaluations in a row have not improved ``metric_for_best_model``.
             None: never. That metric is ``feasible_primary`` here, unless another is named (``load_best_model_at_end``
             goes by it, too): the primary objective's satisfaction where every slack is at least 0, and the worst slack
-            elsewhere, so that a checkpoint which keeps the thresholds always comes before one that does not.
+            elsewhere, so that a checkpoint which keeps the thresholds always comes before one that does not. Without an
+            ``eval_dataset`` the dual data are evaluated; the multipliers were moved by them, so their slacks flatter.
         disable_dropout: set every dropout outside the adapters to 0. With dropout the policy differs from the
             reference by noise at the first step.
     """
@@ -110,11 +132,31 @@ class MOPOConfig(TrainingArguments):
     tau: float = field(default=0.1, metadata={"help": "KL weight (beta of the sigmoid loss)."})
     loss_type: str = field(default="regression", metadata={"help": f"One of {', '.join(LOSS_TYPES)}."})
     estimator: str = field(default="pair", metadata={"help": f"One of {', '.join(ESTIMATORS)}."})
-    dual_lr: float = field(default=0.1, metadata={"help": "Step size of the multipliers."})
+    dual_data: float = field(default=0.2, metadata={"help": "Share of the prompts that steers the multipliers."})
+    dual_steps: int | None = field(
+        default=None, metadata={"help": "Optimiser steps between dual steps; default: 1/8 epoch, at least 8."}
+    )
+    dual_prompts: int = field(
+        default=128, metadata={"help": "Most prompts of the dual data that a dual step looks at."}
+    )
+    dual_effective_prompts: float = field(
+        default=25.0, metadata={"help": "Effective number of prompts that a dual step must rest on."}
+    )
+    dual_samples: int = field(default=32, metadata={"help": "Prompts answered in a dual step, with judges."})
+    dual_max_new_tokens: int | None = field(
+        default=None, metadata={"help": "Longest such answer; default: the longest response in the dual data."}
+    )
+    dual_lr: float | str | None = field(default="auto", metadata={"help": "Step size of the multipliers, or auto."})
+    dual_noise: float = field(default=0.01, metadata={"help": "What auto lets the measurement's noise add to a value."})
     dual_max: float = field(default=10.0, metadata={"help": "Upper limit of a multiplier."})
-    dual_warmup_steps: int = field(default=0, metadata={"help": "Optimiser steps before the multipliers move."})
-    dual_smoothing: float = field(default=0.9, metadata={"help": "Share of the old value in the running mean."})
-    dual_patience: int = field(default=50, metadata={"help": "Steps at dual_max, unmet, before giving up."})
+    dual_warmup_steps: int | None = field(
+        default=None, metadata={"help": "Optimiser steps before the multipliers move; default: half an epoch."}
+    )
+    dual_smoothing: float = field(default=0.0, metadata={"help": "Share of the old value in the running mean."})
+    dual_patience: int = field(default=10, metadata={"help": "Dual steps at dual_max, unmet, before giving up."})
+    threshold_confidence: float | None = field(
+        default=None, metadata={"help": "Probability to keep a threshold with: aims above it; default: aims at it."}
+    )
     initial_multiplier: dict | str | None = field(
         default="labels", metadata={"help": "labels, zero, or name=number,..."}
     )
@@ -184,6 +226,13 @@ class MOPOConfig(TrainingArguments):
             for name, value in self.label_rate.items():
                 if not 0 < value <= 1:
                     raise ValueError(f"label_rate[{name!r}]: expected a share in (0, 1]; got {value}")
+        if self.dual_lr is None:
+            self.dual_lr = AUTO
+        if isinstance(self.dual_lr, str) and self.dual_lr != AUTO:
+            try:
+                self.dual_lr = float(self.dual_lr)
+            except ValueError as error:
+                raise ValueError(f"dual_lr: expected a number or {AUTO}; got {self.dual_lr!r}") from error
         for name, choices in (
             ("loss_type", LOSS_TYPES),
             ("estimator", ESTIMATORS),
@@ -196,7 +245,15 @@ class MOPOConfig(TrainingArguments):
                 raise ValueError(f"{name}: expected one of {', '.join(choices)}; got {getattr(self, name)!r}")
         for name, low, high, low_open, high_open in (
             ("tau", 0, math.inf, True, True),
+            ("dual_data", 0, 1, False, True),
+            ("dual_steps", 1, math.inf, False, True),
+            ("dual_prompts", 1, math.inf, False, True),
+            ("dual_effective_prompts", 1, math.inf, False, True),
+            ("dual_samples", 1, math.inf, False, True),
+            ("dual_max_new_tokens", 1, math.inf, False, True),
             ("dual_lr", 0, math.inf, True, True),
+            ("dual_noise", 0, math.inf, True, True),
+            ("threshold_confidence", 0.5, 1, False, True),
             ("dual_max", 0, math.inf, True, True),
             ("dual_warmup_steps", 0, math.inf, False, True),
             ("dual_smoothing", 0, 1, False, True),
@@ -211,7 +268,7 @@ class MOPOConfig(TrainingArguments):
             ("max_buffer_bytes", 1, math.inf, False, True),
         ):
             value = getattr(self, name)
-            if value is None:
+            if value is None or value == AUTO:
                 continue
             if not (low < value if low_open else low <= value) or not (value < high if high_open else value <= high):
                 interval = f"{'(' if low_open else '['}{low}, {high}{')' if high_open else ']'}"

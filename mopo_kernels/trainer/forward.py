@@ -21,7 +21,7 @@ from mopo_kernels.reference import MAX_LOG_IMPORTANCE
 from mopo_kernels.trainer.head import Transform, output_head
 from mopo_kernels.trainer.layout import Layout, take_layout
 from mopo_kernels.trainer.reference_model import ReferenceModel
-from mopo_kernels.trainer.statistics import Statistics, double, importance_sums
+from mopo_kernels.trainer.statistics import Statistics, double, importance_sums, satisfaction_moments
 
 
 @dataclass
@@ -61,9 +61,24 @@ class PolicyForward:
 
     def sequence_logprob(self, model: nn.Module, layout: Layout) -> Tensor:
         """Log-probability of every response under the model as it is: (S,) nats."""
-        hidden, target, cu_seqlens = layout.scored(model)
+        return self._scored_logprob(model, layout)[0]
+
+    def _scored_logprob(self, model: nn.Module, layout: Layout) -> tuple[Tensor, Tensor]:
+        """The same, and how many tokens of each response are scored: (S,)."""
+        scored = layout.scored(model)
+        hidden, target, cu_seqlens = scored
         rows, weight, bias = output_head(model).operands(hidden)
-        return linear_sequence_logprob(rows, weight, target, cu_seqlens, bias, **self.head_options)
+        return linear_sequence_logprob(rows, weight, target, cu_seqlens, bias, **self.head_options), scored.lengths()
+
+    def first_log_ratio(self, model: nn.Module, layout: Layout, given: Tensor | None) -> Tensor:
+        """Log-ratio of the model as it is to the first reference, (S,) nats (a token with ``length_normalize``)."""
+        with torch.no_grad():
+            if given is None:
+                with self.reference.first(model):
+                    given = self.sequence_logprob(model, layout)
+            logprob, count = self._scored_logprob(model, layout)
+            ratio = logprob - given
+            return ratio / count.clamp(min=1) if self.length_normalize else ratio
 
     def reference_logprob(self, model: nn.Module, layout: Layout, given: Tensor | None) -> tuple[Tensor, Tensor]:
         """``(first, current)`` log-probabilities (S,) under the first and the current reference, without gradient.
@@ -93,6 +108,7 @@ class PolicyForward:
         normalizer: Tensor | float | None = None,
         ref_logprob: Tensor | None = None,
         reference_only: bool = False,
+        log_ratio_only: bool = False,
         **tokens: Tensor,
     ) -> dict[str, Tensor]:
         """The loss of a preference batch and its statistics; the tensors are those of ``PreferenceCollator``.
@@ -103,16 +119,20 @@ class PolicyForward:
             normalizer: what the loss is divided by; None is the batch's own weight.
             ref_logprob: (S,) log-probabilities under the first reference, when precomputed.
             reference_only: return only the log-probabilities under the first reference.
+            log_ratio_only: return only the policy's log-ratios to the first reference, without gradient.
             tokens: the tensors of one of the collator's layouts.
 
         Returns:
-            ``loss`` () and ``statistics``, the vector of ``Statistics``; or ``ref_logprob`` (S,).
+            ``loss`` () and ``statistics``, the vector of ``Statistics``; or ``ref_logprob`` (S,), or ``log_ratio``
+            (S,).
         """
         layout = take_layout(tokens)
         if tokens:
             raise ValueError(f"batch: expected the tensors of PreferenceCollator; got also {', '.join(tokens)}")
         if reference_only:
             return {"ref_logprob": self.reference_logprob(model, layout, None)[0]}
+        if log_ratio_only:
+            return {"log_ratio": self.first_log_ratio(model, layout, ref_logprob)}
         first, current = self.reference_logprob(model, layout, ref_logprob)
         scored = layout.scored(model)
         hidden, target, cu_seqlens = scored
@@ -160,7 +180,7 @@ class PolicyForward:
                 label_rate,
             )
             statistics["tokens"] = layout.tokens()
-            packed = self.statistics.pack(statistics.pop("value"), statistics.pop("labelled"), statistics)
+            packed = self.statistics.pack(statistics.pop("moments"), statistics)
         return {"loss": output.loss, "statistics": packed}
 
     def _statistics(
@@ -175,7 +195,7 @@ class PolicyForward:
         objective_weight: Tensor,
         label_rate: Tensor | None,
     ) -> dict[str, Tensor]:
-        """The sums of one batch by name, with ``value`` and ``labelled`` (K,). Nothing here is differentiated.
+        """The sums of one batch by name, with satisfaction's ``moments`` (6, K). Nothing here is differentiated.
 
         Satisfaction says what the policy is worth on the data, which the first reference (or the behaviour policy near
         it) wrote; so with a lagged reference it is measured by the ratio to the first, not to the one in the loss.
@@ -185,15 +205,13 @@ class PolicyForward:
         rho = None
         if self.loss_type == "cloning" or self.estimator == "closed_form":
             rho = reference.policy_ratio(preference, pairs, objective_weight, self.tau, prompt_index, self.max_ratio)
-        value, labelled = output.satisfaction, output.labelled
-        if self.reference.is_lagged:
-            value, labelled = reference.satisfaction(first_ratio, pairs, preference, pair_weight, self.estimator, rho)
         present = count > 0
         target = reference.pair_target(preference, objective_weight, self.tau, label_rate)
         ratio = torch.exp(double(first_ratio[present]).clamp(max=MAX_LOG_IMPORTANCE)) if rho is None else rho[present]
         return {
-            "value": value,
-            "labelled": labelled,
+            "moments": satisfaction_moments(
+                first_ratio, pairs, preference, pair_weight, prompt_index, self.estimator, rho
+            ),
             "loss": output.loss,
             "items": present.sum() if self.loss_type == "cloning" else pair_weight.sum(),
             "margin": (pair_weight * torch.sign(target) * output.margin).sum(),

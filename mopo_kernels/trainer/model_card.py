@@ -53,7 +53,10 @@ def model_card(trainer: MOPOTrainer, base_model: str | None = None, merged: bool
         "Weights": weights,
         "Optimizer steps": steps,
         "Training data": _size(trainer.train_dataset),
-        "Held-out data": _held_out_size(trainer.eval_dataset),
+        "Dual data": _size(trainer.dual_dataset),
+        "Held-out data": "the dual data"
+        if trainer.eval_dataset is not None and trainer.eval_dataset is trainer.dual_dataset
+        else _held_out_size(trainer.eval_dataset),
         "tau": f"{args.tau:g}",
         "loss_type": args.loss_type,
         "estimator": f"{args.estimator} (the scale of thresholds and satisfaction)",
@@ -75,12 +78,12 @@ def model_card(trainer: MOPOTrainer, base_model: str | None = None, merged: bool
             f"(MOPO, [arXiv 2505.10892](https://arxiv.org/abs/2505.10892)) to maximise {trainer.primary}"
             + (", each threshold below being a lower bound." if trainer.dual.threshold else "; no threshold was set."),
             "",
-            "| objective | | threshold | satisfaction in training | slack | multiplier | held out | slack |",
+            "| objective | | threshold | multiplier | dual data | slack | held out | slack |",
             "|---|---|---|---|---|---|---|---|",
             *(_row(trainer, name, found) for name in trainer.objectives),
             "",
-            f"In training: running means (smoothing {args.dual_smoothing:g}) at step {trainer.dual.steps}, with the "
-            f"multipliers of that step. Held-out: {measured}.",
+            f"Dual data, which the loss did not fit and the multipliers followed: {_dual(trainer)}. Held-out: {measured}. "
+            "± is the standard error by prompt.",
             "",
             "| | |",
             "|---|---|",
@@ -92,17 +95,20 @@ def model_card(trainer: MOPOTrainer, base_model: str | None = None, merged: bool
 
 
 def _row(trainer: MOPOTrainer, name: str, found: dict[str, float]) -> str:
-    threshold, satisfaction = trainer.dual.threshold.get(name), trainer.dual.smoothed.get(name)
+    threshold = trainer.dual.threshold.get(name)
+    dual = trainer.measurement
+    satisfaction = None if dual is None else dual.satisfaction.get(name)
+    error = None if dual is None else dual.standard_error.get(name)
     role = "maximised" if name == trainer.primary else "watched" if threshold is None else "held"
     held_out = found.get(f"eval_satisfaction/{name}")
     cells = [
         name,
         role,
         "" if threshold is None else f"{threshold:.4g}",
-        _number(satisfaction),
-        _slack(satisfaction, threshold),
         _number(trainer.dual.multiplier.get(name)) if threshold is not None else "",
-        _number(held_out),
+        _number(satisfaction) + _error(error),
+        _slack(satisfaction, threshold),
+        _number(held_out) + _error(found.get(f"eval_standard_error/{name}")),
         _slack(held_out, found.get(f"eval_threshold/{name}", threshold)),
     ]
     return f"| {' | '.join(cells)} |"
@@ -110,6 +116,19 @@ def _row(trainer: MOPOTrainer, name: str, found: dict[str, float]) -> str:
 
 def _number(value: float | None, form: str = "{:.4f}") -> str:
     return NOT_MEASURED if value is None else form.format(value)
+
+
+def _error(value: float | None) -> str:
+    return "" if value is None else f" ± {value:.4f}"
+
+
+def _dual(trainer: MOPOTrainer) -> str:
+    """What its column is of."""
+    measurement = trainer.measurement
+    if measurement is None:
+        return "nothing was measured"
+    how = "fresh answers, judged," if trainer.judges else "labels"
+    return f"{how} of {measurement.prompts:,} prompts after step {measurement.step}"
 
 
 def _slack(satisfaction: float | None, threshold: float | None) -> str:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from mopo_kernels import reference
 from mopo_kernels.reference import MAX_LOG_IMPORTANCE
 
 _SCALARS = (
@@ -31,7 +32,7 @@ _SCALARS = (
 
 @dataclass(frozen=True)
 class Statistics:
-    """The layout of the vector of sums: 2 K + 13 numbers in fp64.
+    """The layout of the vector of sums: 6 K + 13 numbers in fp64, the first 6 K those of ``reference.ratio_moments``.
 
     Args:
         objectives: names of the K objectives.
@@ -44,25 +45,26 @@ class Statistics:
     @property
     def size(self) -> int:
         """Length of the vector."""
-        return 2 * len(self.objectives) + len(self.scalars)
+        return 6 * len(self.objectives) + len(self.scalars)
 
-    def pack(self, value: Tensor, labelled: Tensor, scalars: dict[str, Tensor]) -> Tensor:
-        """The vector of one batch: value (K,), NaN where labelled (K,) is 0, and every scalar."""
-        mass = double(labelled)
-        parts = [torch.nan_to_num(double(value), nan=0.0) * mass, mass]
-        return torch.cat([*parts, torch.stack([double(scalars[name]).reshape(()) for name in self.scalars])])
+    def pack(self, moments: Tensor, scalars: dict[str, Tensor]) -> Tensor:
+        """The vector of one batch: satisfaction's moments (6, K) over its prompts, and every scalar."""
+        return torch.cat([moments.flatten(), torch.stack([double(scalars[name]).reshape(()) for name in self.scalars])])
 
-    def satisfaction(self, sums: Tensor) -> tuple[Tensor, Tensor]:
-        """``(value (K,), labelled (K,))`` of the sums: value NaN where nothing is labelled."""
-        count = len(self.objectives)
-        return sums[:count] / sums[count : 2 * count], sums[count : 2 * count]
+    def satisfaction(self, sums: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """``(value, standard error by prompt, effective number of prompts)``, each (K,): ``reference.ratio_estimate``.
+
+        The value is NaN where nothing is labelled, the error where fewer than two prompts are.
+        """
+        return reference.ratio_estimate(sums[: 6 * len(self.objectives)].reshape(6, -1))
 
     def scalar(self, sums: Tensor, name: str) -> float:
         """One of the sums by name."""
-        return float(sums[2 * len(self.objectives) + self.scalars.index(name)])
+        return float(sums[6 * len(self.objectives) + self.scalars.index(name)])
 
     def summary(self, sums: Tensor) -> dict[str, float]:
-        """Satisfaction per objective, margin (nats), both KL estimates (nats) and the sums' effective sample size.
+        """Satisfaction per objective with its standard error by prompt, margin (nats), both KL estimates (nats) and the
+        sums' effective sample size.
 
         The KL of the policy to a reference is estimated on the data, which the first reference (or a policy near it)
         wrote: it is the KL between the two as distributions over the responses at hand, each weighted by its ratio to
@@ -71,12 +73,14 @@ class Statistics:
         exact as S grows, and for the first reference at most log S: read it as a lower bound once the effective sample
         size is small.
         """
-        values, labelled = self.satisfaction(sums)
-        result = {
-            f"satisfaction/{name}": float(value)
-            for name, value, mass in zip(self.objectives, values, labelled, strict=True)
-            if mass > 0
-        }
+        result = {}
+        for name, value, error in zip(
+            self.objectives, *(part.tolist() for part in self.satisfaction(sums)[:2]), strict=True
+        ):
+            if not math.isnan(value):
+                result[f"satisfaction/{name}"] = value
+            if not math.isnan(error):
+                result[f"standard_error/{name}"] = error
         responses = self.scalar(sums, "responses")
         if weight := self.scalar(sums, "margin_weight"):
             result["margin"] = self.scalar(sums, "margin") / weight
@@ -110,3 +114,54 @@ def importance_sums(first_ratio: Tensor, ratio: Tensor) -> dict[str, Tensor]:
         "importance_current": (w * current).sum(),
         "lagged": torch.exp((r - current).clamp(max=MAX_LOG_IMPORTANCE)).sum(),
     }
+
+
+def satisfaction_moments(
+    log_ratio: Tensor,
+    pairs: Tensor,
+    preference: Tensor,
+    pair_weight: Tensor,
+    prompt_index: Tensor,
+    estimator: str,
+    rho: Tensor | None,
+) -> Tensor:
+    """``reference.ratio_moments`` (6, K) in fp64 of a batch whose responses belong to the prompts ``prompt_index``
+    (S,).
+
+    The other arguments are those of ``reference.satisfaction``.
+    """
+    ratio = double(log_ratio)
+    pairs, prompt_index = pairs.to(ratio.device), prompt_index.to(ratio.device)
+    terms = reference.satisfaction_terms(
+        ratio, pairs, double(preference), double(pair_weight), estimator, None if rho is None else double(rho)
+    )
+    # As many places as responses: how many prompts there are, only a wait for the device would tell.
+    prompt = reference.prompt_number(prompt_index)[pairs[:, 0]]
+    return reference.ratio_moments(
+        *(reference.scatter_sum(part.new_zeros(len(ratio), part.shape[1]), prompt, part) for part in terms)
+    )
+
+
+class RunningMean:
+    """Bias-corrected exponential means of named numbers, of which some may be missing in an update.
+
+    Args:
+        decay: share of the old value, in [0, 1).
+    """
+
+    def __init__(self, decay: float) -> None:
+        self.decay = decay
+        self.sums: dict[str, list[float]] = {}
+
+    def update(self, values: Mapping[str, float]) -> None:
+        """Take in one more of each."""
+        for name, value in values.items():
+            total, weight = self.sums.get(name, (0.0, 0.0))
+            self.sums[name] = [
+                self.decay * old + (1 - self.decay) * new for old, new in ((total, value), (weight, 1.0))
+            ]
+
+    @property
+    def value(self) -> dict[str, float]:
+        """Of every name seen so far."""
+        return {name: total / weight for name, (total, weight) in self.sums.items()}

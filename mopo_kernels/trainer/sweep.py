@@ -179,7 +179,7 @@ class Sweep:
         args: the configuration of every point; in ``output_dir`` each has a folder of its name.
         train_dataset, eval_dataset, processing_class: as for ``MOPOTrainer``.
         save: called with a point's trainer and its ``TrainOutput``: evaluates, saves into ``trainer.args.output_dir``,
-            and returns a summary with ``steps``, ``multiplier``, ``threshold``, ``satisfaction`` and ``eval``.
+            and returns a summary with ``steps``, ``multiplier``, ``threshold``, ``in_sample`` and ``eval``.
         settings: what else the points' numbers depend on: a sweep goes on under the same only.
         afresh: train every point anew, whatever ``sweep.json`` has.
         loading_seconds: what making the model and the data took, for the report.
@@ -324,7 +324,7 @@ class Sweep:
     def _mark_front(self) -> None:
         """``nondominated`` of every trained point: no other has as much of each compared objective and more of one.
 
-        Compared is satisfaction on the held-out data where there is any, else its running mean in training.
+        Compared is satisfaction on the held-out data where there is any, else its running mean on the training pairs.
         """
         trained = [record for record in self.report["points"] if record["status"] == "trained"]
         part = self.report["front"] = "eval" if trained and all(r["satisfaction"]["eval"] for r in trained) else "train"
@@ -391,7 +391,8 @@ class Sweep:
                 trainer._prepare_references()
             self.report["shared"]["reference_seconds"] += time.perf_counter() - started
             self.report["shared"]["peak_memory_mib"] = peak_memory_mib(self.args.device)
-            self._data = trainer.train_dataset, trainer.eval_dataset
+            # All of it: a point with thresholds holds its dual data out by itself, one without trains on everything.
+            self._data = trainer.given_dataset, None if self._data[1] is None else trainer.eval_dataset
             self._attributes = dict(self.model.__dict__)
 
     @torch.no_grad()
@@ -411,10 +412,10 @@ class Sweep:
         gc.collect()
 
     def _measured(self, trainer: MOPOTrainer, summary: Mapping[str, Any]) -> dict[str, Any]:
-        """What a point came to: on the training data as running means, and on held-out data where there is any."""
+        """What a point came to: in-sample as running means, and on held-out data where there is any."""
         held_out = {name: summary["eval"].get(f"eval_satisfaction/{name}") for name in trainer.objectives}
         satisfaction = {
-            "train": dict(summary["satisfaction"]),
+            "train": dict(summary["in_sample"]),
             "eval": {name: value for name, value in held_out.items() if value is not None},
         }
         logged = [line["kl_first"] for line in trainer.state.log_history if "kl_first" in line]
@@ -424,6 +425,11 @@ class Sweep:
             "multiplier": summary["multiplier"],
             "threshold": summary["threshold"],
             "satisfaction": satisfaction,
+            "standard_error": {
+                name: error
+                for name in trainer.objectives
+                if (error := summary["eval"].get(f"eval_standard_error/{name}")) is not None
+            },
             "slack": {
                 part: {name: values[name] - bound for name, bound in summary["threshold"].items() if name in values}
                 for part, values in satisfaction.items()

@@ -14,7 +14,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from accelerate.utils import gather_object  # type: ignore[import-untyped]
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import (
@@ -28,7 +30,9 @@ from transformers import (
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, TrainOutput, rotate_checkpoints
 
 from mopo_kernels.data import PreferenceCollator, PreferenceData, PreferenceExample, win_rates
+from mopo_kernels.data.dataset import prompt_key
 from mopo_kernels.dual import DualAscent, LabelSolution, ThresholdError, Unmet, solve_labels
+from mopo_kernels.evaluation import Judge, sample_responses
 from mopo_kernels.trainer.attention import share_prompts
 from mopo_kernels.trainer.checkpoint import (
     MANIFEST_FILE,
@@ -40,7 +44,8 @@ from mopo_kernels.trainer.checkpoint import (
     is_complete,
     last_complete_checkpoint,
 )
-from mopo_kernels.trainer.config import BEST_METRIC, MOPOConfig
+from mopo_kernels.trainer.config import AUTO, BEST_METRIC, MOPOConfig
+from mopo_kernels.trainer.control import Controller, Measurement, hold_out
 from mopo_kernels.trainer.distributed import (
     check_deepspeed,
     gathered,
@@ -60,9 +65,16 @@ from mopo_kernels.trainer.reference_model import (
     trained_parameters,
 )
 from mopo_kernels.trainer.sampler import TokenBudgetLoader, TokenBudgetSampler
-from mopo_kernels.trainer.statistics import Statistics
+from mopo_kernels.trainer.statistics import RunningMean, Statistics
 
 logger = logging.getLogger(__name__)
+
+# Dual steps an epoch, and the fewest optimiser steps between two of them, where dual_steps does not say.
+_DUAL_STEPS_AN_EPOCH, _FEWEST_STEPS_BETWEEN = 8, 8
+# The share of an epoch that the multipliers wait, where dual_warmup_steps does not say.
+_WARMUP_EPOCHS = 0.5
+# Of the running means of satisfaction on the training pairs, which are reported and steer nothing.
+_IN_SAMPLE_DECAY = 0.9
 
 # Below this share of the responses the importance-weighted estimate rests on a handful of them.
 _COLLAPSED_SHARE = 0.1
@@ -94,10 +106,16 @@ class TrainingInterrupted(KeyboardInterrupt):
 
 
 class _StepCallback(TrainerCallback):
-    """Calls the trainer around every optimiser step."""
+    """Calls the trainer around every optimiser step, and tells it how many an epoch has."""
 
     def __init__(self, trainer: MOPOTrainer) -> None:
         self.trainer = trainer
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        batches = len(kwargs["train_dataloader"])
+        self.trainer._steps_an_epoch = max(1, math.ceil(batches / args.gradient_accumulation_steps))
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -111,9 +129,10 @@ class _StepCallback(TrainerCallback):
 class MOPOTrainer(Trainer):
     """Trains a causal language model on pairwise preferences for several objectives under thresholds.
 
-    The loss runs inside the wrapped model's forward, so DDP and FSDP reduce its gradients; one dual step follows every
-    optimiser step, on satisfaction averaged over its micro-batches and ranks. Gradient accumulation and data
-    parallelism give the gradient of the whole batch exactly: the loss is divided by the total pair weight.
+    The loss runs inside the wrapped model's forward, so DDP and FSDP reduce its gradients. Gradient accumulation and
+    data parallelism give the gradient of the whole batch exactly: the loss is divided by the total pair weight. Every
+    ``dual_steps`` optimiser steps one dual step follows, on satisfaction measured on the *dual data*: prompts that the
+    loss never fits. Figures of the training pairs are logged as ``in_sample/...`` and steer nothing.
 
     Args:
         model: a decoder-only transformers model, or a ``PeftModel`` of one.
@@ -124,9 +143,18 @@ class MOPOTrainer(Trainer):
         eval_dataset: the same, or a dict of them.
         processing_class: the tokenizer.
         callbacks, optimizers and further keywords: as in ``transformers.Trainer``.
+        dual_dataset: the dual data, none of whose prompts is in ``train_dataset``, in the same forms; default a share
+            of the training prompts (``dual_data``). Not looked at without thresholds.
+        judges: by objective, a function of prompt and response that gives a score, the higher the better. With them a
+            dual step answers ``dual_samples`` prompts of the dual data with the policy, and measures how often the
+            answers beat the stored responses: on the scale of win rates, with errors that average out over the
+            steps. Every objective with a threshold needs one.
 
     Attributes:
+        train_dataset, dual_dataset: what the loss fits, and the dual data, or None.
+        given_dataset: the training data as given, before a share became the dual data.
         dual: the ``DualAscent`` that holds the multipliers.
+        measurement: what the last dual step was made on (``control.Measurement``), or None.
         label_solution: what the exact solve on the training labels found, or None.
         already_finished: whether the last ``train`` resumed from a checkpoint that had every step, and so took none.
 
@@ -154,6 +182,8 @@ class MOPOTrainer(Trainer):
         processing_class: Any = None,
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[Any, Any] = (None, None),
+        dual_dataset: Any = None,
+        judges: Mapping[str, Judge] | None = None,
         **kwargs: Any,
     ) -> None:
         if not isinstance(args, MOPOConfig):
@@ -208,6 +238,10 @@ class MOPOTrainer(Trainer):
             args, self.objectives, self.primary, train_dataset
         )
         self.dual = self._new_dual(args)
+        self.given_dataset = train_dataset
+        train_dataset = self._split(args, train_dataset, dual_dataset, judges)
+        if eval_dataset is None and args.eval_strategy != "no":
+            eval_dataset = self.dual_dataset
         super().__init__(
             model=model,
             args=args,
@@ -234,6 +268,8 @@ class MOPOTrainer(Trainer):
                 "reference: expected 'precomputed' (or LoRA) and reference_update_steps=None under FSDP and DeepSpeed, "
                 f"whose shards cannot be swapped; got {args.reference!r} and {args.reference_update_steps}"
             )
+        if judges is not None and (self.is_fsdp_enabled or self.is_deepspeed_enabled or self.get_tp_size() > 1):
+            raise ValueError("judges: expected None under FSDP, DeepSpeed and tensor parallelism, which do not sample")
         _warn_of_missing_labels(args, self.objectives, self.primary, train_dataset)
         self.reference = ReferenceModel(
             dtype=torch.bfloat16 if args.reference_dtype == "bfloat16" else None, offload=args.reference_offload
@@ -263,6 +299,7 @@ class MOPOTrainer(Trainer):
         self._unmet: list[Unmet] = []
         self._warned: set[str] = set()
         self._eval_sums: Tensor | None = None
+        self._steps_an_epoch = 1
         self._reset_sums()
         self.add_callback(_StepCallback(self))
         if args.early_stopping_patience is not None:
@@ -283,13 +320,187 @@ class MOPOTrainer(Trainer):
             self.objectives,
             self.primary,
             args.thresholds,
-            lr=args.dual_lr,
+            lr=4 * args.tau if args.dual_lr == AUTO else float(args.dual_lr),  # type: ignore[arg-type]
             maximum=args.dual_max,
-            warmup_steps=args.dual_warmup_steps,
             smoothing=args.dual_smoothing,
             initial=self._initial_multiplier,
             patience=args.dual_patience,
         )
+
+    def _split(
+        self, args: MOPOConfig, data: PreferenceData | None, dual_dataset: Any, judges: Mapping[str, Judge] | None
+    ) -> PreferenceData | None:
+        """Settle the dual data and who measures on it; what is left for the loss."""
+        self.dual_dataset: PreferenceData | None = None
+        self._controller: Controller | None = None
+        self._parts: tuple[list[int], list[int]] | None = None
+        if data is None or not args.thresholds:
+            return data
+        reason = None
+        if dual_dataset is not None:
+            self.dual_dataset = as_preference_data(dual_dataset, "dual_dataset")
+            fitted = {prompt_key(prompt) for prompt in data.dataset["prompt"]}
+            if both := [1 for prompt in self.dual_dataset.dataset["prompt"] if prompt_key(prompt) in fitted]:
+                raise ValueError(
+                    f"dual_dataset: expected prompts that the loss never fits; {len(both)} of "
+                    f"{len(self.dual_dataset)} are in train_dataset"
+                )
+        else:
+            rest, held, reason = hold_out(args, data)
+            if held:
+                self._parts = rest, held
+                data, self.dual_dataset = data.select(rest), data.select(held)
+        if reason is not None and args.process_index == 0:
+            logger.warning(reason)
+        if self.dual_dataset is None:
+            if args.threshold_relaxation is not None:
+                raise ValueError(
+                    "threshold_relaxation: expected dual data, on which values are measured; there is none"
+                )
+            return data
+        if judges is not None:
+            _check_judges(args, judges, self.objectives)
+        solution = self.label_solution or solve_dual(args, self.objectives, self.primary, self.given_dataset)
+        self._controller = Controller(args, self.objectives, self.dual_dataset, solution.slope, judges)
+        return data
+
+    @property
+    def measurement(self) -> Measurement | None:
+        """What the last dual step was made on."""
+        return None if self._controller is None else self._controller.last
+
+    @property
+    def judges(self) -> Mapping[str, Judge] | None:
+        """Who judges fresh answers in the dual steps."""
+        return None if self._controller is None else self._controller.judges
+
+    @property
+    def in_sample(self) -> dict[str, float]:
+        """Running means of satisfaction on the training pairs, by objective: what the policy has fitted, no measure of
+        it."""
+        return self._in_sample.value
+
+    def _dual_steps(self) -> int:
+        if self.args.dual_steps is not None:
+            return self.args.dual_steps
+        return max(_FEWEST_STEPS_BETWEEN, round(self._steps_an_epoch / _DUAL_STEPS_AN_EPOCH))
+
+    def _dual_step(self, control: TrainerControl) -> None:
+        """Measure on the dual data, move the multipliers, and log both."""
+        controller, args, step = self._controller, self.args, self.state.global_step
+        assert controller is not None
+        part = controller.next_part()
+        if controller.judges is not None:
+            measurement = controller.from_win_rates(step, self._judged(part))
+        else:
+            measurement = controller.from_log_ratios(step, self._log_ratios(part), self.dual.weight)
+        warmup = _WARMUP_EPOCHS * self._steps_an_epoch if args.dual_warmup_steps is None else args.dual_warmup_steps
+        logs, refused = controller.move(self.dual, measurement, self._learning_rate_share(), waiting=step <= warmup)
+        for name in refused:
+            self._warn_once(
+                f"dual {name}",
+                f"the multiplier of {name} was left as it is at step {step}: its value rests on an effective number of "
+                f"{measurement.effective_prompts[name]:.1f} prompts, and dual_effective_prompts is "
+                f"{args.dual_effective_prompts:g} (this is said once)",
+            )
+        for name, multiplier in self.dual.multiplier.items():
+            logs |= {f"multiplier/{name}": multiplier, f"threshold/{name}": self.dual.threshold[name]}
+        # A callback's answer to a log line takes back that one is due.
+        due = control.should_log
+        self.log(logs)
+        control.should_log = due
+
+    def _learning_rate_share(self) -> float:
+        """Of its peak."""
+        scheduler: Any = getattr(self.lr_scheduler, "scheduler", self.lr_scheduler)
+        peak = getattr(scheduler, "base_lrs", [self.args.learning_rate])[0]
+        return float(scheduler.get_last_lr()[0] / peak) if peak else 0.0
+
+    @contextmanager
+    def _measuring(self) -> Iterator[None]:
+        """Evaluation mode, without gradient; modes and random states are left as they were."""
+        modes = [(module, module.training) for module in self.model.modules()]
+        optimizer: Any = self.optimizer
+        device = self.args.device
+        self.model.eval()
+        if callable(getattr(optimizer, "eval", None)):
+            optimizer.eval()
+        try:
+            with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.no_grad():
+                yield
+        finally:
+            for module, training in modes:
+                module.training = training
+            if callable(getattr(optimizer, "train", None)):
+                optimizer.train()
+
+    def _dealt(self, part: Sequence[int]) -> tuple[list[tuple[int, list[int]]], int]:
+        """This rank's batches of a part of the dual data, each with its number, as many on every rank; and how many
+        batches there are."""
+        size = self.args.per_device_eval_batch_size
+        batches = [list(part[start : start + size]) for start in range(0, len(part), size)]
+        sharing = self.get_tp_size()
+        ranks, rank = self.accelerator.num_processes // sharing, self.accelerator.process_index // sharing
+        rounds = math.ceil(len(batches) / ranks)
+        own = [min(turn * ranks + rank, len(batches) - 1) for turn in range(rounds)]
+        return [(number, batches[number]) for number in own], len(batches)
+
+    def _log_ratios(self, part: Sequence[int]) -> dict[int, list[float]]:
+        """Of the policy to the first reference, for every response of these examples of the dual data, on every
+        rank."""
+        data = self.dual_dataset
+        assert data is not None
+        if self.args.estimator == "closed_form":
+            return {index: [0.0] * len(data[index].responses) for index in part}
+        found: dict[int, list[float]] = {}
+        with self._measuring():
+            for _, indices in self._dealt(part)[0]:
+                batch = self._prepare_inputs(self.data_collator([data[index] for index in indices]))
+                with self.compute_loss_context_manager():
+                    ratio = self.model(**batch, log_ratio_only=True)["log_ratio"].double().tolist()
+                rows: list[list[float]] = [[] for _ in indices]
+                for place, value in zip(batch["prompt_index"].tolist(), ratio, strict=True):
+                    rows[place].append(value)
+                found |= dict(zip(indices, rows, strict=True))
+        found = self._from_all_ranks(found)
+        if not all(math.isfinite(value) for row in found.values() for value in row):
+            raise FloatingPointError(_diverged(self.state.global_step))
+        return found
+
+    def _judged(self, part: Sequence[int]) -> dict[int, dict[str, float]]:
+        """Win rates of an answer of the policy to each of these prompts of the dual data, on every rank."""
+        controller, data, args = self._controller, self.dual_dataset, self.args
+        assert controller is not None
+        assert data is not None
+        tokens = args.dual_max_new_tokens or args.max_response_length
+        if tokens is None:
+            lengths = [len(response) for item in self.data_collator.tokenize(list(data)) for response in item.responses]
+            tokens = max(lengths)
+        found: dict[int, dict[str, float]] = {}
+        with self._measuring(), self.compute_loss_context_manager():
+            for number, indices in self._dealt(part)[0]:
+                # The same on any number of ranks, and another in every dual step.
+                seed = np.random.SeedSequence([args.seed, controller.rounds, number]).generate_state(1)
+                answers = sample_responses(
+                    self.model,
+                    self.data_collator.tokenizer,
+                    [data[index].prompt for index in indices],
+                    samples_per_prompt=1,
+                    max_new_tokens=tokens,
+                    batch_size=len(indices),
+                    seed=int(seed[0]),
+                    progress=False,
+                )
+                found |= {
+                    index: controller.win_rates(index, answer[0])
+                    for index, answer in zip(indices, answers, strict=True)
+                }
+        return self._from_all_ranks(found)
+
+    def _from_all_ranks(self, found: dict[int, Any]) -> dict[int, Any]:
+        if self.accelerator.num_processes == 1:
+            return found
+        return dict(gather_object(list(found.items())))
 
     # -------------------------------------------------------------------------------------------------- reference
 
@@ -299,10 +510,14 @@ class MOPOTrainer(Trainer):
             return
         parts: dict[str, PreferenceData] = {}
         if self.train_dataset is not None:
-            parts["train"] = self.train_dataset
+            # As given, so that runs with and without dual data share the file.
+            parts["train"] = self.train_dataset if self._parts is None else self.given_dataset
+        if self.dual_dataset is not None and self._parts is None:
+            parts["dual"] = self.dual_dataset
+        evaluates_dual = self.eval_dataset is self.dual_dataset
         if isinstance(self.eval_dataset, dict):
             parts.update({f"eval_{name}": part for name, part in self.eval_dataset.items()})
-        elif self.eval_dataset is not None:
+        elif self.eval_dataset is not None and not evaluates_dual:
             parts["eval"] = self.eval_dataset
         lacking = {name: indices for name, part in parts.items() if (indices := _without_reference(part))}
         if not lacking:
@@ -339,11 +554,16 @@ class MOPOTrainer(Trainer):
                 )
         finally:
             self.reference.untrained = False
-        self.train_dataset = parts.get("train")
         if isinstance(self.eval_dataset, dict):
             self.eval_dataset = {name: parts[f"eval_{name}"] for name in self.eval_dataset}
+        if self._parts is None:
+            self.train_dataset, self.dual_dataset = parts.get("train"), parts.get("dual")
+            self.given_dataset = self.train_dataset
         else:
-            self.eval_dataset = parts.get("eval")
+            self.given_dataset = parts["train"]
+            self.train_dataset, self.dual_dataset = (self.given_dataset.select(part) for part in self._parts)
+        if not isinstance(self.eval_dataset, dict):
+            self.eval_dataset = self.dual_dataset if evaluates_dual else parts.get("eval")
 
     # --------------------------------------------------------------------------------------------------- training
 
@@ -370,13 +590,15 @@ class MOPOTrainer(Trainer):
         self._reset_sums()
         self._unmet, self._interrupted, self._stopped = [], False, False
         self.already_finished = False
+        if self._controller is not None:
+            self._controller.reset()
         if checkpoint is not None:
             self._load_state(checkpoint)
         self._name_run(checkpoint)
-        resumed_at = self.dual.steps
+        self._steps_taken = 0
         with self._deferred_interrupt():
             output = super().train(checkpoint, trial, ignore_keys_for_eval)
-        self.already_finished = checkpoint is not None and self.dual.steps == resumed_at
+        self.already_finished = checkpoint is not None and self._steps_taken == 0
         if self.already_finished and self.is_world_process_zero():
             logger.warning(
                 "nothing left to train: %s has %d of %d steps",
@@ -526,13 +748,15 @@ class MOPOTrainer(Trainer):
         self._window_steps = 0
         self._window_sizes: list[float] = []
         self._window_seconds = 0.0
+        self._in_sample = RunningMean(_IN_SAMPLE_DECAY)
+        self._steps_taken = 0
         self._step_started = time.perf_counter()
 
     def _begin_step(self) -> None:
         self._step_started = time.perf_counter()
 
     def _end_step(self, control: TrainerControl) -> None:
-        """After every optimiser step: one dual step on all ranks' satisfaction, then the reference's turn."""
+        """After every optimiser step: its figures, a dual step if one is due, then the reference's turn."""
         # All ranks must stop at the same step, whichever of them has seen Ctrl-C.
         stop = self._step_sums.new_tensor([float(self._interrupted)])
         sums = self._over_ranks(torch.cat([self._step_sums, stop])).cpu()
@@ -540,21 +764,26 @@ class MOPOTrainer(Trainer):
         self._interrupted = bool(sums[-1] > 0)
         sums = sums[:-1]
         if not torch.isfinite(sums).all():
-            raise FloatingPointError(
-                f"the loss or the log-probabilities of step {self.state.global_step} are not finite: the policy has "
-                "diverged (a lower learning_rate, or a larger tau, keeps it nearer the reference)"
-            )
+            raise FloatingPointError(_diverged(self.state.global_step))
         self._window_sums += sums
         self._window_steps += 1
         # Sums merge over steps, effective sample sizes do not: each is of one step's weights among themselves.
-        size = self._statistics.summary(sums).get("effective_sample_size")
+        summary = self._statistics.summary(sums)
+        size = summary.get("effective_sample_size")
         if size is not None:
             self._window_sizes.append(size)
         self._window_seconds += time.perf_counter() - self._step_started
-        self.dual.update(*self._statistics.satisfaction(sums))
+        self._steps_taken += 1
+        values = {name: summary.get(f"satisfaction/{name}") for name in self.objectives}
+        self._in_sample.update({name: value for name, value in values.items() if value is not None})
 
-        args = self.args
-        if args.reference_update_steps is not None and self.state.global_step % args.reference_update_steps == 0:
+        args, step = self.args, self.state.global_step
+        moves_reference = args.reference_update_steps is not None and step % args.reference_update_steps == 0
+        # A relaxed threshold is a share of the value that the policy has now.
+        due = step % self._dual_steps() == 0 or (moves_reference and args.threshold_relaxation is not None)
+        if self._controller is not None and due:
+            self._dual_step(control)
+        if moves_reference:
             self.reference.update(self.model)
             if args.threshold_relaxation is not None:
                 smoothed = self.dual.smoothed
@@ -596,8 +825,12 @@ class MOPOTrainer(Trainer):
         super().log(logs, start_time)
 
     def _window_metrics(self) -> dict[str, float]:
-        result = self._control_metrics(self._statistics.summary(self._window_sums))
-        result.pop("effective_sample_size", None)
+        summary = self._statistics.summary(self._window_sums)
+        summary.pop("effective_sample_size", None)
+        # The policy fits these pairs: by its name no one should take a figure of theirs for a measure of it.
+        result = {f"in_sample/{key}" if "/" in key else key: value for key, value in summary.items()}
+        for name, multiplier in self.dual.multiplier.items():
+            result |= {f"multiplier/{name}": multiplier, f"threshold/{name}": self.dual.threshold[name]}
         if self._window_sizes:
             result["effective_sample_size"] = sum(self._window_sizes) / len(self._window_sizes)
         seconds = max(self._window_seconds, 1e-9)
@@ -624,7 +857,8 @@ class MOPOTrainer(Trainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> dict[str, float]:
-        """As ``transformers.Trainer.evaluate``, with satisfaction, slack, margin and KL among the metrics.
+        """As ``transformers.Trainer.evaluate``, with satisfaction, its standard error by prompt, slack, margin and KL
+        among the metrics.
 
         The loss is the one training minimises, under the multipliers of the moment: it is not comparable between steps
         at which they differ; satisfaction is. ``feasible_primary`` orders policies as the problem does: the primary
@@ -731,6 +965,8 @@ class MOPOTrainer(Trainer):
         snapshot = self.reference.snapshot
         return {
             "dual": self.dual.state_dict(),
+            "controller": None if self._controller is None else self._controller.state_dict(),
+            "in_sample": self._in_sample.sums,
             "settings": self._settings(),
             "reference_fingerprint": self._reference_fingerprint,
             "snapshot": None if snapshot is None else {name: value.cpu() for name, value in snapshot.items()},
@@ -747,6 +983,7 @@ class MOPOTrainer(Trainer):
             "objectives": list(self.objectives),
             "primary": self.primary,
             **{name: getattr(self.args, name) for name in _PROBLEM},
+            "dual_data": "none" if self._controller is None else self._controller.fingerprint(),
             "thresholds": dict(self.args.thresholds),
         }
 
@@ -780,6 +1017,11 @@ class MOPOTrainer(Trainer):
                 logger.warning("resuming from %s with other thresholds: %s", checkpoint, shown)
         if state["snapshot"] is not None:
             self.reference.load(self.model, state["snapshot"])
+        if self._controller is not None and state.get("controller") is not None:
+            self._controller.load_state_dict(state["controller"])
+        self._in_sample.sums = state.get("in_sample", {})
+        if state["window_sums"].shape != self._window_sums.shape:
+            return  # of a version with fewer sums: the log line that is under way begins here
         self._window_sums = state["window_sums"]
         self._window_steps, self._window_seconds = state["window_steps"], state["window_seconds"]
         self._window_sizes = list(state.get("window_sizes", []))
@@ -828,6 +1070,28 @@ def resolve_objectives(args: MOPOConfig, train: PreferenceData | None, evaluatio
     return objectives, primary
 
 
+def _check_judges(args: MOPOConfig, judges: Mapping[str, Judge], objectives: Sequence[str]) -> None:
+    assert isinstance(args.thresholds, dict)
+    if unknown := [name for name in judges if name not in objectives]:
+        raise ValueError(f"judges: expected objectives among {', '.join(objectives)}; got {', '.join(unknown)}")
+    if lacking := [name for name in args.thresholds if name not in judges]:
+        raise ValueError(
+            f"judges: expected one for every objective with a threshold; got none for {', '.join(lacking)}"
+        )
+    if args.estimator == "pair":
+        raise ValueError(
+            "estimator: expected snis or closed_form with judges, who measure win rates, as the multipliers start on "
+            "the estimator's scale; got pair"
+        )
+
+
+def _diverged(step: int) -> str:
+    return (
+        f"the loss or the log-probabilities of step {step} are not finite: the policy has diverged (a lower "
+        "learning_rate, or a larger tau, keeps it nearer the reference)"
+    )
+
+
 def _without_reference(data: PreferenceData) -> list[int]:
     """Which examples have no log-probabilities under the reference."""
     if "ref_logprob" not in data.dataset.column_names:
@@ -848,6 +1112,19 @@ def starting_multipliers(
         return args.initial_multiplier, None
     if args.initial_multiplier == "zero" or not args.thresholds or data is None:
         return {}, None
+    solution = solve_dual(args, objectives, primary, data)
+    if solution.message:
+        message = f"on the training labels (estimator {args.estimator}, dual_max {args.dual_max:g}): {solution.message}"
+        # A search that has not converged proves nothing: training starts from where it ended, and finds out.
+        if not solution.feasible and solution.converged and args.on_infeasible == "error":
+            raise ThresholdError(solution.unmet, message)
+        logger.warning(message)
+    return solution.multiplier, solution
+
+
+def solve_dual(args: MOPOConfig, objectives: Sequence[str], primary: str, data: PreferenceData) -> LabelSolution:
+    """The dual's solution on the labels of ``data``."""
+    assert isinstance(args.thresholds, dict)
     rates = win_rates(data, objectives)
     examples = list(data)
     pairs = [(x, pair) for x, example in enumerate(examples) for pair in example.pairs]
@@ -855,7 +1132,7 @@ def starting_multipliers(
     labels = [
         [nan if (value := pair.preference.get(name)) is None else value for name in objectives] for _, pair in pairs
     ]
-    solution = solve_labels(
+    return solve_labels(
         rates.win_rate,
         rates.reference,
         objectives,
@@ -871,13 +1148,6 @@ def starting_multipliers(
         preference=labels,
         weight=[examples[x].weight for x, _ in pairs],
     )
-    if solution.message:
-        message = f"on the training labels (estimator {args.estimator}, dual_max {args.dual_max:g}): {solution.message}"
-        # A search that has not converged proves nothing: training starts from where it ended, and finds out.
-        if not solution.feasible and solution.converged and args.on_infeasible == "error":
-            raise ThresholdError(solution.unmet, message)
-        logger.warning(message)
-    return solution.multiplier, solution
 
 
 def precomputes(args: MOPOConfig, is_adapter: bool, examples: int, step: int) -> bool:
