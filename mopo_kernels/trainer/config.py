@@ -60,13 +60,16 @@ class MOPOConfig(TrainingArguments):
         dual_prompts: most prompts of the dual data that one dual step looks at, in turns.
         dual_effective_prompts: the effective number of prompts (eq. 39 of docs/method.md) that an objective's
             measurement must rest on to move its multiplier.
+        dual_coverage: with ``snis``, the least mean importance weight at which multipliers move. It is 1 while the
+            policy's responses are among those of the dual data, which the reference wrote; when it falls, the weights
+            tell less and less of the policy, and only ``judges`` can. 0: whatever it is.
         dual_samples: prompts answered afresh in a dual step, one answer each, where the trainer is given ``judges``.
         dual_max_new_tokens: longest such answer. None: ``max_response_length``, or the longest response in the dual
             data.
         dual_lr: step size of the multipliers. ``auto`` takes as much of a Newton step on the labels' own dual as leaves
-            no more than ``dual_noise`` of the measurement's error in an objective's value, at most half of one, times
-            the learning rate's share of its peak, so that the multipliers settle with the policy. A number is a
-            plain step, the same throughout.
+            no more than ``dual_noise`` of the measurement's error in an objective's value, at most half of one in an
+            eighth of the run, times the learning rate's share of its peak, so that the multipliers settle with the
+            policy. A number is a plain step, the same throughout.
         dual_noise: see ``dual_lr``; in units of satisfaction.
         dual_max: upper limit of a multiplier.
         dual_warmup_steps: optimiser steps before the multipliers move. None: half of the first epoch, in which the
@@ -141,6 +144,9 @@ class MOPOConfig(TrainingArguments):
     )
     dual_effective_prompts: float = field(
         default=25.0, metadata={"help": "Effective number of prompts that a dual step must rest on."}
+    )
+    dual_coverage: float = field(
+        default=0.7, metadata={"help": "With snis: least mean importance weight at which multipliers move."}
     )
     dual_samples: int = field(default=32, metadata={"help": "Prompts answered in a dual step, with judges."})
     dual_max_new_tokens: int | None = field(
@@ -249,6 +255,7 @@ class MOPOConfig(TrainingArguments):
             ("dual_steps", 1, math.inf, False, True),
             ("dual_prompts", 1, math.inf, False, True),
             ("dual_effective_prompts", 1, math.inf, False, True),
+            ("dual_coverage", 0, 1, False, False),
             ("dual_samples", 1, math.inf, False, True),
             ("dual_max_new_tokens", 1, math.inf, False, True),
             ("dual_lr", 0, math.inf, True, True),

@@ -28,8 +28,9 @@ from mopo_kernels.evaluation import Judge, Prompt, judge_responses
 from mopo_kernels.trainer.config import AUTO, MOPOConfig
 from mopo_kernels.trainer.statistics import satisfaction_moments
 
-# The most of a Newton step that is taken, however little noise there is: the policy answers with a delay.
-_LARGEST_GAIN = 0.5
+# The most of a Newton step that is taken in any of so many parts of a run, however little noise there is: the policy
+# answers with a delay, and first of all is on its way from the reference.
+_LARGEST_GAIN, _PARTS_OF_A_RUN = 0.5, 8
 # A slope below this share of the largest that there can be is taken for it: nearly all labels of the objective tie.
 _SMALLEST_SLOPE = 0.01
 
@@ -44,6 +45,8 @@ class Measurement:
         satisfaction: by objective that has labels, or a judge.
         standard_error: by prompt, by objective measured on at least two prompts.
         effective_prompts: the effective number of prompts behind each value, by objective.
+        coverage: with importance weights, their mean, which is 1 as long as the reference wrote the responses and the
+            policy's own are among them; what is short of 1 is where the policy writes what the data do not have.
     """
 
     step: int
@@ -51,6 +54,7 @@ class Measurement:
     satisfaction: dict[str, float]
     standard_error: dict[str, float]
     effective_prompts: dict[str, float]
+    coverage: float | None = None
 
 
 def hold_out(args: MOPOConfig, data: PreferenceData | None) -> tuple[list[int], list[int], str | None]:
@@ -77,19 +81,25 @@ def hold_out(args: MOPOConfig, data: PreferenceData | None) -> tuple[list[int], 
     return rest, held, None
 
 
-def gain(standard_error: float, noise: float) -> float:
+def gain(standard_error: float, noise: float, part: float) -> float:
     """Which part of a Newton step may be taken on a value with this error.
 
     Steps ``x <- x - gain (x + e)`` with independent errors e of standard deviation s leave x with a standard deviation
-    of ``s sqrt(gain / (2 - gain))``, eq. (40) of docs/method.md: the gain that makes this ``noise``, and at most a
-    half.
+    of ``s sqrt(gain / (2 - gain))``, eq. (40) of docs/method.md: the gain that makes this ``noise``, and at most half a
+    step in an eighth of a run.
+
+    Args:
+        standard_error: s, in units of satisfaction.
+        noise: what s may add to the value.
+        part: of the run from one dual step to the next, in (0, 1].
     """
     if not math.isfinite(standard_error):
         return 0.0
+    largest = _LARGEST_GAIN * min(1.0, _PARTS_OF_A_RUN * part)
     if standard_error <= noise:
-        return _LARGEST_GAIN
+        return largest
     share = (noise / standard_error) ** 2
-    return min(_LARGEST_GAIN, 2 * share / (1 + share))
+    return min(largest, 2 * share / (1 + share))
 
 
 class Controller:
@@ -182,7 +192,10 @@ class Controller:
         if estimator == "snis":
             # Of the weights as they are: a cap hides how few prompts carry the value, and not its bias.
             effective = estimate(r)[2]
-        return self._measurement(step, len(set(prompts)), value, error, effective)
+        found = self._measurement(step, len(set(prompts)), value, error, effective)
+        if estimator != "snis":
+            return found
+        return dataclasses.replace(found, coverage=float(r.clamp(max=reference.MAX_LOG_IMPORTANCE).exp().mean()))
 
     def win_rates(self, index: int, answer: str) -> dict[str, float]:
         """Of an answer to the prompt of an example over its responses, by the judges; a tie is half a win."""
@@ -226,13 +239,13 @@ class Controller:
 
     # ------------------------------------------------------------------------------------------------------ steps
 
-    def step_size(self, measurement: Measurement, share: float) -> dict[str, float]:
-        """By constrained objective; ``share`` is that of the learning rate in its peak."""
+    def step_size(self, measurement: Measurement, share: float, part: float) -> dict[str, float]:
+        """By constrained objective; ``share`` is that of the learning rate in its peak, ``part`` as in :func:`gain`."""
         if self.args.dual_lr != AUTO:
             return dict.fromkeys(self._slope, float(self.args.dual_lr))  # type: ignore[arg-type]
         error = measurement.standard_error
         return {
-            name: share * gain(error.get(name, math.nan), self.args.dual_noise) / slope
+            name: share * gain(error.get(name, math.nan), self.args.dual_noise, part) / slope
             for name, slope in self._slope.items()
         }
 
@@ -248,22 +261,23 @@ class Controller:
         return {name: z * error * rest for name, error in measurement.standard_error.items() if name in self._slope}
 
     def move(
-        self, dual: DualAscent, measurement: Measurement, share: float, waiting: bool
+        self, dual: DualAscent, measurement: Measurement, share: float, part: float, waiting: bool
     ) -> tuple[dict[str, float], list[str]]:
-        """One dual step; what to log of it, and the objectives that rest on too few prompts to have made one.
+        """One dual step; what to log of it, and the objectives whose value rests on too little to have made one.
 
         Args:
-            share: see :meth:`step_size`.
+            share, part: see :meth:`step_size`.
             waiting: the multipliers do not move yet.
         """
         self.last = measurement
         value, size = measurement.satisfaction, measurement.effective_prompts
-        refused = [name for name in value if size[name] < self.args.dual_effective_prompts]
+        covered = measurement.coverage is None or measurement.coverage >= self.args.dual_coverage
+        refused = [name for name in value if not covered or size[name] < self.args.dual_effective_prompts]
         margin = self.margin(measurement)
-        step = dict.fromkeys(self._slope, 0.0) if waiting else self.step_size(measurement, share)
+        step = dict.fromkeys(self._slope, 0.0) if waiting else self.step_size(measurement, share, part)
         labelled = [float(name in value and name not in refused) for name in self.objectives]
         dual.update([value.get(name, math.nan) for name in self.objectives], labelled, lr=step, margin=margin)
-        logs: dict[str, float] = {}
+        logs: dict[str, float] = {} if measurement.coverage is None else {"dual/coverage": measurement.coverage}
         for kind, numbers in (
             ("satisfaction", value),
             ("standard_error", measurement.standard_error),

@@ -82,8 +82,8 @@ def model_card(trainer: MOPOTrainer, base_model: str | None = None, merged: bool
             "|---|---|---|---|---|---|---|---|",
             *(_row(trainer, name, found) for name in trainer.objectives),
             "",
-            f"Dual data, which the loss did not fit and the multipliers followed: {_dual(trainer)}. Held-out: {measured}. "
-            "± is the standard error by prompt.",
+            f"Dual data, which the loss did not fit and the multipliers followed: {_dual(trainer)}. Held-out: "
+            f"{measured}. ± is the standard error by prompt.",
             "",
             "| | |",
             "|---|---|",

@@ -395,13 +395,22 @@ class MOPOTrainer(Trainer):
         else:
             measurement = controller.from_log_ratios(step, self._log_ratios(part), self.dual.weight)
         warmup = _WARMUP_EPOCHS * self._steps_an_epoch if args.dual_warmup_steps is None else args.dual_warmup_steps
-        logs, refused = controller.move(self.dual, measurement, self._learning_rate_share(), waiting=step <= warmup)
-        for name in refused:
+        logs, refused = controller.move(
+            self.dual,
+            measurement,
+            self._learning_rate_share(),
+            self._dual_steps() / self.state.max_steps,
+            waiting=step <= warmup,
+        )
+        for name in refused if step > warmup else ():
+            coverage = (
+                "" if measurement.coverage is None else f", their mean importance weight is {measurement.coverage:.2f}"
+            )
             self._warn_once(
                 f"dual {name}",
                 f"the multiplier of {name} was left as it is at step {step}: its value rests on an effective number of "
-                f"{measurement.effective_prompts[name]:.1f} prompts, and dual_effective_prompts is "
-                f"{args.dual_effective_prompts:g} (this is said once)",
+                f"{measurement.effective_prompts[name]:.1f} prompts{coverage}; asked for are dual_effective_prompts "
+                f"{args.dual_effective_prompts:g} and dual_coverage {args.dual_coverage:g} (this is said once)",
             )
         for name, multiplier in self.dual.multiplier.items():
             logs |= {f"multiplier/{name}": multiplier, f"threshold/{name}": self.dual.threshold[name]}
