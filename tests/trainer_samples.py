@@ -136,7 +136,11 @@ def make_config(folder: Path, **changes: Any) -> MOPOConfig:
 
 
 def make_trainer(folder: Path, model: Any = None, data: PreferenceData | None = None, **changes: Any) -> MOPOTrainer:
-    given = {name: changes.pop(name) for name in ("eval_dataset", "dual_dataset", "judges") if name in changes}
+    given = {
+        name: changes.pop(name)
+        for name in ("eval_dataset", "dual_dataset", "judges", "data_collator")
+        if name in changes
+    }
     return MOPOTrainer(
         make_model() if model is None else model,
         make_config(folder, **changes),
