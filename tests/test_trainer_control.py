@@ -341,7 +341,13 @@ class Modes(TrainerCallback):
         self.modes.append([module.training for module in model.modules()])
 
 
-@pytest.mark.parametrize("judges", [None, {"brief": brevity}], ids=["labels", "judges"])
+def drawing(prompt, response):
+    """A judge who uses the random state."""
+    torch.rand(1)
+    return brevity(prompt, response)
+
+
+@pytest.mark.parametrize("judges", [None, {"brief": drawing}], ids=["labels", "judges"])
 def test_measuring_leaves_no_trace_in_random_states_and_modes(judges, tmp_path):
     """With dropout and multipliers that wait, weights are those of a run that never measures, as are draws after."""
     ends = []
@@ -609,9 +615,8 @@ def memorise(folder, seed, in_sample):
 @pytest.mark.parametrize("seed", [0, 1, 5])
 def test_multipliers_settle_where_in_sample_ones_run_about(seed, tmp_path):
     """Over the second half of a run that memorises its pairs, a multiplier moves by 0.001 to 0.015, against 0.13 to
-    0.44; and on prompts that neither loss nor multipliers have seen, fresh answers win 0.493 to 0.515, where 0.5 is asked
-    for.
-    """
+    0.44; and on prompts that neither loss nor multipliers have seen, fresh answers win 0.493 to 0.515, where 0.5 is
+    asked for."""
     settled, rate = memorise(tmp_path / "held out", seed, in_sample=False)
     assert max(settled) - min(settled) < 0.04
     assert rate == pytest.approx(0.5, abs=0.05)

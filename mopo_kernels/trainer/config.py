@@ -58,7 +58,7 @@ class MOPOConfig(TrainingArguments):
         dual_steps: optimiser steps from one dual step to the next. None: an eighth of an epoch, and at least 8. Each
             costs a forward pass over ``dual_prompts`` prompts (none with ``closed_form``).
         dual_prompts: most prompts of the dual data that one dual step looks at, in turns.
-        dual_effective_prompts: the effective number of prompts (eq. 39 of docs/method.md) that an objective's
+        dual_effective_prompts: the effective number of prompts, eq. (39) of docs/method.md, that an objective's
             measurement must rest on to move its multiplier.
         dual_coverage: with ``snis``, the least mean importance weight at which multipliers move. It is 1 while the
             policy's responses are among those of the dual data, which the reference wrote; when it falls, the weights

@@ -808,8 +808,8 @@ class MOPOTrainer(Trainer):
             if share < _COLLAPSED_SHARE:
                 self._warn_once(
                     "snis",
-                    f"the effective sample size of the snis estimate is {share:.1%} of the responses: satisfaction "
-                    "rests on a handful of them",
+                    f"the effective sample size of the snis estimate is {share:.1%} of the responses: "
+                    "in-sample satisfaction rests on a handful of them, and steers nothing",
                 )
         if unmet := self.dual.unmet():
             self._unmet = unmet
