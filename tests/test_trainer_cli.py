@@ -492,7 +492,8 @@ def test_a_dry_run_tells_the_plan_and_does_nothing(tmp_path, capsys, monkeypatch
     assert facts["steps"].startswith(f"{trainer.state.global_step} in all, 1 an epoch, of 4.0 prompts")
     start = trainer.label_solution.multiplier["second"]
     assert facts["thresholds"] == (
-        f"first maximised, second >= 0.3: can be met on the labels; multipliers start at second {start:.3g}"
+        f"first maximised, second >= 0.3: can be met on the labels; multipliers start at second {start:.3g}; "
+        "they stand there"
     )
     held_out = sum(trainer.data_collator([example])["input_ids"].numel() for example in trainer.eval_dataset)
     assert f": {tokens + held_out:,} tokens forward, beside {3 * tokens:,} forward" in facts["reference"]
@@ -513,6 +514,20 @@ def test_a_dry_run_counts_the_padding_of_rows(files, tmp_path, capsys):
     mask = batch["attention_mask"]
     assert f"tokens an epoch  {mask.numel():,} to compute: " in output
     assert f"padding {int((1 - mask).sum()):,} ({float(1 - mask.float().mean()):.1%})" in output
+
+
+def test_a_dry_run_counts_the_dual_data_apart(files, tmp_path, capsys):
+    more = ["--dual_data", "0.25", "--dual_effective_prompts", "2", "--per_device_train_batch_size", "1"]
+    more += ["--num_train_epochs", "1", "--max_steps", "-1", "--output_dir", str(tmp_path)]
+    train(arguments(files, *more, "--dry_run"))
+    output = capsys.readouterr().out
+    assert "9 prompts, " in output
+    assert "; 3 prompts, " in output
+    assert "pairs steer the multipliers" in output
+    assert "9 in all, 9 an epoch" in output
+    assert "they stand there" not in output
+    train(arguments(files, *more))
+    assert json.loads((tmp_path / "training_summary.json").read_text())["steps"] == 9
 
 
 def test_a_dry_run_names_thresholds_that_the_labels_rule_out(files, tmp_path, capsys):

@@ -57,7 +57,7 @@ def plan(
     every = sum(parameter.numel() for parameter in model.parameters())
     lines = {
         "data": _counted(fitted)
-        + (f"; {_counted(train.select(held))} steer the multipliers" if held else f"; {reason}" if reason else "")
+        + (f"; {_counted(train.select(held))} steer the multipliers" if held else "")
         + ("" if evaluation is None else f"; held out {_counted(evaluation)}"),
         "layout": layout + (f" ({why_not})" if why_not else ""),
         "tokens an epoch": f"{computed:,} to compute: {tokens.prompt(shared):,} of prompts, {tokens.response:,} of "
@@ -65,7 +65,7 @@ def plan(
         f"{computed - tokens.real(shared):,} ({1 - tokens.real(shared) / computed:.1%})",
         "steps": f"{steps:,} in all, {steps_an_epoch:,} an epoch, of {len(fitted) / steps_an_epoch:,.1f} prompts and "
         f"{computed / steps_an_epoch:,.0f} tokens{ranks}",
-        "thresholds": _thresholds(config, objectives, primary, train),
+        "thresholds": _thresholds(config, objectives, primary, train) + ("; they stand there" if reason else ""),
         "reference": _reference(
             config, is_peft(model), train, len(fitted), evaluation, collator, computed / steps_an_epoch * steps
         ),
