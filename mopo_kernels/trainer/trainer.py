@@ -316,6 +316,7 @@ class MOPOTrainer(Trainer):
 
     def _new_dual(self, args: MOPOConfig) -> DualAscent:
         assert isinstance(args.thresholds, dict)
+        # The controller gives each step's own lengths; a win rate's slope is at most 1 / (4 tau), so this is the least.
         return DualAscent(
             self.objectives,
             self.primary,
