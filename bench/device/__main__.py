@@ -52,7 +52,9 @@ class Slice(NamedTuple):
 
 
 SLICES = {
-    "smoke": Slice(190.0, {"tests": (70.0, {"stages": ("parity",), "workers": 12}), "probe": (120.0, {})}),
+    "smoke": Slice(
+        190.0, {"tests": (60.0, {"stages": ("parity",), "workers": 12}), "tune": (60.0, {}), "probe": (70.0, {})}
+    ),
     "full": Slice(280.0, {"tests": (150.0, {"workers": 12, "build": True}), "time": (130.0, {"most": 4})}),
     "step": Slice(180.0, {"step": (1.0, {})}),
 }
