@@ -89,20 +89,21 @@ class Probe:
     def __init__(self, device: str) -> None:
         self.device, self.sizes = device, SIZES[device]
         self.pieces: dict[str, Callable[[], dict[str, Any]]] = {"ceilings": self.ceilings}
-        first, *others = self.sizes.shapes
-        self._add_calls(first)
-        chunks = sorted(
-            {(chunk_rows(v, self.sizes.hidden, mib), v) for v in self.sizes.vocabularies for mib in BUFFERS_MIB}
-        )
-        for rows, vocabulary in chunks if device == "cuda" else [(96, 512)]:
-            self.pieces[f"stages R {rows} V {vocabulary}"] = functools.partial(self.stages, rows, vocabulary)
+        # What decides most comes first.
+        for shape in self.sizes.shapes[:4]:
+            self._add_calls(shape)
         # They need Triton, on the CPU its interpreter.
         for rows, vocabulary in self.sizes.folds if backends.availability().get("triton", "") is None else ():
             self.pieces[f"kernels R {rows} V {vocabulary}"] = functools.partial(self.kernels, rows, vocabulary)
         for vocabulary in self.sizes.vocabularies:
             self.pieces[f"last scale V {vocabulary}"] = functools.partial(self.last_scale, vocabulary)
-        for shape in others:
+        for shape in self.sizes.shapes[4:]:
             self._add_calls(shape)
+        chunks = sorted(
+            {(chunk_rows(v, self.sizes.hidden, mib), v) for v in self.sizes.vocabularies for mib in BUFFERS_MIB}
+        )
+        for rows, vocabulary in chunks if device == "cuda" else [(96, 512)]:
+            self.pieces[f"stages R {rows} V {vocabulary}"] = functools.partial(self.stages, rows, vocabulary)
 
     def _add_calls(self, shape: Shape) -> None:
         for mib in BUFFERS_MIB:
