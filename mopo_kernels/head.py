@@ -401,9 +401,7 @@ class LinearHead:
             # The offsets of this rank's exponentials stay what they are.
             statistics = [t.clone() for t in statistics] if self.by_row else statistics
             self.shard.merge_(*statistics)
-        maximum, total, picked = statistics
-        # Not picked - logsumexp: the difference to the maximum is small, so it rounds less.
-        return Folded((picked - maximum) - torch.log(total), _logsumexp(statistics))
+        return Folded(*self.backend.row_statistics(*statistics))
 
     def fold_unfold(self, hidden: Tensor, target: Tensor, dhidden: Tensor) -> Folded:
         """:meth:`fold`, and ``d logprob / d hidden`` into dhidden (R, H), zeros before: 2 products if ``streamed``,
@@ -575,7 +573,7 @@ class LinearHead:
 
 
 def _logsumexp(statistics: list[Tensor]) -> Tensor:
-    """In fp64, of a maximum and a sum relative to it."""
+    """In fp64, of a maximum and a sum relative to it so far."""
     maximum, total, _ = statistics
     return maximum.double() + torch.log(total.double())
 

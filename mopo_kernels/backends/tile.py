@@ -129,6 +129,12 @@ class TileBackend:
         written."""
         raise NotImplementedError
 
+    def row_statistics(self, maximum: Tensor, total: Tensor, picked: Tensor) -> tuple[Tensor, Tensor]:
+        """(R,) each: the targets' log-probabilities, and the log-sum-exp in fp64, since its rounding would tilt the
+        gradient of the whole row."""
+        # Not picked - logsumexp: the difference to the maximum is small, so it rounds less.
+        return (picked - maximum) - torch.log(total), maximum.double() + torch.log(total.double())
+
     def mark_target_(
         self,
         exponentials: Tensor,

@@ -122,6 +122,14 @@ class TritonBackend(TileBackend):
         with _on_device(hidden):
             linear_fold(hidden, weight, bias, target, start, head, maximum, total, picked, exponentials, offsets)
 
+    def row_statistics(self, maximum: Tensor, total: Tensor, picked: Tensor) -> tuple[Tensor, Tensor]:
+        from mopo_kernels.kernels.row_statistics import row_statistics
+
+        if maximum.dtype != torch.float32:
+            return super().row_statistics(maximum, total, picked)
+        with _on_device(maximum):
+            return row_statistics(maximum, total, picked)
+
     def mark_target_(
         self,
         exponentials: Tensor,

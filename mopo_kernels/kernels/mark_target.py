@@ -83,10 +83,15 @@ def mark_target_kernel(
     if CAPPED:
         tanh = ((lp.to(tl.float64) + normalizer) / tl.full((), outer, tl.float64)).to(tl.float32)
         value *= (1.0 - tanh) * (1.0 + tanh)
+    # What rounding the element does to it goes to the row's factor: it is the largest by far where it counts, and the
+    # others are rounded as much.
+    marked = value.to(exponentials.dtype.element_ty)
+    rounded = marked.to(tl.float32)
+    exact = tl.where((rounded != 0.0) & (tl.abs(rounded) < float("inf")), value / rounded, 1.0)
     column = wanted - start
     here = (r < rows) & (wanted >= 0) & (column >= 0) & (column < columns)
-    tl.store(exponentials + r.to(tl.int64) * stride + column, value.to(exponentials.dtype.element_ty), mask=here)
-    factor = times(-tl.exp(-distance), slope)
+    tl.store(exponentials + r.to(tl.int64) * stride + column, marked, mask=here)
+    factor = times(-tl.exp(-distance) * exact, slope)
     tl.store(scale + r, tl.where(wanted >= 0, factor, 0.0), mask=r < rows)
 
 
