@@ -42,6 +42,7 @@ from mopo_kernels.kernels.linear_fold import linear_fold, offset_blocks, row_off
 from mopo_kernels.kernels.mark_target import mark_target_
 from mopo_kernels.kernels.pair_coefficient import pair_coefficient
 from mopo_kernels.kernels.row_offset import row_offset
+from mopo_kernels.kernels.row_statistics import row_statistics
 from mopo_kernels.kernels.scale_rows import scale_rows
 from mopo_kernels.kernels.segment_sum import segment_sum
 
@@ -198,6 +199,7 @@ def _by_row(
     for name, head in HEADS.items():
         marked = (tile, target, 0, head, row, row.double(), row, row)
         yield f"mark_target {label.format(name)}", lambda marked=marked: mark_target_(*marked)
+    yield f"row_statistics {label.format('any')}", lambda: row_statistics(row, row, row)
     for name, x, factor in (("rows", hidden, row), ("gradient", weight.float(), torch.ones(()))):
         yield f"scale_rows {label.format(name)}", lambda x=x, factor=factor: scale_rows(x, factor, torch.bfloat16)
 

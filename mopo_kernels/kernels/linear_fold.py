@@ -36,9 +36,9 @@ class Configuration(NamedTuple):
     num_stages: int
 
 
-# By compute capability, for 2-byte elements. That of 9.0 is the fastest of 18 on an H100 (bench.device's "tune"; operands
-# read by the tensor memory accelerator were slower there, and warps that Triton 3.6 specializes gave no result). The
-# others were not measured: bench/compile_report.py shows what a change costs in registers and shared memory. Two
+# By compute capability, for 2-byte elements. That of 9.0 is the fastest of 18 on an H100 (bench.device's "tune"): to
+# read operands by the tensor memory accelerator was slower there, and warps that Triton 3.6 specializes gave no result.
+# The others were not measured: bench/compile_report.py shows what a change costs in registers and shared memory. Two
 # programs of 128 x 128 share a multiprocessor, so that one's products hide the other's exponentials. 0 is the
 # interpreter, where small blocks let small tests cross their edges.
 CONFIGURATIONS = {
