@@ -5,8 +5,8 @@ section that fails is recorded and the next still runs. Exit code 0: none failed
 machine.
 
 A slice is a choice of sections that fits a card borrowed for minutes, and is of use alone: ``smoke`` (does it work, and
-what bounds it), ``compare`` (does it work, and the head beside every peer), ``full`` (every test, and the same), ``step`` (whole training steps). docs/gpu.md
-says what each decides.
+what bounds it), ``compare`` (does it work, and the head beside every peer), ``full`` (every test, and the same),
+``step`` (whole training steps). docs/gpu.md says what each decides.
 """
 
 from __future__ import annotations
