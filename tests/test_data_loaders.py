@@ -356,6 +356,8 @@ def turn(role: str, content: str) -> dict[str, str]:
 
 
 QUESTION = turn("user", "What colour is the sky?")
+
+
 class TestSummarizeFromFeedback:
     @pytest.mark.parametrize(("choice", "label"), [(0, 1.0), (1, 0.0)])
     def test_the_chosen_summary_wins(self, choice: int, label: float) -> None:

@@ -273,6 +273,19 @@ def test_rounds_with_a_moved_reference_add_up_to_a_lower_temperature() -> None:
     assert solve(random_problem(0, tau=0.2 / 3, thresholds={})).policy == pytest.approx(policy, abs=1e-13)
 
 
+def test_a_reference_of_the_period_before_adds_up_half_as_many_rounds() -> None:
+    problem = random_problem(0, thresholds={})
+    # The policies at the ends of periods: in the first period and at the end of it there is the first reference alone.
+    ends = [problem.reference]
+    for period in range(5):
+        problem.reference = ends[max(0, period - 1)]
+        ends.append(solve(problem).policy)
+    for periods, policy in enumerate(ends[1:], 1):
+        rounds = math.ceil(periods / 2)
+        expected = solve(random_problem(0, tau=0.2 / rounds, thresholds={})).policy
+        assert policy == pytest.approx(expected, abs=1e-12)
+
+
 # ---- section 7: least squares. A population is every pair of responses with every labelling of it, each as one
 # weighted pair of an explicit batch.
 

@@ -386,9 +386,10 @@ def label(
         _fail(error, status=1)
     except (ValueError, OSError) as error:
         _fail(error)
+    more = "" if policy is None or unfinished == "keep" else "; more of them end with more --max-new-tokens"
     show(
         f"{progress.rows} rows in {escape(str(output))}, {progress.left_out} prompts left out with fewer than two "
-        f"responses; objectives: {escape(', '.join(judge_of))}"
+        f"responses{more if progress.left_out else ''}; objectives: {escape(', '.join(judge_of))}"
     )
 
 
