@@ -199,6 +199,14 @@ def test_unfinished_and_blank_responses_are_dropped_and_a_stop_text_ends_one(pla
     assert all(len(row) < 3 for row in Sampler(policy, samples=3, max_new_tokens=1)(0, PROMPTS))
 
 
+def test_a_new_line_in_a_stop_text_is_written_as_in_a_string(place: Path, tmp_path: Path) -> None:
+    output = tmp_path / "rows.jsonl"
+    assert label(place, output, "--stop", "\\n\\nHuman:").exit_code == 0
+    record = json.loads((tmp_path / "rows.jsonl.label.json").read_text())
+    assert record["settings"]["stop"] == "\n\nHuman:"
+    assert record["progress"]["prompts"] == len(PROMPTS)
+
+
 @pytest.mark.parametrize(
     ("arguments", "problem"),
     [

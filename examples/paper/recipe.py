@@ -41,6 +41,7 @@ from mopo_kernels.labelling import label_file
 from mopo_kernels.plots import plot_policies
 from mopo_kernels.tabular import hypervolume, nondominated
 from mopo_kernels.trainer import last_complete_checkpoint
+from mopo_kernels.trainer.checkpoint import write_atomically
 
 HERE = Path(__file__).parent
 # The settings that the paper prints. Its learning rate and LoRA rank are not known to us: those below are ours.
@@ -174,7 +175,7 @@ def prepare(
         )
         known = {prompt for prompt, _ in fitted}
         found = [prompt for prompt, _ in usable(task, task.splits[1], tokenizer, options) if prompt not in known]
-        held_out.write_text(json.dumps(found[: options.test_prompts]) + "\n")
+        write_atomically(held_out, json.dumps(found[: options.test_prompts]) + "\n")
     prompts: list[str] = json.loads(held_out.read_text())
     return load_preferences(rows, objectives=list(judges)), prompts
 
@@ -213,6 +214,8 @@ def train(run: Run, data: PreferenceData, options: argparse.Namespace) -> Path:
         tokenizer.pad_token = tokenizer.eos_token
     settings: dict[str, Any] = {
         "output_dir": str(folder / "checkpoints"),
+        # One pass for all the policies, which share the reference.
+        "reference": "precomputed",
         "reference_path": str(options.output),
         "objectives": list(data.objectives),
         "max_steps": options.steps,
@@ -281,7 +284,7 @@ def add_soup(model: PeftModel, adapters: Sequence[str], weight: Sequence[float],
 def measure(
     task: Task,
     options: argparse.Namespace,
-    found: Iterator[tuple[Run, Policy]],
+    candidates: Iterator[tuple[Run, Policy]],
     prompts: list[str],
     judges: Mapping[str, Judge],
 ) -> dict[str, dict[str, Any]]:
@@ -290,7 +293,7 @@ def measure(
     Unfinished and blank answers count: a policy answers for all that it writes.
     """
     results: dict[str, dict[str, Any]] = {}
-    for run, policy in found:
+    for run, policy in candidates:
         path = options.output / "scores" / f"{run.name}.json"
         if not path.exists():
             with policy.active() as model:
@@ -309,7 +312,7 @@ def measure(
             answers = [[text.split(task.stop)[0] for text in row] for row in drawn]
             scores = judge_responses(judges, prompts, answers, description=f"scoring {run.name}")
             path.parent.mkdir(exist_ok=True)
-            path.write_text(json.dumps({"method": run.method, "scores": scores, "answers": answers}) + "\n")
+            write_atomically(path, json.dumps({"method": run.method, "scores": scores, "answers": answers}) + "\n")
         results[run.name] = json.loads(path.read_text())
     return results
 
