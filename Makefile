@@ -74,7 +74,7 @@ lint: install
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# Every table and picture of docs/results: about 15 minutes on 2 cores.
+# Every table and picture of docs/results: about 20 minutes on 2 cores.
 paper: install
 	$(BIN)/python -m bench.paper
 

@@ -139,59 +139,9 @@ def growth() -> str:
     return "".join(text)
 
 
-def _rate(records: dict[str, Any], method: str) -> str:
-    """How often a method's policy misses a threshold, over all structures and data sets."""
-    missed = [report.by_method(record)[method]["violation"] for record in records.values()]
-    runs = [len(report.by_method(record)[method]["hypervolume"]["each"]) for record in records.values()]
-    return f"{100 * sum(row['count'] for row in missed) / sum(runs):.0f} %"
-
-
 def theory() -> str:
-    """What the study of canonical structures found, in three sentences."""
-    study = load_study(ROOT / "docs" / "results")
-    lines = {
-        name: next(line for line in record["summary"] if report.way(line)[0] == report.DEFAULT_WAY)
-        for name, record in study["learning"].items()
-    }
-    exact = {name: line for name, line in lines.items() if line["bias_tv"] < report.BIASED}
-    far = {name: line["tv"][-1] for name, line in lines.items() if name not in exact}
-    (most,) = {line["counts"][-1] for line in lines.values()}
-
-    def ends(values: list[float], digits: int) -> str:
-        return f"{min(values):.{digits}f} to {max(values):.{digits}f}"
-
-    other = "".join(f"; {value:.3f} on {name}, where importance weights are biased" for name, value in far.items())
-    learned = (
-        f"Learned from {most:,} pairs, policies are within a total variation of "
-        f"{ends([line['tv'][-1] for line in exact.values()], 3)} of the exact optimum on {len(exact)} of {len(lines)} "
-        f"structures (the delta method expects {ends([line['expected_tv'][-1] for line in exact.values()], 3)})"
-        f"{other}. "
-        f"The slope of log error against log pairs is {ends([line['slope'] for line in lines.values()], 2)}; -0.5 is "
-        "expected."
-    )
-    few = study["baselines"]
-    many = {name: record["many"] for name, record in few.items()}
-    parts = []
-    for records in (few, many):
-        ahead = {name: report.standing(record, "hypervolume")[0] for name, record in records.items()}
-        (pairs,) = {record["pairs"] for record in records.values()}
-        counts = {method: sum(method in each for each in ahead.values()) for method in report.METHODS}
-        beaten = report.listed([f"{report.METHODS[m]} on {n}" for m, n in counts.items() if n])
-        unbeaten = sum(not each for each in ahead.values())
-        parts.append(f"with {pairs:,} pairs on {unbeaten} of {len(ahead)} structures (ahead of it: {beaten or 'none'})")
-    methods = f"No other method covers more of the front (hypervolume) than MOPO {', '.join(parts)}."
-    missed = [
-        f"{_rate(records, 'mopo')} of runs by MOPO, {_rate(records, 'scalarised_ipo')} by scalarised IPO"
-        for records in (few, many)
-    ]
-    pairs = [next(iter(records.values()))["pairs"] for records in (few, many)]
-    violations = (
-        "Thresholds are met on average, not with certainty, since MOPO aims exactly at them and few labels flatter "
-        f"what was trained on them: with {pairs[0]:,} pairs a threshold is missed by more than {report.TOLERANCE:g} in "
-        f"{missed[0]}; with {pairs[1]:,} in {missed[1]}. Where a threshold must hold, train for a higher one (the demo "
-        "adds 0.05), and check with `mopo eval`."
-    )
-    return "".join(f"* {text}\n" for text in (learned, methods, violations))
+    """What the study of canonical structures found."""
+    return "".join(f"* {text}\n" for text in report.sentences(load_study(ROOT / "docs" / "results")))
 
 
 def steps() -> str:

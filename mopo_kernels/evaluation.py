@@ -1,6 +1,7 @@
 """Win rates of one policy over another: sample from both, let judges score the samples, compare with intervals.
 
-A *judge* scores one response to one prompt; a higher score is better. The *win rate* of a candidate over a baseline on
+A *judge* scores one response to one prompt; a higher score is better. One that also has ``score_batch(prompts,
+responses)``, such as ``rewards.RewardModel``, is given many at once. The *win rate* of a candidate over a baseline on
 one prompt is the share of (candidate sample, baseline sample) pairs in which the candidate's score is the higher, a tie
 counting one half; over prompts it is the mean. It estimates P_k of SPEC section 1 with the baseline in place of mu and
 the judge's order in place of p_k. Prompts, not samples, are the independent units, so intervals resample prompts.
@@ -19,7 +20,7 @@ import json
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -29,6 +30,18 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 Prompt = str | list[dict[str, str]]
 Judge = Callable[[str, str], float]
+
+
+@runtime_checkable
+class BatchJudge(Protocol):
+    """A judge that can be given many responses at once."""
+
+    def __call__(self, prompt: str, response: str) -> float:
+        """The score of one response."""
+
+    def score_batch(self, prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
+        """The scores of responses, each to the prompt of its place: what a call gives for each."""
+
 
 # What `mopo train --sweep` writes into its folder: the points, each with an adapter in a folder of its name.
 SWEEP_FILE = "sweep.json"
@@ -378,6 +391,44 @@ def sample_responses(
     progress: bool = True,
     description: str = "sampling",
 ) -> list[list[str]]:
+    """Draw responses from a causal language model: `draw_responses`, the texts alone."""
+    drawn = draw_responses(
+        model,
+        tokenizer,
+        prompts,
+        samples_per_prompt=samples_per_prompt,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        batch_size=batch_size,
+        seed=seed,
+        progress=progress,
+        description=description,
+    )
+    return [[draw.text for draw in row] for row in drawn]
+
+
+class Draw(NamedTuple):
+    """A response drawn from a model, and whether it ended by itself and not at max_new_tokens."""
+
+    text: str
+    ended: bool
+
+
+def draw_responses(
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[Prompt],
+    *,
+    samples_per_prompt: int,
+    max_new_tokens: int,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+    batch_size: int,
+    seed: int,
+    progress: bool = True,
+    description: str = "sampling",
+) -> list[list[Draw]]:
     """Draw responses from a causal language model.
 
     prompts (X): str or messages, see `encode_prompt`. samples_per_prompt: draws a prompt, independent.
@@ -385,7 +436,7 @@ def sample_responses(
     batch_size: sequences decoded together (a prompt drawn 4 times is 4 sequences).
     seed: the draws depend on it, the prompts and batch_size, on no other use of the random state, which is left as it
         was. Two policies that are compared need different seeds, or their samples are not independent.
-    Returns [prompt][sample] texts in the order of `prompts`, special tokens removed.
+    Returns [prompt][sample] in the order of `prompts`, special tokens removed.
     Raises ValueError for an empty prompt or one that leaves no room for max_new_tokens in the model's context.
     """
     for name, value in (
@@ -425,7 +476,7 @@ def sample_responses(
     # Longest first: neighbours need little padding, and a batch that does not fit in memory fails at the start.
     by_length = sorted(range(len(encoded)), key=lambda index: -len(encoded[index]))
     rows = [index for index in by_length for _ in range(samples_per_prompt)]
-    responses: list[list[str]] = [[] for _ in encoded]
+    responses: list[list[Draw]] = [[] for _ in encoded]
     device = model.device
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices), torch.no_grad(), _plain_sampling(model), _progress(progress) as bar:
@@ -440,7 +491,8 @@ def sample_responses(
             output = model.generate(input_ids=input_ids.to(device), attention_mask=mask.to(device), **options)
             for index, tokens in zip(batch, output[:, width:].tolist(), strict=True):
                 end = next((place for place, token in enumerate(tokens) if token in stops), len(tokens))
-                responses[index].append(tokenizer.decode(tokens[:end], skip_special_tokens=True))
+                text = tokenizer.decode(tokens[:end], skip_special_tokens=True)
+                responses[index].append(Draw(text, ended=end < len(tokens)))
             bar.advance(task, len(batch))
     return responses
 
@@ -542,21 +594,32 @@ def judge_responses(
 ) -> dict[str, list[list[float]]]:
     """Score every response with every judge: objective -> [prompt][sample].
 
-    Raises ValueError for a score that is not a finite number, naming judge and prompt.
+    Raises ValueError for a score that is not a finite number, naming judge and prompt, and for a `BatchJudge` that
+    gives another number of scores.
     """
     if len(prompts) != len(responses):
         raise ValueError(f"responses must have one list a prompt: expected {len(prompts)}, got {len(responses)}")
-    scores: dict[str, list[list[float]]] = {name: [] for name in judges}
+    asked = [prompt_text(prompt) for prompt, drawn in zip(prompts, responses, strict=True) for _ in drawn]
+    answers = [response for drawn in responses for response in drawn]
+    scores: dict[str, list[list[float]]] = {}
     with _progress(progress) as bar:
-        task = bar.add_task(description, total=len(prompts))
-        for index, (prompt, drawn) in enumerate(zip(prompts, responses, strict=True)):
-            text = prompt_text(prompt)
-            for name, judge in judges.items():
-                row = [float(judge(text, response)) for response in drawn]
+        task = bar.add_task(description, total=len(answers) * len(judges))
+        for name, judge in judges.items():
+            if isinstance(judge, BatchJudge):
+                values = judge.score_batch(asked, answers)
+                if len(values) != len(answers):
+                    raise ValueError(f"judge {name!r} must give {len(answers)} scores, got {len(values)}")
+                bar.advance(task, len(answers))
+            else:
+                values = []
+                for text, response in zip(asked, answers, strict=True):
+                    values.append(judge(text, response))
+                    bar.advance(task)
+            rest = iter(values)
+            scores[name] = [[float(next(rest)) for _ in drawn] for drawn in responses]
+            for index, row in enumerate(scores[name]):
                 if not np.isfinite(row).all():
                     raise ValueError(f"judge {name!r} must give finite scores, got {row} for prompts[{index}]")
-                scores[name].append(row)
-            bar.advance(task)
     return scores
 
 

@@ -89,6 +89,20 @@ def ultra_feedback(*ratings: tuple[Any, Any, Any, Any], texts: Sequence[str] | N
     }
 
 
+def summaries(choice: Any = 1, **info: str | None) -> dict[str, Any]:
+    """A row of openai/summarize_from_feedback, ``comparisons``."""
+    about = {"id": "t3_x", "post": "A long post.", "title": "Help", "subreddit": "dogs", "site": None, "article": None}
+    return {
+        "info": about | info,
+        "summaries": [{"text": f" {text}.", "policy": "sup4", "note": None} for text in ("One", "Two")],
+        "choice": choice,
+        "worker": "w",
+        "batch": "batch3",
+        "split": "train",
+        "extra": {"confidence": None},
+    }
+
+
 HH_START = "\n\nHuman: What is tea?\n\nAssistant: A drink.\n\nHuman: And coffee?\n\nAssistant:"
 
 
@@ -342,6 +356,63 @@ def turn(role: str, content: str) -> dict[str, str]:
 
 
 QUESTION = turn("user", "What colour is the sky?")
+
+
+class TestSummarizeFromFeedback:
+    @pytest.mark.parametrize(("choice", "label"), [(0, 1.0), (1, 0.0)])
+    def test_the_chosen_summary_wins(self, choice: int, label: float) -> None:
+        data = load_preferences([summaries(choice)])
+        assert data.objectives == ("summary",)
+        assert only(data).prompt == "A long post.\n\nTL;DR:"
+        assert only(data).responses == (" One.", " Two.")
+        assert labels(only(data)) == {(0, 1): {"summary": label}}
+
+    def test_a_template_says_what_the_prompt_is(self) -> None:
+        row, template = summaries(post="{curly} post"), "r/{subreddit}: {title}. {post} In short:"
+        example = only(load_preferences([row], template=template, objective="short"))
+        assert example.prompt == "r/dogs: Help. {curly} post In short:"
+        assert labels(example) == {(0, 1): {"short": 0.0}}
+
+    def test_an_article_takes_the_place_of_a_post(self) -> None:
+        row = summaries(post=None, title=None, subreddit=None, article="News.")
+        assert only(load_preferences([row], template="{title}{post} TL;DR:")).prompt == "News. TL;DR:"
+
+    @pytest.mark.parametrize("template", ["TL;DR:", "{post} {author}", "{post} {0}", "{post} {", "{post} {title.x}"])
+    def test_a_template_that_cannot_be_filled_in_is_refused(self, template: str) -> None:
+        with pytest.raises(ValueError, match="template: expected"):
+            load_preferences([summaries()], template=template)
+
+    @pytest.mark.parametrize(
+        ("row", "message"),
+        [
+            (summaries(choice=2), "rows:1: choice: expected 0 or 1, got 2"),
+            (summaries(choice=True), "rows:1: choice: expected 0 or 1, got True"),
+            (summaries(post=None), "rows:1: info.article: expected a string, got None"),
+            (summaries() | {"info": None}, "rows:1: info: expected an object"),
+            (summaries() | {"summaries": [{"text": "One."}]}, "rows:1: summaries: expected 2 summaries, got 1"),
+            (summaries() | {"summaries": ["a", "b"]}, r"rows:1: summaries\[0\]: expected an object with text"),
+            (summaries() | {"summaries": [{"text": "a"}, {"text": ""}]}, r"rows:1: summaries\[1\].text: is empty"),
+            (summaries() | {"summaries": [{"text": "a"}] * 2}, "is the same text as"),
+        ],
+    )
+    def test_bad_rows_are_named(self, row: dict[str, Any], message: str) -> None:
+        with pytest.raises(DataError, match=message):
+            load_preferences([row])
+
+    def test_it_is_read_from_a_folder_as_the_hub_has_it(self, tmp_path: Path) -> None:
+        for split, choice in (("train", 0), ("validation", 1)):
+            folder = tmp_path / "comparisons" / split
+            folder.mkdir(parents=True)
+            other = summaries(choice) | {"summaries": [{"text": " One."}, {"text": " Three."}]}
+            datasets.Dataset.from_list([summaries(choice), other]).to_parquet(folder / "0000.parquet")
+        data = load_preferences(tmp_path, data_dir="comparisons", split="train", group=True)
+        assert only(data).responses == (" One.", " Two.", " Three.")
+        assert labels(only(data)) == {(0, 1): {"summary": 1.0}, (0, 2): {"summary": 1.0}}
+        assert labels(only(load_preferences(tmp_path, data_dir="comparisons", split="validation", limit=1))) == {
+            (0, 1): {"summary": 0.0}
+        }
+
+
 BLUE, GREEN = turn("assistant", "Blue."), turn("assistant", "Green.")
 
 

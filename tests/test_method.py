@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import dataclasses
 import importlib
 import inspect
 import itertools
@@ -24,6 +25,7 @@ from mopo_kernels import mopo_loss, reference
 from mopo_kernels.backends.tile import Head
 from mopo_kernels.head import FP16_SCALE
 from mopo_kernels.tabular import TabularProblem, robust_value, solve
+from mopo_kernels.trainer.config import MOPOConfig
 from mopo_kernels.trainer.control import gain
 
 Array = NDArray[np.float64]
@@ -269,6 +271,19 @@ def test_rounds_with_a_moved_reference_add_up_to_a_lower_temperature() -> None:
         policy = solve(problem).policy
         problem.reference = policy
     assert solve(random_problem(0, tau=0.2 / 3, thresholds={})).policy == pytest.approx(policy, abs=1e-13)
+
+
+def test_a_reference_of_the_period_before_adds_up_half_as_many_rounds() -> None:
+    problem = random_problem(0, thresholds={})
+    # The policies at the ends of periods: in the first period and at the end of it there is the first reference alone.
+    ends = [problem.reference]
+    for period in range(5):
+        problem.reference = ends[max(0, period - 1)]
+        ends.append(solve(problem).policy)
+    for periods, policy in enumerate(ends[1:], 1):
+        rounds = math.ceil(periods / 2)
+        expected = solve(random_problem(0, tau=0.2 / rounds, thresholds={})).policy
+        assert policy == pytest.approx(expected, abs=1e-12)
 
 
 # ---- section 7: least squares. A population is every pair of responses with every labelling of it, each as one
@@ -601,6 +616,7 @@ def test_numbers_in_the_section_on_numerics() -> None:
 # ---- section 14
 
 LEVELS = (0.3, 1.0, 2.0, 3.0)
+DEFAULTS = {field.name: field.default for field in dataclasses.fields(MOPOConfig)}
 
 
 def held_out(divergence: float, rng: np.random.Generator) -> tuple[Array, Array]:
@@ -680,6 +696,48 @@ def control_figures() -> list[str]:
     ]
 
 
+def one_pair_a_prompt(divergence: float, shift: float, rng: np.random.Generator) -> tuple[float, float, bool, bool]:
+    """Of 128 prompts with one pair each, labelled by a toss that follows the score: snis, pair, and whether each may
+    move multipliers.
+
+    The policy's log-ratio follows score and noise alike; whoever wrote the responses has that noise ``shift`` away from
+    the reference's.
+    """
+    score, noise = rng.standard_normal((128, 2)), rng.standard_normal((128, 2)) + shift
+    r = torch.tensor((np.sqrt(divergence) * (score + noise) - divergence).ravel())
+    label = rng.random(128) < 1 / (1 + np.exp(score[:, 1] - score[:, 0]))
+    args = torch.arange(256).view(-1, 2), torch.tensor(label, dtype=torch.float64)[:, None], torch.ones(128).double()
+
+    def estimate(log_weight: Tensor, estimator: str) -> tuple[float, float]:
+        terms = reference.satisfaction_terms(log_weight, *args, estimator)
+        value, _, effective = reference.ratio_estimate(reference.ratio_moments(*terms))
+        return value.item(), effective.item()
+
+    covered = r.exp().mean().item() >= DEFAULTS["dual_coverage"]
+    enough = DEFAULTS["dual_effective_prompts"]
+    pair, behind = estimate(r, "pair")
+    snis = estimate(reference.capped_log_ratio(r), "snis")[0]
+    return snis, pair, covered and estimate(r, "snis")[1] >= enough, behind >= enough
+
+
+def writer_figures() -> list[str]:
+    rng = np.random.default_rng(0)
+
+    def row(name: str, numbers: list[float]) -> str:
+        return f"| {name} | " + " | ".join(f"{number:.2f}" for number in numbers) + " |"
+
+    rows = []
+    for writer, shift in (("the reference", 0.0), ("another", -0.5)):
+        sets = np.array([[one_pair_a_prompt(level, shift, rng) for _ in range(400)] for level in (0.3, 1.0, 2.0, 4.0)])
+        rows.append(row(f"snis, {writer} wrote: may move", list(sets[..., 2].mean(1))))
+    return [
+        *rows,
+        row("snis: spread", list(sets[..., 0].std(1))),
+        row("pair, whoever wrote: may move", list(sets[..., 3].mean(1))),
+        row("pair: spread", list(sets[..., 1].std(1))),
+    ]
+
+
 # ---- all figures
 
 # Settings of the examples, and figures that are quoted.
@@ -688,7 +746,15 @@ GIVEN = {
     *("0.6", "0.4", "0.45", "0.40", "0.95"),
 }
 
-COMPUTED = (robust_figures, lag_figures, cycle_figures, cloning_figures, estimator_figures, control_figures)
+COMPUTED = (
+    robust_figures,
+    lag_figures,
+    cycle_figures,
+    cloning_figures,
+    estimator_figures,
+    control_figures,
+    writer_figures,
+)
 FIGURES = [cache(f) for f in COMPUTED]
 
 

@@ -148,6 +148,56 @@ def test_mopo_ends_at_the_exact_optimum(name: str) -> None:
     assert total_variation(task.structure, policy, exact.policy) > 0.05
 
 
+@pytest.mark.parametrize("name", ["bradley_terry_independent", "condorcet_within", "many_objectives"])
+def test_one_shot_multipliers_are_those_of_the_exact_dual_and_training_ends_there(name: str) -> None:
+    task = population(name)
+    structure = task.structure
+    win_rate, seen = baselines.mean_labels(baselines.pool(task.pairs), 1)
+    np.testing.assert_allclose(win_rate[0], np.moveaxis(structure.win_rate, 0, 2), atol=1e-12)
+    np.testing.assert_allclose(seen[0], structure.prompt_weight, atol=1e-12)
+    weight = baselines.dual_optimum(structure, win_rate[0], seen[0], structure.tau, structure.thresholds)
+    np.testing.assert_allclose(weight, structure.multiplier, atol=1e-4)
+    point = baselines.one_shot(task, 1.0, [structure.thresholds])[0]
+    assert away(task, point, tilted(structure, structure.multiplier)) < 1e-4
+    # With other thresholds it ends elsewhere; those that nothing meets take the largest multiplier.
+    lower = {k: bound - 0.03 for k, bound in structure.thresholds.items()}
+    assert away(task, baselines.one_shot(task, 1.0, [lower])[0], tilted(structure, structure.multiplier)) > 0.01
+    beyond = {k: 0.99 for k in structure.thresholds}
+    hopeless = baselines.dual_optimum(structure, win_rate[0], seen[0], structure.tau, beyond)
+    assert hopeless.max() == baselines.MAXIMUM
+
+
+def test_sigmoid_with_dual_ascent_keeps_thresholds_at_the_policy_of_the_weighted_log_odds() -> None:
+    task = population("bradley_terry_opposed")
+    structure = task.structure
+    beta = 4 * structure.tau
+
+    def policy(multiplier: float, divided: bool = True) -> Array:
+        share = np.array([1.0, multiplier]) / (1 + multiplier)
+        target = logit(np.tensordot(share, structure.preference, 1))
+        strength = beta / (1 + multiplier) if divided else beta
+        # The sigmoid loss fits log-odds of the mean label pair by pair, each with the curvature it has there.
+        log_ratio = np.zeros_like(structure.reference)
+        for _ in range(200):
+            margin = log_ratio[:, :, None] - log_ratio[:, None, :]
+            mass = structure.behaviour[:, :, None] * structure.behaviour[:, None, :]
+            chosen = 1 / (1 + np.exp(-strength * margin))
+            gradient = (mass * (chosen - 1 / (1 + np.exp(-target)))).sum(2)
+            curvature = mass * strength * chosen * (1 - chosen)
+            for x, (g, c) in enumerate(zip(gradient, curvature, strict=True)):
+                log_ratio[x] -= np.linalg.pinv(np.diag(c.sum(1)) - c) @ g
+        return closed_form_policy(structure.reference, log_ratio[None], np.ones(1), 1.0)
+
+    def slack(multiplier: float) -> float:
+        return float(structure.value(policy(multiplier))[1] - structure.thresholds[1])
+
+    multiplier = brentq(slack, 0.0, 5.0, xtol=1e-8)
+    point = baselines.sigmoid_dual(task, 1.0, [structure.thresholds])[0]
+    assert away(task, point, policy(multiplier)) < 1e-3
+    assert point.value[0, 1] == pytest.approx(structure.thresholds[1], abs=1e-4)
+    assert away(task, point, policy(multiplier, divided=False)) > 0.05
+
+
 def test_policies_of_a_restricted_class_are_the_best_fit_in_it() -> None:
     task = population("restricted_class")
     structure = task.structure
@@ -313,6 +363,13 @@ def test_intervals_cover_at_their_rate() -> None:
         intervals = {count: baselines.rate_interval(int(count), 20) for count in np.unique(hits)}
         inside = np.mean([intervals[count]["low"] <= rate <= intervals[count]["high"] for count in hits])
         assert 0.92 < inside < 0.99
+    # Instances count alike and their differences are no noise.
+    apart = np.random.default_rng(2).normal(0.0, 1.0, (400, 3, 5)) + np.array([[0.0], [50.0], [100.0]])
+    inside = np.mean(
+        [abs(found["mean"] - 50) <= found["high"] - found["mean"] for found in map(baselines.mean_interval, apart)]
+    )
+    assert 0.92 < inside < 0.98
+    assert baselines.mean_interval(apart[0])["high"] - baselines.mean_interval(apart[0])["low"] < 3
     none = baselines.rate_interval(0, 10)
     assert (none["low"], none["high"]) == (pytest.approx(0.0, abs=1e-12), pytest.approx(0.2775, abs=1e-4))
 
@@ -335,25 +392,77 @@ def test_a_user_takes_the_best_policy_that_is_measured_to_keep_the_thresholds() 
 
 
 def test_the_comparison_says_who_is_better() -> None:
-    structure = make("bradley_terry_opposed")
+    structures = [make("bradley_terry_opposed", number) for number in range(2)]
     seen: list[tuple[int, int]] = []
-    rows = baselines.compare(structure, 4000, range(3), settings=3, progress=lambda *at: seen.append(at))
+    rows = baselines.compare(structures, 4000, range(3), settings=3, progress=lambda *at: seen.append(at))
     json.dumps(rows, allow_nan=False)
-    assert seen[-1] == (30, 30)
+    assert seen[-1] == (60, 60)
     by_method: dict[str, dict[str, Any]] = {row["method"]: row for row in rows}
     assert tuple(by_method) == (*baselines.METHODS, "exact")
     for method in baselines.METHODS:
         row = by_method[method]
-        for measure in ("hypervolume", "budget_hypervolume"):
+        for measure in ("hypervolume", "volume", "budget_hypervolume"):
             assert 0 < row[measure]["mean"] < 1.001
-            assert len(row[measure]["each"]) == 3
+            assert np.shape(row[measure]["each"]) == (2, 3)
+        # With two objectives the plane has all dimensions there are.
+        assert row["volume"] == row["hypervolume"]
         assert {each["verdict"] for each in row["minus_mopo"].values()} <= {"better", "worse", "no difference"}
+        assert len(row["minus_mopo"]["distance"]["verdicts"]) == 2
+        # A point is a policy, whatever the method: as many for everyone.
+        assert len(row["picture"]) == 9
+        slack = np.array(row["slack"]["each"])
+        assert row["missed"]["count"] == (slack < 0).sum() >= row["violation"]["count"] == (slack < -0.01).sum()
     assert by_method["mopo"]["minus_mopo"]["hypervolume"]["mean"] == 0
-    assert by_method["dpo"]["minus_mopo"]["hypervolume"]["verdict"] == "worse"
-    assert by_method["dpo"]["minus_mopo"]["distance"]["verdict"] == "worse"
+    assert by_method["max_min"]["minus_mopo"]["hypervolume"]["verdict"] == "worse"
+    assert by_method["max_min"]["minus_mopo"]["distance"]["verdict"] == "worse"
     assert by_method["mopo"]["trained"] == 9
-    assert by_method["soup_dpo"]["trained"] == 6
-    assert by_method["mopo"]["regret"]["mean"] < by_method["dpo"]["regret"]["mean"]
+    strengths = 1 if by_method["soup_dpo"]["fronts"]["hypervolume"] == "one strength" else 3
+    assert by_method["soup_dpo"]["trained"] == 2 * strengths
+    assert by_method["mopo"]["regret"]["mean"] < by_method["scalarised_ipo"]["regret"]["mean"]
+
+
+def test_fronts_have_as_many_policies_for_every_method() -> None:
+    task = Task(make("bradley_terry_opposed"), (sample_pairs(make("bradley_terry_opposed"), 500, 0),))
+    made = baselines.run_methods(task, 2)
+    assert made.keys() == set(baselines.METHODS)
+    for points in made.values():
+        fronts = baselines.fronts(points, 2)
+        assert {name: len(front) for name, front in fronts.items()} == dict.fromkeys(baselines.FRONTS, 6)
+        assert {p.setting["strength"] for p in fronts["one strength"]} == {1.0}
+        assert [p.setting["strength"] for p in fronts["three strengths"]] == [0.25, 0.25, 0.5, 0.5, 1.0, 1.0]
+
+
+def test_the_front_that_does_better_is_taken_for_everyone() -> None:
+    def scores(one: float, three: float) -> dict[str, dict[str, list[list[float]]]]:
+        return {
+            front: {measure: [[value, value]] for measure in baselines.MEASURES}
+            for front, value in zip(baselines.FRONTS, (one, three), strict=True)
+        }
+
+    # More is better, but of the distance.
+    best = baselines._best_fronts(scores(0.9, 0.8))
+    assert best == {**dict.fromkeys(baselines.MEASURES, "one strength"), "distance": "three strengths"}
+    best = baselines._best_fronts(scores(0.8, 0.9))
+    assert best == {**dict.fromkeys(baselines.MEASURES, "three strengths"), "distance": "one strength"}
+
+
+@pytest.mark.parametrize("name", ["condorcet_across", "flat_objective", "many_objectives"])
+def test_the_volume_grows_with_every_dimension_and_is_that_of_the_optima(name: str) -> None:
+    structure = make(name)
+    stick = baselines.yardstick(structure, baselines.threshold_grid(structure, 4))
+    weights = baselines.multiplier_grid(structure, 300)
+    policies = [tilted(structure, row) for row in weights]
+    value = np.array([structure.value(policy) for policy in policies])
+    kl = np.array([structure.kl(policy) for policy in policies])
+    many = baselines.volume(structure, stick, value, kl)
+    assert baselines.volume(structure, stick, value[:20], kl[:20]) < many <= 1.001
+    if len(structure.objectives) == 3:
+        assert many > 0.9
+    moves = baselines._moved(structure)
+    for k in range(len(structure.objectives)):
+        better = value.copy()
+        better[:, k] += 0.01
+        assert (baselines.volume(structure, stick, better, kl) > many + 1e-6) is bool(moves[k])
 
 
 def test_the_same_seeds_give_the_same_policies() -> None:
@@ -391,6 +500,24 @@ def test_training_with_a_lagged_reference_follows_the_exact_sequence() -> None:
         assert (total_variation(structure, np.exp(learned), exact.policy) < 1e-3) is near
 
 
+def test_ablations_merge_instances_and_mark_those_whose_constraint_is_lost() -> None:
+    structures = [make("bradley_terry_opposed", number) for number in range(2)]
+    rows = ablations.ablate(structures, range(2), count=2000, steps=40)
+    json.dumps(rows, allow_nan=False)
+    learned = [row for row in rows if row["ablation"] != "robustness"]
+    for row in learned:
+        assert np.shape(row["slack"]["each"]) == (2, 2)
+        assert row["lost"] == (row["slack"]["mean"] < -baselines.TOLERANCE)
+    lost = {(row["ablation"], *row["setting"].values()): row["lost"] for row in learned}
+    assert lost["dual_step", 0.01]
+    assert not lost["tau", structures[0].tau * 2]
+    own = next(row for row in learned if row["setting"] == {"tau": structures[0].tau})
+    alone = ablations.ablate(structures[1:], range(2), count=2000, steps=40)
+    again = next(row for row in alone if row["setting"] == {"tau": structures[0].tau})
+    assert own["slack"]["each"][1] == again["slack"]["each"][0]
+    assert own["slack"]["each"][0] != again["slack"]["each"][0]
+
+
 def test_flipped_labels_make_the_noisy_problem() -> None:
     structure = make("bradley_terry_opposed")
     pairs = tuple(sample_pairs(structure, 40_000, seed, label_noise=0.2) for seed in range(6))
@@ -423,7 +550,7 @@ def test_the_papers_radius_cannot_be_met_on_a_pool_of_eight() -> None:
 def test_ablations_have_a_row_for_every_setting() -> None:
     structure = make("bradley_terry_opposed")
     seen: list[tuple[int, int]] = []
-    rows = ablations.ablate(structure, range(2), count=500, steps=20, progress=lambda *at: seen.append(at))
+    rows = ablations.ablate([structure], range(2), count=500, steps=20, progress=lambda *at: seen.append(at))
     json.dumps(rows, allow_nan=False)
     assert seen[-1] == (len(rows), len(rows))
     count = {kind: sum(row["ablation"] == kind for row in rows) for kind in {row["ablation"] for row in rows}}

@@ -16,6 +16,7 @@ import pytest
 from bench.paper import learning, report
 from bench.paper.baselines import METHODS
 from bench.paper.command import main
+from bench.paper.estimators import BATCHES
 from bench.paper.exact import solve_structure
 from bench.paper.run import RUN_FIELDS, Part, PartsFailed, Progress, load, plain, run_parts, save
 from bench.paper.sections import SECTIONS, structures_of, study
@@ -111,14 +112,18 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_study_leaves_json_a_picture_and_a_section_of_the_readme_for_every_part(made: Path) -> None:
     records = load(made)
     assert records.keys() == set(SECTIONS)
-    text = (made / "README.md").read_text()
-    assert "Made with --fast" in text
+    readme = (made / "README.md").read_text()
+    assert "Made with --fast" in readme
+    assert "](overview.png)" in readme
+    assert "](bradley_terry_opposed.md)" in readme
+    text = (made / "bradley_terry_opposed.md").read_text()
     for section, parts in records.items():
         record = parts["bradley_terry_opposed"]
         assert record["rows"]
         assert record["seeds"] == [0, 1]
         assert {"commit", "command", "date", "seconds", "versions"} <= record.keys()
-        if section != "exact":
+        # What estimators lead to is in the table of all structures.
+        if section not in ("exact", "estimators"):
             assert f"]({section}/bradley_terry_opposed.png)" in text
             picture = (made / section / "bradley_terry_opposed.png").read_bytes()
             assert picture.startswith(b"\x89PNG")
@@ -140,19 +145,34 @@ def test_the_same_seeds_give_the_same_numbers(made: Path, tmp_path: Path) -> Non
     assert changed["rows"][0]["hypervolume"]["each"][0] != changed["rows"][0]["hypervolume"]["each"][1]
 
 
-def test_the_readme_in_docs_is_what_its_json_makes() -> None:
-    assert report.render(load(RESULTS)) == (RESULTS / "README.md").read_text(encoding="utf-8")
+def test_the_pages_in_docs_are_what_their_json_makes() -> None:
+    made = report.pages(load(RESULTS))
+    assert {path.name for path in RESULTS.glob("*.md")} == made.keys()
+    for name, text in made.items():
+        assert text == (RESULTS / name).read_text(encoding="utf-8"), name
 
 
 def test_the_results_in_docs_are_whole_and_have_their_pictures() -> None:
     records = load(RESULTS)
     assert records.keys() == set(SECTIONS)
+    assert (RESULTS / report.OVERVIEW).exists()
     for section, parts in records.items():
         assert parts.keys() == set(structures_of(section))
         for name, record in parts.items():
             assert not record["fast"]
             assert len(record["seeds"]) >= 10
-            assert section == "exact" or (RESULTS / section / f"{name}.png").exists()
+            # One commit made it, with no other files changed.
+            assert not record["commit"].endswith("+")
+            if section in ("estimators", "baselines", "ablations"):
+                assert record["instances"] >= 3
+            if section not in ("exact", "estimators"):
+                assert (RESULTS / section / f"{name}.png").exists()
+
+
+def test_the_results_open_with_five_sentences_and_a_picture() -> None:
+    lines = (RESULTS / report.README).read_text(encoding="utf-8").splitlines()
+    assert [line[:5] for line in lines[2:7]] == [f"{number}. **" for number in range(1, 6)]
+    assert f"]({report.OVERVIEW})" in lines[8]
 
 
 @pytest.mark.parametrize("name", ["condorcet_within", "flat_faces"])
@@ -171,27 +191,139 @@ def test_the_results_in_docs_are_those_of_the_code(name: str) -> None:
 
 
 def a_row(method: str, shift: float, misses: int = 0, noise: float = 0.001) -> dict[str, Any]:
-    """A method whose every measure is better than MOPO's by ``shift``, give or take noise."""
-    interval = {"low": shift - noise, "high": shift + noise, "mean": shift, "each": [0.0] * 4}
-    verdict = "better" if shift > noise else "worse" if shift < -noise else "no difference"
+    """A method whose every measure is better than MOPO's by ``shift``, give or take noise; two of three instances are
+    the other way round."""
+    interval = {"low": shift - noise, "high": shift + noise, "mean": shift, "each": [[0.0] * 2] * 3}
+
+    def verdict(by: float) -> str:
+        return "better" if by > noise else "worse" if by < -noise else "no difference"
+
     rate = {"rate": misses / 4, "low": 0.0, "high": 1.0, "count": misses}
-    difference = {measure: {**interval, "verdict": verdict} for measure in report.MEASURES}
-    return {"method": method, "violation": rate, "minus_mopo": difference, **dict.fromkeys(report.MEASURES, interval)}
+    apart = {**interval, "verdict": verdict(shift), "verdicts": [verdict(shift), *[verdict(-shift)] * 2]}
+    return {
+        "method": method,
+        "violation": rate,
+        "missed": rate,
+        "slack": {**interval, "mean": -0.1 * misses, "each": [[-0.1] * misses + [0.1] * (4 - misses)]},
+        "regret": interval,
+        "minus_mopo": dict.fromkeys(report.MEASURES, apart),
+        **dict.fromkeys(report.MEASURES, interval),
+        # More than two objectives: the volume is another number.
+        "volume": {**interval, "mean": shift + 0.01},
+    }
 
 
 def test_what_is_said_of_mopo_follows_from_the_numbers() -> None:
     said = report.where_it_does_not_win
-    assert said({"rows": [a_row("mopo", 0.0), a_row("dpo", -0.2), a_row("ipo", -0.1), {"method": "exact"}]}) == (
-        "MOPO is ahead of every other method on hypervolume, hypervolume at equal KL and distance to the front. "
-        "Thresholds missed by more than 0.01: on 0 of 4 data sets by MOPO, fewer by none."
+    rows = [a_row("mopo", 0.0), a_row("max_min", -0.2), a_row("modpo", -0.1), {"method": "exact"}]
+    assert said({"rows": rows}) == (
+        "MOPO is ahead of every other method on hypervolume, hypervolume in all dimensions, hypervolume at equal KL "
+        "and "
+        "distance to the front. Thresholds missed by more than 0.01: in 0 of 4 runs by MOPO, fewer by none; by however "
+        "little: in 0."
     )
+    # With two objectives the plane has all dimensions.
+    for row in rows[:3]:
+        row["volume"] = row["hypervolume"]
+    assert "in all dimensions" not in said({"rows": rows})
     # One ahead on everything, one that differs from MOPO by noise alone.
-    mixed = said({"rows": [a_row("mopo", 0.0, misses=2), a_row("dpo", 0.2, misses=1), a_row("ipo", 0.0005)]})
+    mixed = said({"rows": [a_row("mopo", 0.0, misses=2), a_row("modpo", 0.2, misses=1), a_row("max_min", 0.0005)]})
     for words in report.MEASURES.values():
-        expected = f"On {words} MOPO does not win: DPO (+0.200) is ahead of it; IPO cannot be told from it."
+        expected = f"On {words} MOPO does not win: MODPO (+0.200) is ahead of it; max-min cannot be told from it."
         assert expected in mixed
-    assert "on 2 of 4 data sets by MOPO, fewer by IPO (0) and DPO (1)." in mixed
+    assert "in 2 of 4 runs by MOPO, fewer by max-min (0) and MODPO (1); by however little: in 2." in mixed
     assert "ahead of every other" not in mixed
+
+
+def a_study_of(shift: float, misses: int) -> dict[str, Any]:
+    """Records with two structures, on one of which a threshold binds, and methods at ``shift`` from MOPO."""
+    rows = [a_row(m, 0.0 if m == "mopo" else shift, misses if m == "mopo" else 0) for m in METHODS]
+    record = {"pairs": 5000, "instances": 3, "rows": rows}
+    optima = {"first": {"multiplier": [1.0, 0.5]}, "second": {"multiplier": [1.0, 0.0]}}
+    exact = {name: {"primary": 0, "optimum": optimum} for name, optimum in optima.items()}
+    return {"exact": exact, "baselines": dict.fromkeys(optima, record)}
+
+
+def test_the_sentences_count_instances_and_runs() -> None:
+    worse, better = a_study_of(-0.2, 1), a_study_of(0.2, 3)
+    assert report.binding(worse) == ["first"]
+    # Of two structures with three instances each.
+    assert report.ahead_on(worse["baselines"], "hypervolume") == 4
+    assert report.ahead_on(better["baselines"], "hypervolume") == 2
+    assert report.ahead_on(a_study_of(0.0, 0)["baselines"], "hypervolume") == 0
+    assert "0.000 of the exact front in the plane of its thresholds (the best other" in report.front_sentence(better)
+    assert "**Its front is not the best**" in report.front_sentence(better)
+    assert "**Its front covers most**" in report.front_sentence(worse)
+    for row in worse["baselines"]["first"]["rows"]:
+        row["volume"] = {**row["volume"], "mean": 0.0 if row["method"] == "mopo" else 0.1}
+    assert "**Its front covers most where its thresholds lie, not everywhere**" in report.front_sentence(worse)
+    assert "on 2 of 6 instances" in report.front_sentence(better)
+    missed = report.missed_sentence(better)
+    assert "75 % of runs with 5,000 pairs miss one, 75 % by more than 0.01" in missed
+    assert "on the 1 structures" in missed
+    assert "negative on 1 of these" in missed
+    assert "negative on 0 of these" in report.missed_sentence(a_study_of(0.2, 0))
+    assert "25 % of runs" in report.missed_sentence(worse)
+    told = report.regret_sentence(worse)
+    assert "0.0000 (MOPO), -0.2000 (one-shot dual)" in told
+    assert "searched for -0.200 less" in told
+
+
+def an_estimator(name: str, structure: str, bias: float, slack: float, noise: float) -> dict[str, Any]:
+    return {
+        "estimator": name,
+        "structure": structure,
+        "instance": 0,
+        "binding": True,
+        "residual": 0.0,
+        "bias_tv": bias,
+        "slack": slack,
+        "noise": {str(size): {"deviation": noise} for size in BATCHES},
+    }
+
+
+def test_which_estimator_to_use_is_said_with_the_figures_of_its_table() -> None:
+    rows = {
+        "flat_faces": [
+            an_estimator("snis", "flat_faces", 0.0, 0.0, 0.08),
+            an_estimator("pair", "flat_faces", 0.3, -0.05, 0.02),
+        ],
+        "shifted_reference": [
+            an_estimator("snis", "shifted_reference", 0.04, 0.01, 0.03),
+            an_estimator("pair", "shifted_reference", 0.2, 0.06, 0.02),
+        ],
+    }
+    records: dict[str, Any] = {"estimators": {name: {"rows": some} for name, some in rows.items()}}
+    text = "\n".join(report.estimator_lines(records))
+    for words in (
+        "(bias 0.000 at most)",
+        "biased by 0.200 to 0.300",
+        "misses a threshold by 0.050 in win rates (flat_faces)",
+        "keeps it with 0.060 to spare",
+        "`snis` is off by 0.040, `pair` by 0.200",
+        "1.5 to 4.0 times as noisy with `snis`, the most on flat_faces (0.080 against 0.020)",
+        "| flat_faces | 0.000 | 0.300 | - | -0.050 | 0.080 / 0.020 | 0.080 / 0.020 |",
+    ):
+        assert words in text
+    assert "up to 0.30 away" in report.estimator_sentence(records)
+    # A limit that was not found says nothing.
+    rows["flat_faces"][1]["residual"] = 0.1
+    assert "up to 0.20 away" in report.estimator_sentence(records)
+
+
+def test_settings_whose_constraint_is_lost_are_marked() -> None:
+    record = load(RESULTS)["ablations"]["flat_faces"]
+    table = report.ablation_table(record, "reference")
+    some = [row for row in record["rows"] if row["ablation"] == "reference"]
+    lost = [row["lost"] for row in some]
+    assert any(lost)
+    assert not all(lost)
+    # A header and a line that rules it off come before.
+    body = [line for line in table if line.startswith("| ")][1:]
+    assert [report.LOST in line for line in body] == lost
+    panels = report.ablation_panels(record, 0)
+    dots = panels["worst slack"]["lagged reference: beta, t0"]["t0 1"]
+    assert [dot.lost for dot in dots] == [True] * len(dots)
 
 
 def test_every_method_that_is_compared_has_a_name() -> None:

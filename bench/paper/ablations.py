@@ -9,7 +9,8 @@
 ``robustness``  exact only: the radius of the KL ball of the robust constraint, which radii can be met and at what price
 =============  =========================================================================================================
 
-Learned rows are by the training of :mod:`bench.paper.baselines`, ten data sets at once. With a lagged reference, steps
+Learned rows are by the training of :mod:`bench.paper.baselines`, all data sets of an instance at once, and over several
+instances of a structure; robustness is of the first instance. With a lagged reference, steps
 are shortened to a share of Newton's, as the optimiser of a large model takes many steps to solve one problem, too: with
 whole steps each problem would be solved at once and t0 = 1 would be as many problems as steps.
 """
@@ -22,7 +23,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from bench.paper.baselines import Multipliers, Task, mean_interval, rate_interval, train
+from bench.paper.baselines import TOLERANCE, Multipliers, Task, mean_interval, rate_interval, train
 from bench.paper.exact import worst_slack
 from bench.paper.limits import total_variation
 from bench.paper.pairs import sample_pairs
@@ -307,8 +308,32 @@ def _robustness_rows(structure: Structure) -> Iterator[dict[str, Any]]:
             yield _plain(row)
 
 
+def _merged(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """One row of the same setting on several instances: intervals over all data sets, means of exact numbers."""
+    row = dict(rows[0])
+    runs = sum(len(each["slack"]["each"]) for each in rows)
+    for key, entry in rows[0].items():
+        if isinstance(entry, dict) and "each" in entry:
+            found = [each[key] for each in rows]
+            row[key] = mean_interval([each["each"] for each in found]) if all(found) else None
+        elif isinstance(entry, dict) and "count" in entry:
+            row[key] = rate_interval(sum(each[key]["count"] for each in rows), runs)
+    every = [each["exact"] for each in rows]
+    short = [exact["infeasible_by"] for exact in every if exact and "infeasible_by" in exact]
+    if short:
+        row["exact"] = {"infeasible_by": max(short), "tau": every[0]["tau"]}
+        row["distance"] = None
+    elif all(every):
+        row["exact"] = {key: np.mean([exact[key] for exact in every], axis=0) for key in every[0]}
+    for key in ("value", "multiplier"):
+        row[key] = np.mean([each[key] for each in rows], axis=0)
+    row["lost"] = row["slack"]["mean"] < -TOLERANCE
+    merged: dict[str, Any] = _plain(row)
+    return merged
+
+
 def ablate(
-    structure: Structure,
+    structures: Sequence[Structure],
     seeds: Sequence[int],
     *,
     count: int = PAIRS,
@@ -318,8 +343,8 @@ def ablate(
     """One setting at a time away from the structure's default, on ``count`` pairs drawn with each of the seeds.
 
     Args:
-        structure: the problem.
-        seeds: of the data sets; intervals are over them.
+        structures: instances of one structure.
+        seeds: of the data sets of each; intervals are over them.
         count: pairs in each data set.
         steps: optimiser steps where the reference lags.
         progress: called with (settings done, settings in all).
@@ -328,20 +353,28 @@ def ablate(
         Rows with "ablation" and "setting". Learned ones have the mean "value" and "multiplier", "primary", "slack"
         (worst, against the structure's own thresholds), "kl" (to the first reference) and "primal" with intervals,
         and, where the setting makes a problem that can be solved, "exact", its solution, and "distance", the total
-        variation to it. Robustness has the exact solution at each radius and whether there is one.
+        variation to it; "lost" says that on average a threshold is missed by more than :data:`TOLERANCE`, so that the
+        row's primary win rate is no achievement. Robustness has the exact solution at each radius and whether there is
+        one.
     """
-    task = Task(structure, tuple(sample_pairs(structure, count, seed) for seed in seeds))
-    parts = (
-        _tau_rows(task),
-        _reference_rows(task, steps, LAG_SHARE * LAG_STEPS / steps),
-        _dual_rows(task),
-        _noise_rows(task, count, seeds),
-        _robustness_rows(structure),
-    )
-    total = len(TAUS) + (len(T0S) - 1) * len(BETAS) + 1 + len(DUAL_STEPS) + 1 + len(NOISE) + 2 * len(RADII)
-    rows = []
-    for part in parts:
-        for row in part:
-            rows.append({"structure": structure.name, **row})
-            progress(len(rows), total)
-    return rows
+    learned = len(TAUS) + (len(T0S) - 1) * len(BETAS) + 1 + len(DUAL_STEPS) + 1 + len(NOISE)
+    total, done = len(structures) * learned + 2 * len(RADII), 0
+    instances: list[list[dict[str, Any]]] = []
+    for structure in structures:
+        task = Task(structure, tuple(sample_pairs(structure, count, seed) for seed in seeds))
+        parts = (
+            _tau_rows(task),
+            _reference_rows(task, steps, LAG_SHARE * LAG_STEPS / steps),
+            _dual_rows(task),
+            _noise_rows(task, count, seeds),
+        )
+        instances.append([])
+        for part in parts:
+            for row in part:
+                instances[-1].append(row)
+                progress(done := done + 1, total)
+    rows = [_merged(same) for same in zip(*instances, strict=True)]
+    for row in _robustness_rows(structures[0]):
+        rows.append(row)
+        progress(done := done + 1, total)
+    return [{"structure": structures[0].name, **row} for row in rows]

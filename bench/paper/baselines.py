@@ -5,29 +5,35 @@ same number of Newton steps at most, at every strength of a grid. The strength i
 the sigmoid loss is four times it, as ``logit(p) = 4 (p - 1/2) + ...`` then makes both ask for the same log-ratios near
 parity.
 
-``dpo``, ``ipo``
-    one policy an objective: "sigmoid" and "regression" on the labels of that objective alone
 ``scalarised_dpo``, ``scalarised_ipo``
     one policy for each weight of a grid on the simplex: every objective's loss by its weight, or the weighted labels as
-    the target
+    the target; the corners of the grid are DPO and IPO on one objective alone
 ``multiplier_grid``
     ``scalarised_ipo`` with weights of the form that MOPO's optima have: 1 for the primary and a grid for the others'
 ``modpo``
     "sigmoid" on the primary's labels with the margin ``sum_j w_j r_j / w_primary`` of the others' implicit rewards
     ``r_j = beta log(pi_j / pi_ref)``, ``pi_j`` the DPO policy of objective j, and ``beta / w_primary`` in beta's place
     (Zhou et al., arXiv 2310.03708)
-``soup_dpo``, ``soup_ipo``
-    rewarded soups (Rame et al., arXiv 2306.04488): the parameters of ``dpo``'s or ``ipo``'s policies averaged with the
-    weights of the grid, no training of their own
+``soup_dpo``
+    rewarded soups (Rame et al., arXiv 2306.04488): the parameters of the objectives' DPO policies averaged with the
+    weights of the grid, no training of their own. Soups of IPO are no method of their own: least squares is linear in
+    the target, so they are ``scalarised_ipo`` to rounding
 ``max_min``
     the policy whose worst slack is the largest: weights on the simplex over the slacks ``P_k - b_k`` and ``P_primary -
     d`` follow multiplicative weights while the regression loss is trained with them (in the spirit of MaxMin-RLHF,
     arXiv 2402.08925), one policy for each d of a grid
+``one_shot``
+    one policy for each setting of the thresholds: multipliers that solve the dual on the labels' mean win rates, once
+    and before training, then the regression loss with these (in the spirit of CAN, arXiv 2405.19544)
+``sigmoid_dual``
+    one policy for each setting of the thresholds: multipliers as MOPO's, but the sigmoid loss (in the spirit of C-DPO,
+    arXiv 2403.02475, and PD-DPO, arXiv 2510.05703). Weights enter the sigmoid loss by their proportions only, so beta
+    is divided by their sum: near parity the policy then is that of ``sum_k w_k s_k / tau``
 ``mopo``
     one policy for each setting of the thresholds, multipliers by :class:`mopo_kernels.DualAscent`
 
 Every policy, whatever made it, is placed by its exact win rates and its exact KL to the reference, and each method has
-the same number of policies to choose from; :func:`compare` says in which spaces hypervolumes are taken.
+the same number of policies on its front; :func:`compare` says in which spaces hypervolumes are taken.
 """
 
 from __future__ import annotations
@@ -51,8 +57,11 @@ from mopo_kernels import DualAscent, mopo_loss, tabular
 from mopo_kernels.reference import satisfaction
 
 __all__ = [
+    "FRONTS",
+    "MEASURES",
     "METHODS",
     "STRENGTHS",
+    "TOLD",
     "TOLERANCE",
     "Multipliers",
     "Point",
@@ -61,21 +70,27 @@ __all__ = [
     "budget_hypervolume",
     "compare",
     "distance",
+    "dual_optimum",
     "exact_points",
+    "fronts",
     "hypervolume",
     "max_min",
     "mean_interval",
+    "mean_labels",
     "modpo",
     "mopo",
     "multiplier_grid",
+    "one_shot",
     "per_objective",
     "pick",
     "pool",
     "rate_interval",
     "scalarisation",
+    "sigmoid_dual",
     "soups",
     "threshold_grid",
     "train",
+    "volume",
     "weight_grid",
     "yardstick",
 ]
@@ -84,26 +99,29 @@ Array = npt.NDArray[np.float64]
 IntArray = npt.NDArray[np.int64]
 
 METHODS = (
-    "dpo",
-    "ipo",
     "scalarised_dpo",
     "scalarised_ipo",
     "multiplier_grid",
     "modpo",
     "soup_dpo",
-    "soup_ipo",
     "max_min",
+    "one_shot",
+    "sigmoid_dual",
     "mopo",
 )
-# Methods that take the structure's tau as given.
-_AT_TAU = ("mopo", "multiplier_grid")
+# Methods that are told thresholds; the others are searched for a policy that keeps them.
+TOLD = ("one_shot", "sigmoid_dual", "mopo")
 # Strengths, as multiples of the structure's tau. A weight on the simplex divides the primary's own weight, so that
 # scalarisation needs strengths below tau to answer the same question; none needs one above it.
 STRENGTHS = (0.25, 0.5, 1.0)
-# Newton steps at most: training stops when gradients are below _SETTLED and weights move by less than it.
+# A third of a front's points: all are at the last strength, which has the finer grid, or a third at each.
+SETTINGS = 9
+# Newton steps at most: training stops when gradients are below _SETTLED, or they and moves of the weights below _STILL.
 STEPS = 200
 MAXIMUM = 50.0
 _SETTLED = 1e-7
+# The same where weights move, far below what finite labels leave open.
+_STILL = 1e-5
 _FLATTEST = 1e-12
 # Of the multiplicative weights: e^-12 of the largest weight is none.
 _LOWEST_SCORE = -12.0
@@ -112,6 +130,9 @@ TOLERANCE = 0.01
 CONFIDENCE = 0.95
 # The dense curves and fronts that hypervolumes are divided by.
 EXACT_POINTS = 101
+# Exact optima that volumes in more than two dimensions are divided by.
+VOLUME_POINTS = 2000
+VOLUME_SAMPLES = 2**14
 
 
 # --- the same training for all --------------------------------------------------------------------------------------
@@ -259,6 +280,19 @@ class Multipliers:
             ascent.set_thresholds(dict(zip(self.names, bounds.tolist(), strict=True)))
 
 
+class _Fixed:
+    """Weights (N, K) that stay."""
+
+    def __init__(self, weight: Array) -> None:
+        self.fixed = weight
+
+    def weight(self) -> Array:
+        return self.fixed
+
+    def update(self, measured: Array, rate: Array | None) -> None:
+        pass
+
+
 class _WorstSlack:
     """Multiplicative weights over objectives: the minimising player of ``max_policy min_k (P_k - target_k)``."""
 
@@ -334,7 +368,8 @@ class _Newton:
         return torch.linalg.pinv(blocks, rtol=1e-10, hermitian=True)
 
     def step(self, theta: Tensor, margin: Tensor, offset: Tensor | None, weight: Tensor, share: float) -> float:
-        """One step; returns the largest entry of the gradient. ``weight``: (P,) the sum of each pair's weights."""
+        """One step; returns the largest entry of the gradient. ``weight``: (P,) of each pair's curvature in the sigmoid
+        loss."""
         gradient = theta.grad
         assert gradient is not None
         if self.loss_type == "regression":
@@ -355,21 +390,27 @@ class _Newton:
         return float(gradient.abs().max())
 
 
+def mean_labels(merged: MergedPairs, problems: int) -> tuple[Array, Array]:
+    """For each of N problems the mean label of every response, 1/2 if it has none, (N, X, Y, K), and how often each
+    prompt was seen, (N, X), as shares."""
+    size, objectives = merged.shape[0] * merged.shape[1], merged.label.shape[1]
+    won, seen = np.zeros((size, objectives)), np.zeros(size)
+    for response, label in ((merged.first, merged.label), (merged.second, 1 - merged.label)):
+        cell = merged.prompt * merged.shape[1] + response
+        np.add.at(won, cell, merged.count[:, None] * label)
+        np.add.at(seen, cell, merged.count)
+    rate = np.where(seen[:, None] > 0, won / np.maximum(seen, 1e-300)[:, None], 0.5)
+    prompt = seen.reshape(problems, -1, merged.shape[1]).sum(2)
+    return rate.reshape(problems, -1, merged.shape[1], objectives), prompt / prompt.sum(1, keepdims=True)
+
+
 class _Rate:
     """How far weights can move per unit of win rate without overshooting: as in :mod:`bench.paper.learning`, half the
     inverse of the largest eigenvalue of ``Cov(s) / tau``, s the mean labels of each response, for each problem."""
 
     def __init__(self, merged: MergedPairs, problems: int, strength: float, held: Sequence[int]) -> None:
-        size, objectives = merged.shape[0] * merged.shape[1], len(held)
-        won, seen = np.zeros((size, objectives)), np.zeros(size)
-        for response, label in ((merged.first, merged.label), (merged.second, 1 - merged.label)):
-            cell = merged.prompt * merged.shape[1] + response
-            np.add.at(won, cell, merged.count[:, None] * label[:, held])
-            np.add.at(seen, cell, merged.count)
-        rate = np.where(seen[:, None] > 0, won / np.maximum(seen, 1e-300)[:, None], 0.5)
-        self.rate = rate.reshape(problems, -1, merged.shape[1], objectives)
-        prompt = seen.reshape(problems, -1, merged.shape[1]).sum(2)
-        self.prompt = prompt / prompt.sum(1, keepdims=True)
+        rate, self.prompt = mean_labels(merged, problems)
+        self.rate = rate[..., held]
         self.strength = strength
 
     def __call__(self, log_policy: Array) -> Array:
@@ -426,15 +467,19 @@ def train(
     count = float(data.pair_weight.sum()) / problems
     policy = _policy(structure, problems)
     newton = _Newton(structure, merged, loss_type, strength, count)
-    rate = _Rate(merged, problems, strength, list(structure.thresholds))
+    # Log-odds are about four times what preferences are above 1/2.
+    rate = _Rate(merged, problems, strength / (4.0 if loss_type == "sigmoid" else 1.0), list(structure.thresholds))
+    block = data.prompt_index // (prompts * (problems // groups))
     for step in range(task.steps):
         table = policy.table()
+        # Of the sigmoid loss beta is divided by the sum of the weights, which leaves shares: see the top of this file.
+        pull = objective_weight.sum(1) if loss_type == "sigmoid" else torch.ones(groups, dtype=torch.float64)
         output = mopo_loss(
-            table.reshape(-1)[data.response],
-            reference[data.response],
+            table.reshape(-1)[data.response] / pull[block],
+            reference[data.response] / pull[block],
             data.pairs,
             preference,
-            objective_weight.reshape(-1),
+            (objective_weight / pull[:, None]).reshape(-1),
             tau=strength,
             loss_type=loss_type,
             pair_weight=data.pair_weight,
@@ -443,7 +488,7 @@ def train(
         )
         policy.theta.grad = None
         torch.autograd.backward(output.loss)
-        largest = newton.step(policy.theta, output.margin, offset, objective_weight.sum(1)[group], share)
+        largest = newton.step(policy.theta, output.margin, offset, pull[group] ** -2, share)
         moved = 0.0
         if controller is not None:
             measured = _measure(structure, data, table, preference).reshape(problems, -1)
@@ -457,7 +502,7 @@ def train(
                 if beta is not None:
                     assert isinstance(controller, Multipliers)
                     controller.relax(beta, measured)
-        elif max(largest, moved) < _SETTLED:
+        elif max(largest, moved) < (_SETTLED if controller is None else _STILL):
             break
     with torch.no_grad():
         return policy.table().numpy().reshape(settings, seeds, prompts, responses)
@@ -586,15 +631,78 @@ def max_min(task: Task, factor: float, targets: Sequence[float]) -> list[Point]:
     return made
 
 
-def mopo(task: Task, factor: float, thresholds: Sequence[dict[int, float]]) -> list[Point]:
-    """The constrained optimum for each setting of the thresholds, multipliers from 0 by dual ascent."""
+def _held(
+    task: Task,
+    method: str,
+    factor: float,
+    thresholds: Sequence[dict[int, float]],
+    controller: Callable[[dict[int, float]], _Controller],
+    loss_type: str = "regression",
+) -> list[Point]:
     made = []
     for bounds in thresholds:
-        controller = Multipliers(task.structure, bounds, len(task.pairs))
-        trained = train(task, None, _strength(task, factor, "regression"), controller=controller)[0]
+        strength = _strength(task, factor, loss_type)
+        trained = train(task, None, strength, loss_type=loss_type, controller=controller(bounds))[0]
         setting = {"strength": factor, "thresholds": {str(k): b for k, b in bounds.items()}}
-        made.append(point(task, "mopo", setting, trained))
+        made.append(point(task, method, setting, trained))
     return made
+
+
+def mopo(task: Task, factor: float, thresholds: Sequence[dict[int, float]]) -> list[Point]:
+    """The constrained optimum for each setting of the thresholds, multipliers from 0 by dual ascent."""
+    return _held(task, "mopo", factor, thresholds, lambda at: Multipliers(task.structure, at, len(task.pairs)))
+
+
+def sigmoid_dual(task: Task, factor: float, thresholds: Sequence[dict[int, float]]) -> list[Point]:
+    """As :func:`mopo`, with the sigmoid loss."""
+
+    def ascent(bounds: dict[int, float]) -> Multipliers:
+        return Multipliers(task.structure, bounds, len(task.pairs))
+
+    return _held(task, "sigmoid_dual", factor, thresholds, ascent, "sigmoid")
+
+
+def one_shot(task: Task, factor: float, thresholds: Sequence[dict[int, float]]) -> list[Point]:
+    """Multipliers from the labels' mean win rates beforehand, then training with these."""
+    tau = _strength(task, factor, "regression")
+    win_rate, seen = mean_labels(pool(task.pairs), len(task.pairs))
+
+    def solved(bounds: dict[int, float]) -> _Fixed:
+        each = [dual_optimum(task.structure, *data, tau, bounds) for data in zip(win_rate, seen, strict=True)]
+        return _Fixed(np.array(each))
+
+    return _held(task, "one_shot", factor, thresholds, solved)
+
+
+def dual_optimum(
+    structure: Structure, win_rate: Array, prompt_weight: Array, tau: float, thresholds: Mapping[int, float]
+) -> Array:
+    """Weights (K,) that minimise ``tau E_x log E_ref exp(u) - sum_k lambda_k b_k``, ``u = sum_k w_k s_k / tau``, over
+    multipliers from 0 to :data:`MAXIMUM`; s are the win rates (X, Y, K)."""
+    weight = np.zeros(win_rate.shape[2])
+    weight[structure.primary] = 1.0
+    held, bounds = list(thresholds), np.array(list(thresholds.values()))
+
+    def dual(multiplier: Array) -> tuple[float, Array]:
+        weight[held] = multiplier
+        u = win_rate @ weight / tau + np.log(structure.reference)
+        most = u.max(1, keepdims=True)
+        mass = np.exp(u - most)
+        total = mass.sum(1, keepdims=True)
+        value = np.einsum("x,xy,xyk->k", prompt_weight, mass / total, win_rate)
+        worth = tau * prompt_weight @ (most + np.log(total))[:, 0] - multiplier @ bounds
+        return float(worth), value[held] - bounds
+
+    found = optimize.minimize(
+        dual,
+        np.zeros(len(held)),
+        jac=True,
+        method="L-BFGS-B",
+        bounds=[(0.0, MAXIMUM)] * len(held),
+        options={"ftol": 1e-15, "gtol": 1e-7},
+    )
+    weight[held] = found.x
+    return weight
 
 
 # --- what the settings range over -------------------------------------------------------------------------------------
@@ -624,7 +732,7 @@ def threshold_grid(structure: Structure, count: int) -> list[dict[int, float]]:
     ray = count if len(structure.objectives) == 2 else count // 2
     grid = [_shifted(structure, shift) for shift in np.linspace(low, low + 0.95 * (high - low), ray)]
     # An objective that no policy moves keeps its own threshold, below what it always has.
-    moves = np.ptp(structure.win_rate, axis=(1, 2)) > 1e-9
+    moves = _moved(structure)
     for row in multiplier_grid(structure, count - ray) if count > ray else []:
         policy = closed_form_policy(structure.reference, structure.win_rate, row, structure.tau)
         value = structure.value(policy)
@@ -661,6 +769,9 @@ class Yardstick:
         budget_plane: (G, 2) the front there, among policies with no more KL than that.
         budget_origin: (2,) as ``plane_origin``.
         front: (F, K) samples of the front in all dimensions, (primal, every other P_k).
+        volume: with more than two objectives, what :data:`VOLUME_POINTS` exact optima cover of that space, of those
+            objectives that some policy moves; None with two, where the plane is all there is.
+        volume_origin: where it is measured from, as ``plane_origin``.
     """
 
     plane: Array
@@ -669,6 +780,8 @@ class Yardstick:
     budget_plane: Array
     budget_origin: Array
     front: Array
+    volume: float | None
+    volume_origin: Array | None
 
 
 def _origin(structure: Structure, plane: Array) -> Array:
@@ -793,7 +906,34 @@ def yardstick(structure: Structure, thresholds: Sequence[Mapping[int, float]]) -
             ]
             value = np.array([structure.value(policy) for policy in optima])
             front = _space(structure, value, np.array([structure.kl(policy) for policy in optima]))
-    return Yardstick(plane, _origin(structure, plane), budget, budget_plane, _origin(structure, budget_plane), front)
+    origin, budget_origin = _origin(structure, plane), _origin(structure, budget_plane)
+    whole, corner = _volume_yardstick(structure) if len(structure.objectives) > 2 else (None, None)
+    return Yardstick(plane, origin, budget, budget_plane, budget_origin, front, whole, corner)
+
+
+def _moved(structure: Structure) -> npt.NDArray[np.bool_]:
+    """Objectives that some policy moves."""
+    return np.asarray(np.ptp(structure.win_rate, axis=(1, 2)) > 1e-9)
+
+
+def _volume_yardstick(structure: Structure) -> tuple[float, Array]:
+    optima = [
+        closed_form_policy(structure.reference, structure.win_rate, row, structure.tau)
+        for row in multiplier_grid(structure, VOLUME_POINTS)
+    ]
+    value = np.array([structure.value(policy) for policy in optima])
+    kl = np.array([structure.kl(policy) for policy in optima])
+    space = _space(structure, value, kl)[:, _moved(structure)]
+    start = structure.value(structure.reference)[_moved(structure)]
+    corner = np.minimum(space.min(0), start) - 0.1 * np.ptp(space, axis=0)
+    return _covered(space, corner), np.asarray(corner)
+
+
+def _covered(space: Array, corner: Array) -> float:
+    """Hypervolume, in more than four dimensions approximately but always in the same way."""
+    if space.shape[1] <= 4:
+        return float(moocore.hypervolume(space, ref=corner, maximise=True))
+    return float(moocore.hv_approx(space, ref=corner, maximise=True, nsamples=VOLUME_SAMPLES, method="Rphi-FWE+"))
 
 
 def _nondominated(points: Array) -> Array:
@@ -812,6 +952,13 @@ def hypervolume(structure: Structure, stick: Yardstick, value: Array, kl: Array)
     exact front's."""
     plane = np.stack([worst_slack(structure, value), value[:, structure.primary] - structure.tau * kl], 1)
     return tabular.hypervolume(plane, stick.plane_origin) / tabular.hypervolume(stick.plane, stick.plane_origin)
+
+
+def volume(structure: Structure, stick: Yardstick, value: Array, kl: Array) -> float:
+    """In all dimensions, (primal, every other P_k): as a share of what many exact optima cover."""
+    if stick.volume is None or stick.volume_origin is None:
+        return hypervolume(structure, stick, value, kl)
+    return _covered(_space(structure, value, kl)[:, _moved(structure)], stick.volume_origin) / stick.volume
 
 
 def budget_hypervolume(structure: Structure, stick: Yardstick, value: Array, kl: Array) -> float:
@@ -842,12 +989,18 @@ def pick(structure: Structure, points: Sequence[Point], seed: int) -> int:
 
 
 def mean_interval(each: npt.ArrayLike) -> dict[str, Any]:
-    """Mean over seeds with Student's interval."""
+    """Mean with Student's interval, of values of each data set (B,), or of each data set of each instance (I, B).
+
+    The instances are what they are and count alike: the interval is over data sets.
+    """
     values = np.asarray(each, dtype=np.float64)
-    mean = float(values.mean())
+    rows = np.atleast_2d(values)
+    instances, seeds = rows.shape
+    mean = float(rows.mean())
     half = 0.0
-    if len(values) > 1:
-        half = float(stats.sem(values) * stats.t.ppf(0.5 + 0.5 * CONFIDENCE, len(values) - 1))
+    if seeds > 1:
+        deviation = float(np.sqrt((rows.var(1, ddof=1) / seeds).sum())) / instances
+        half = deviation * float(stats.t.ppf(0.5 + 0.5 * CONFIDENCE, instances * (seeds - 1)))
     return {"mean": mean, "low": mean - half, "high": mean + half, "each": values.tolist()}
 
 
@@ -857,157 +1010,222 @@ def rate_interval(hits: int, total: int) -> dict[str, Any]:
     return {"rate": hits / total, "low": float(interval.low), "high": float(interval.high), "count": hits}
 
 
-def run_methods(
-    task: Task, settings: int, progress: Callable[[int, int], object] = lambda done, total: None
-) -> dict[str, list[Point]]:
-    """The points of every method: ``settings`` for each strength.
+Progress = Callable[[int, int], object]
 
-    MOPO and the multiplier grid state the problem at the structure's own tau: they have a finer grid there, as many
-    points as the others have over all strengths; at the other strengths they have ``settings`` too.
-    """
-    structure = task.structure
-    weight = weight_grid(task.objectives, settings)
-    coarse, fine = threshold_grid(structure, settings), threshold_grid(structure, len(STRENGTHS) * settings)
-    multipliers = [multiplier_grid(structure, len(each)) for each in (coarse, fine)]
-    value = exact_points(structure, coarse)[0][:, structure.primary]
-    targets = np.linspace(value.min(), value.max(), settings).tolist()
+
+def run_methods(
+    task: Task, settings: int = SETTINGS, progress: Progress = lambda done, total: None
+) -> dict[str, list[Point]]:
+    """The points of every method: ``settings`` at each strength but the last, and at the last as many as at all three
+    together."""
+    structure, fine = task.structure, len(STRENGTHS) * settings
+    weight = {count: weight_grid(task.objectives, count) for count in (settings, fine)}
+    thresholds = {count: threshold_grid(structure, count) for count in (settings, fine)}
+    multipliers = {count: multiplier_grid(structure, count) for count in (settings, fine)}
+    value = exact_points(structure, thresholds[settings])[0][:, structure.primary]
     made: dict[str, list[Point]] = {method: [] for method in METHODS}
-    parts: dict[str, list[Point]] = {}
-    work: list[Callable[[float], list[Point]]] = [
-        lambda factor: per_objective(task, factor, "sigmoid"),
-        lambda factor: per_objective(task, factor, "regression"),
-        lambda factor: scalarisation(task, factor, "sigmoid", weight),
-        lambda factor: scalarisation(task, factor, "regression", weight),
-        lambda factor: scalarisation(task, factor, "regression", multipliers[factor == 1.0], "multiplier_grid"),
-        lambda factor: modpo(task, parts["dpo"], weight),
-        lambda factor: soups(task, parts["dpo"], weight),
-        lambda factor: soups(task, parts["ipo"], weight),
-        lambda factor: max_min(task, factor, targets),
-        lambda factor: mopo(task, factor, fine if factor == 1.0 else coarse),
+    parts: list[Point] = []
+
+    def soup_parts(factor: float, count: int) -> list[Point]:
+        parts[:] = per_objective(task, factor, "sigmoid")
+        return []
+
+    work: list[Callable[[float, int], list[Point]]] = [
+        soup_parts,
+        lambda factor, count: scalarisation(task, factor, "sigmoid", weight[count]),
+        lambda factor, count: scalarisation(task, factor, "regression", weight[count]),
+        lambda factor, count: scalarisation(task, factor, "regression", multipliers[count], "multiplier_grid"),
+        lambda factor, count: modpo(task, parts, weight[count]),
+        lambda factor, count: soups(task, parts, weight[count]),
+        lambda factor, count: max_min(task, factor, np.linspace(value.min(), value.max(), count).tolist()),
+        lambda factor, count: one_shot(task, factor, thresholds[count]),
+        lambda factor, count: sigmoid_dual(task, factor, thresholds[count]),
+        lambda factor, count: mopo(task, factor, thresholds[count]),
     ]
     for number, factor in enumerate(STRENGTHS):
         for place, each in enumerate(work):
-            points = each(factor)
-            parts[points[0].method] = points
-            made[points[0].method] += points
+            for found in each(factor, fine if factor == STRENGTHS[-1] else settings):
+                made[found.method].append(found)
             progress(number * len(work) + place + 1, len(STRENGTHS) * len(work))
     return made
 
 
-def _trained(method: str, settings: int, objectives: int) -> int:
-    """How many policies one user of a method trains for a whole front."""
-    each = {"dpo": objectives, "ipo": objectives, "soup_dpo": objectives, "soup_ipo": objectives}
-    extra = objectives - 1 if method == "modpo" else 0
-    return len(STRENGTHS) * (each.get(method, settings) + extra)
+FRONTS = ("one strength", "three strengths")
+MEASURES = ("hypervolume", "volume", "budget_hypervolume", "distance")
+
+
+def fronts(points: Sequence[Point], settings: int) -> dict[str, list[Point]]:
+    """The two fronts of ``3 * settings`` policies that a method's points hold."""
+    fine = len(STRENGTHS) * settings
+    last = list(points[-fine:])
+    return dict(zip(FRONTS, (last, [*points[:-fine], *last[:: len(STRENGTHS)]]), strict=True))
+
+
+def _trained(method: str, front: str, settings: int, objectives: int) -> int:
+    """How many policies one user of a method trains for a front."""
+    strengths = 1 if front == FRONTS[0] else len(STRENGTHS)
+    count = len(STRENGTHS) * settings
+    if method == "soup_dpo":
+        return strengths * objectives
+    return count + strengths * (objectives - 1) if method == "modpo" else count
 
 
 def compare(
-    structure: Structure,
+    structures: Sequence[Structure],
     count: int,
     seeds: Sequence[int],
     *,
-    settings: int | None = None,
+    settings: int = SETTINGS,
     steps: int = STEPS,
-    progress: Callable[[int, int], object] = lambda done, total: None,
+    progress: Progress = lambda done, total: None,
 ) -> list[dict[str, Any]]:
-    """All methods on ``count`` pairs drawn with each of the seeds.
+    """All methods on ``count`` pairs drawn with each of the seeds from each of the instances of a structure.
 
-    Hypervolumes are shares of the exact front's. Each method has the same number of policies, G settings at each of the
-    strengths, to cover it with:
+    Each method's front has ``3 * settings`` policies: all at the structure's own tau, or a third of them at each of the
+    :data:`STRENGTHS`, whichever does better on a measure on average: chosen with hindsight, for all methods alike.
+    Hypervolumes are shares of the exact front's.
 
-    * "hypervolume": in the plane (worst slack, P_primary - tau KL), tau the structure's own: the problem as stated.
-      MOPO and the multiplier grid, which take tau as given, spend all of their policies there;
+    * "hypervolume": in the plane (worst slack, P_primary - tau KL), tau the structure's own: the problem as stated;
+    * "volume": in all dimensions, P_primary - tau KL and every other win rate, where no threshold plays a part; the
+      same plane with two objectives. With more, of what :data:`VOLUME_POINTS` exact optima cover;
     * "budget_hypervolume": in the plane (worst slack, P_primary) of policies whose KL is at most a budget, the largest
       along MOPO's exact optima: how a policy was regularised does not show at all;
     * "distance": the mean distance (IGD+) by which points of the exact front are missed, in all K dimensions; less is
-      better; the policies are those of "hypervolume".
+      better.
 
     The worst slack is ``min_k (P_k - b_k)``: with two objectives P_2 but for a constant. Violations are of the
-    structure's thresholds, by the one policy that a method's user takes: MOPO's is trained with these thresholds at the
-    structure's tau, all others are searched for (:func:`pick`).
+    structure's thresholds, by the one policy that a method's user takes: methods that are told thresholds
+    (:data:`TOLD`) are trained with these at the structure's tau, all others are searched for (:func:`pick`).
 
     Args:
-        structure: the problem.
+        structures: instances of one structure.
         count: pairs in each data set.
         seeds: of the data sets; intervals are over them.
-        settings: G, by default 9 for two objectives and 12 for more.
+        settings: a third of the policies of a front.
         steps: Newton steps at most.
         progress: called with (parts done, parts in all).
 
     Returns:
         A row for each method and one, "exact", for the exact optima at MOPO's thresholds: what it would have with
-        infinite data. "minus_mopo" holds the paired differences to MOPO with a "verdict" where 0 is outside the
-        interval. "picture" has the points of the first seed.
+        infinite data. Values of each data set are (instances, data sets). "minus_mopo" holds the paired differences to
+        MOPO with a "verdict" where 0 is outside the interval, and one for each instance in "verdicts". "picture" has
+        the points of the first data set of the first instance.
     """
-    task = Task(structure, tuple(sample_pairs(structure, count, seed) for seed in seeds), steps)
-    settings = settings or (9 if task.objectives == 2 else 12)
-    made = run_methods(task, settings, progress)
-    thresholds = threshold_grid(structure, len(STRENGTHS) * settings)
-    stick = yardstick(structure, thresholds)
-    best_value, best_kl = exact_points(structure, [structure.thresholds])
-    best = float(_space(structure, best_value, best_kl)[0, structure.primary])
-    scores = {
-        method: _scores(structure, stick, points, len(thresholds) if method in _AT_TAU else 0)
-        for method, points in made.items()
+    scores: dict[str, dict[str, dict[str, list[list[float]]]]] = {
+        method: {front: {measure: [] for measure in MEASURES} for front in FRONTS} for method in METHODS
     }
-    asked = mopo(task, 1.0, [structure.thresholds])
-    rows = []
-    for method, points in made.items():
-        considered = asked if method == "mopo" else points
-        taken = [considered[pick(structure, considered, seed)] for seed in range(len(seeds))]
-        slack = np.array([float(worst_slack(structure, p.value[seed])) for seed, p in enumerate(taken)])
-        rows.append(
-            {
-                "structure": structure.name,
-                "method": method,
-                "pairs": count,
-                "trained": _trained(method, settings, task.objectives),
-                **{name: mean_interval(each) for name, each in scores[method].items()},
-                "minus_mopo": {
-                    name: _difference(np.array(each) - scores["mopo"][name], 1.0 if name != "distance" else -1.0)
-                    for name, each in scores[method].items()
-                },
-                "violation": {"tolerance": TOLERANCE, **rate_interval(int((slack < -TOLERANCE).sum()), len(seeds))},
-                "slack": mean_interval(slack),
-                "regret": mean_interval([best - p.primal[seed] for seed, p in enumerate(taken)]),
-                "kl": mean_interval([p.kl[seed] for seed, p in enumerate(taken)]),
-                "primal": mean_interval([p.primal[seed] for seed, p in enumerate(taken)]),
-                "picture": [{**p.setting, **_place(structure, p.value[0], float(p.kl[0]))} for p in points],
+    taken: dict[str, dict[str, list[list[float]]]] = {
+        method: {name: [] for name in ("slack", "regret", "kl", "primal")} for method in METHODS
+    }
+    ideal: dict[str, Any] = {name: [] for name in ("hypervolume", "volume", "distance")}
+    pictured: dict[str, dict[str, list[Point]]] = {}
+    thresholds: list[dict[int, float]] = []
+    for number, structure in enumerate(structures):
+        task = Task(structure, tuple(sample_pairs(structure, count, seed) for seed in seeds), steps)
+
+        def heard(done: int, total: int, before: int = number) -> None:
+            progress(before * total + done, len(structures) * total)
+
+        made = run_methods(task, settings, heard)
+        thresholds = threshold_grid(structure, len(STRENGTHS) * settings)
+        stick = yardstick(structure, thresholds)
+        for method, points in made.items():
+            for front, some in fronts(points, settings).items():
+                for measure, values in _scores(structure, stick, some).items():
+                    scores[method][front][measure].append(values)
+            for name, values in _taken(task, method, points).items():
+                taken[method][name].append(values)
+        value, kl = exact_points(structure, thresholds)
+        for name, measure_one in (("hypervolume", hypervolume), ("volume", volume), ("distance", distance)):
+            ideal[name].append(measure_one(structure, stick, value, kl))
+        if number == 0:
+            pictured = {method: fronts(points, settings) for method, points in made.items()}
+            ideal |= {
+                "budget": stick.budget,
+                "front": stick.plane[:: max(1, len(stick.plane) // EXACT_POINTS)].tolist(),
+                "picture": [_place(structure, *each) for each in zip(value, kl.tolist(), strict=True)],
             }
-        )
-    value, kl = exact_points(structure, thresholds)
-    rows.append(
-        {
-            "structure": structure.name,
-            "method": "exact",
-            "hypervolume": hypervolume(structure, stick, value, kl),
-            "distance": distance(structure, stick, value, kl),
-            "budget": stick.budget,
-            "front": stick.plane[:: max(1, len(stick.plane) // EXACT_POINTS)].tolist(),
-            "picture": [_place(structure, *each) for each in zip(value, kl.tolist(), strict=True)],
+    first = structures[0]
+    best = {method: _best_fronts(scores[method]) for method in METHODS}
+    rows = []
+    for method in METHODS:
+        slack = np.array(taken[method]["slack"])
+        chosen = best[method]
+        row: dict[str, Any] = {
+            "structure": first.name,
+            "method": method,
+            "pairs": count,
+            "trained": _trained(method, chosen["hypervolume"], settings, len(first.objectives)),
+            "fronts": chosen,
+            "minus_mopo": {},
         }
-    )
-    return rows
+        for measure in MEASURES:
+            each = np.array(scores[method][chosen[measure]][measure])
+            row[measure] = mean_interval(each)
+            ours = np.array(scores["mopo"][best["mopo"][measure]][measure])
+            row["minus_mopo"][measure] = _difference(each - ours, -1.0 if measure == "distance" else 1.0)
+        row["violation"] = {"tolerance": TOLERANCE, **rate_interval(int((slack < -TOLERANCE).sum()), slack.size)}
+        row["missed"] = {"tolerance": 0.0, **rate_interval(int((slack < 0).sum()), slack.size)}
+        row |= {name: mean_interval(values) for name, values in taken[method].items()}
+        row["picture"] = [
+            {**p.setting, **_place(first, p.value[0], float(p.kl[0]))} for p in pictured[method][chosen["hypervolume"]]
+        ]
+        rows.append(row)
+    for name in ("hypervolume", "volume", "distance"):
+        ideal |= {name: float(np.mean(ideal[name])), f"{name}_each": ideal[name]}
+    return [*rows, {"structure": first.name, "method": "exact", **ideal}]
 
 
-def _scores(structure: Structure, stick: Yardstick, points: Sequence[Point], fine: int) -> dict[str, list[float]]:
-    """Each measure's value for each seed. ``fine``: how many of the points, the last, are a finer grid at tau."""
+def _best_fronts(scores: Mapping[str, Mapping[str, list[list[float]]]]) -> dict[str, str]:
+    """Which of its fronts does best by each measure."""
+    best = {}
+    for measure in MEASURES:
+        mean = {front: float(np.mean(each[measure])) for front, each in scores.items()}
+        best[measure] = (min if measure == "distance" else max)(mean, key=mean.__getitem__)
+    return best
+
+
+def _scores(structure: Structure, stick: Yardstick, points: Sequence[Point]) -> dict[str, list[float]]:
+    """Each measure's value for each seed."""
     all_value, all_kl = np.array([p.value for p in points]), np.array([p.kl for p in points])
-    own = slice(-fine, None) if fine else slice(None)
-    # The plane with a budget has G points at each strength, so of the finer grid every third.
-    coarse = [*range(len(points) - fine), *range(len(points) - fine, len(points), len(STRENGTHS))]
-    found: dict[str, list[float]] = {"hypervolume": [], "budget_hypervolume": [], "distance": []}
-    for value, kl in zip(all_value.swapaxes(0, 1), all_kl.T, strict=True):
-        found["hypervolume"].append(hypervolume(structure, stick, value[own], kl[own]))
-        found["budget_hypervolume"].append(budget_hypervolume(structure, stick, value[coarse], kl[coarse]))
-        found["distance"].append(distance(structure, stick, value[own], kl[own]))
-    return found
+    measures = (hypervolume, volume, budget_hypervolume, distance)
+    return {
+        name: [
+            measure(structure, stick, value, kl) for value, kl in zip(all_value.swapaxes(0, 1), all_kl.T, strict=True)
+        ]
+        for name, measure in zip(MEASURES, measures, strict=True)
+    }
+
+
+_AGAIN = {"one_shot": one_shot, "sigmoid_dual": sigmoid_dual, "mopo": mopo}
+
+
+def _taken(task: Task, method: str, points: Sequence[Point]) -> dict[str, list[float]]:
+    """What the policy is worth that a method's user takes, for each seed."""
+    structure = task.structure
+    value, kl = exact_points(structure, [structure.thresholds])
+    best = float(_space(structure, value, kl)[0, structure.primary])
+    considered = _AGAIN[method](task, 1.0, [structure.thresholds]) if method in TOLD else points
+    chosen = [considered[pick(structure, considered, seed)] for seed in range(len(task.pairs))]
+    return {
+        "slack": [float(worst_slack(structure, p.value[seed])) for seed, p in enumerate(chosen)],
+        "regret": [best - float(p.primal[seed]) for seed, p in enumerate(chosen)],
+        "kl": [float(p.kl[seed]) for seed, p in enumerate(chosen)],
+        "primal": [float(p.primal[seed]) for seed, p in enumerate(chosen)],
+    }
 
 
 def _difference(each: Array, sign: float) -> dict[str, Any]:
     interval = mean_interval(each)
+    # Of every data set they follow from the methods' own.
+    del interval["each"]
+    verdicts = [_verdict(mean_interval(row), sign) for row in each]
+    return {**interval, "verdict": _verdict(interval, sign), "verdicts": verdicts}
+
+
+def _verdict(interval: Mapping[str, Any], sign: float) -> str:
     low, high = sorted((sign * interval["low"], sign * interval["high"]))
-    return {**interval, "verdict": "better" if low > 0 else "worse" if high < 0 else "no difference"}
+    return "better" if low > 0 else "worse" if high < 0 else "no difference"
 
 
 def _place(structure: Structure, value: Array, kl: float) -> dict[str, Any]:

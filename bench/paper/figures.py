@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -29,8 +29,20 @@ _CROSSES: dict[str, Any] = {
 }
 
 Points = Sequence[Sequence[float]]
-# Curves by name: (value of a setting, mean, low, high) at each value.
-Series = dict[str, list[tuple[str, float | None, float | None, float | None]]]
+
+
+class Dot(NamedTuple):
+    """A point of a curve: the value of a setting, mean, low and high, None where there is nothing; ``lost``: drawn
+    hollow."""
+
+    value: str
+    mean: float | None
+    low: float | None
+    high: float | None
+    lost: bool = False
+
+
+Series = dict[str, list[Dot]]
 
 
 @dataclass(frozen=True)
@@ -119,6 +131,31 @@ def plot_methods(
     return _save(figure, path)
 
 
+def plot_overview(path: Path, *, panels: Mapping[str, Mapping[str, Sequence[float]]]) -> Path:
+    """Draw what each method has by several measures: a dot a structure, a bar for the mean, the first method in its own
+    colour.
+
+    Args:
+        path: PNG to write.
+        panels: measure -> method -> a value for each structure.
+    """
+    figure = _figure(2.7 * len(panels) + 1.2, 3.6)
+    grid = figure.subplots(1, len(panels), squeeze=False, sharey=True)[0]
+    for axes, (measure, methods) in zip(grid, panels.items(), strict=True):
+        _tidy(axes)
+        for place, values in enumerate(methods.values()):
+            colour = _BLUE if place == 0 else "0.45"
+            # Beside each other, so that equal values show.
+            beside = np.linspace(-0.22, 0.22, len(values)) if len(values) > 1 else [0.0]
+            axes.plot(values, place + np.array(beside), "o", color=colour, markersize=3.5, alpha=0.6)
+            axes.plot([float(np.mean(values))] * 2, [place - 0.36, place + 0.36], color=colour, linewidth=3)
+        axes.set_title(measure, fontsize=9.5)
+        axes.tick_params(labelsize=8)
+        axes.set_yticks(range(len(methods)), list(methods))
+        axes.set_ylim(len(methods) - 0.4, -0.6)
+    return _save(figure, path)
+
+
 def _span(values: np.ndarray) -> tuple[float, float]:
     """Limits of an axis with room on both sides."""
     room = 0.05 * (np.nanmax(values) - np.nanmin(values)) + 1e-3
@@ -176,7 +213,7 @@ def plot_multiples(path: Path, *, title: str, panels: Mapping[str, Mapping[str, 
     Args:
         path: PNG to write.
         title: of the picture.
-        panels: measure -> setting -> curve -> (value of the setting, mean, low, high); None where there is nothing.
+        panels: measure -> setting -> curve -> its points.
     """
     columns = list(dict.fromkeys(setting for settings in panels.values() for setting in settings))
     # A curve looks the same in every panel.
@@ -192,12 +229,13 @@ def plot_multiples(path: Path, *, title: str, panels: Mapping[str, Mapping[str, 
             _tidy(axes)
             axes.tick_params(labelsize=8, labelbottom=True)
             curves = settings[setting]
-            values = list(dict.fromkeys(point[0] for name in curves for point in curves[name]))
+            values = list(dict.fromkeys(point.value for name in curves for point in curves[name]))
             learned = [name for name in curves if name != "exact"]
             for beside, name in enumerate(learned):
                 number, points = style[name], curves[name]
-                place = [values.index(point[0]) + 0.12 * (beside - (len(learned) - 1) / 2) for point in points]
-                mean, low, high = np.array([point[1:] for point in points], dtype=float).T
+                place = [values.index(point.value) + 0.12 * (beside - (len(learned) - 1) / 2) for point in points]
+                mean, low, high = np.array([point[1:4] for point in points], dtype=float).T
+                lost = np.array([point.lost for point in points])
                 axes.errorbar(
                     place,
                     mean,
@@ -209,10 +247,22 @@ def plot_multiples(path: Path, *, title: str, panels: Mapping[str, Mapping[str, 
                     capsize=2,
                     label=name,
                 )
+                if lost.any():
+                    axes.plot(
+                        np.array(place)[lost],
+                        mean[lost],
+                        linestyle="none",
+                        marker=_MARKERS[number % len(_MARKERS)],
+                        markersize=4,
+                        markerfacecolor="white",
+                        markeredgecolor=_colour(number),
+                        zorder=4,
+                    )
+                    axes.plot([], [], "o", markerfacecolor="white", color="0.3", label="hollow: constraint lost")
             for point in curves.get("exact", ()):
                 axes.plot(
-                    values.index(point[0]),
-                    point[1],
+                    values.index(point.value),
+                    point.mean,
                     "_",
                     color=_VERMILION,
                     markersize=14,

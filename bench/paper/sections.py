@@ -8,15 +8,19 @@ from typing import Any
 from bench.paper.ablations import STRUCTURES as ABLATED
 from bench.paper.ablations import ablate
 from bench.paper.baselines import compare
+from bench.paper.estimators import study_estimators
 from bench.paper.exact import solve_structure
 from bench.paper.learning import study_structure
 from bench.paper.run import Part, Progress
-from bench.paper.structures import STRUCTURES, make
+from bench.paper.structures import STRUCTURES, Structure, make
 
 PAIRS = 5_000
 # Of the methods once more: with few pairs it is noise in the labels that tells them apart.
 MANY_PAIRS = 20_000
 FAST_PAIRS = 1_000
+# Random instances of every structure. Where there are several, each has half as many data sets.
+INSTANCES = 3
+FAST_INSTANCES = 2
 FAST_STRUCTURES = ("bradley_terry_opposed", "condorcet_across", "restricted_class")
 
 
@@ -32,29 +36,47 @@ def _learning(part: Part, progress: Progress) -> dict[str, Any]:
     return record
 
 
+def _instances(part: Part) -> list[Structure]:
+    return [make(part.structure, number) for number in range(FAST_INSTANCES if part.fast else INSTANCES)]
+
+
+def _halved(part: Part) -> range:
+    return range(max(2, part.seeds // 2))
+
+
+def _estimators(part: Part, progress: Progress) -> dict[str, Any]:
+    sizes: dict[str, Any] = {"counts": (1_000,), "draws": 10} if part.fast else {}
+    instances, seeds = _instances(part), range(2 if part.fast else 3)
+    rows = study_estimators(instances, seeds, progress=progress, **sizes)
+    return {"instances": len(instances), "data_sets": len(seeds), "rows": rows}
+
+
 def _baselines(part: Part, progress: Progress) -> dict[str, Any]:
+    instances, seeds = _instances(part), _halved(part)
     pairs = FAST_PAIRS if part.fast else PAIRS
     sizes = {"settings": 2, "steps": 30} if part.fast else {}
-    rows = compare(make(part.structure), pairs, range(part.seeds), progress=progress, **sizes)
-    record: dict[str, Any] = {"pairs": pairs, "rows": rows}
+    rows = compare(instances, pairs, seeds, progress=progress, **sizes)
+    record: dict[str, Any] = {"instances": len(instances), "data_sets": len(seeds), "pairs": pairs, "rows": rows}
     if not part.fast:
-        many = compare(make(part.structure), MANY_PAIRS, range(part.seeds), progress=progress)
+        many = compare(instances, MANY_PAIRS, seeds, progress=progress)
         for row in many:
             # Of these there is no picture.
             row.pop("picture", None)
-        record["many"] = {"pairs": MANY_PAIRS, "rows": many}
+        record["many"] = {**record, "pairs": MANY_PAIRS, "rows": many}
     return record
 
 
 def _ablations(part: Part, progress: Progress) -> dict[str, Any]:
+    instances, seeds = _instances(part), _halved(part)
     pairs = FAST_PAIRS if part.fast else PAIRS
     sizes = {"steps": 50} if part.fast else {}
-    rows = ablate(make(part.structure), range(part.seeds), count=pairs, progress=progress, **sizes)
-    return {"pairs": pairs, "rows": rows}
+    rows = ablate(instances, seeds, count=pairs, progress=progress, **sizes)
+    return {"instances": len(instances), "data_sets": len(seeds), "pairs": pairs, "rows": rows}
 
 
 SECTIONS: dict[str, Callable[[Part, Progress], dict[str, Any]]] = {
     "exact": _exact,
+    "estimators": _estimators,
     "learning": _learning,
     "baselines": _baselines,
     "ablations": _ablations,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -19,7 +20,9 @@ from mopo_kernels.data.converters import CONVERTERS
 from mopo_kernels.data.dataset import PreferenceData
 from mopo_kernels.data.loaders import load_preferences
 from mopo_kernels.data.report import PreferenceReport, summarize
-from mopo_kernels.data.schema import DataError
+from mopo_kernels.data.schema import DataError, response_text
+from mopo_kernels.evaluation import Prompt, load_judges, load_policy, load_prompts
+from mopo_kernels.mappings import parse_mapping
 
 data_app = typer.Typer(
     help="Check, convert and describe preference data.",
@@ -39,7 +42,7 @@ Split = Annotated[str | None, typer.Option(help="Which split, when there are sev
 Config = Annotated[str | None, typer.Option("--name", help="Configuration of a hub data set.")]
 DataDir = Annotated[str | None, typer.Option(help="Sub-folder, such as harmless-base.")]
 Objectives = Annotated[str | None, typer.Option(help="Comma-separated objectives, in order.")]
-Objective = Annotated[str | None, typer.Option(help="Name of the objective (hh-rlhf, trl).")]
+Objective = Annotated[str | None, typer.Option(help="Name of the objective (hh-rlhf, trl, summarize-from-feedback).")]
 Negative = Annotated[
     list[str] | None, typer.Option(help="Attribute of which less is better (helpsteer); may be repeated.")
 ]
@@ -84,13 +87,13 @@ def _prepare(option: str, path: Path) -> None:
 
 @contextmanager
 def _progress(description: str, total: int | None = None) -> Iterator[Any]:
-    """A bar on stderr; yields the callable that counts one row."""
+    """A bar on stderr; yields the callable that counts one row, or so many."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     console = Console(stderr=True)
     # Where nobody watches, a bar would leave stray lines in the log.
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task(description, total=total)
-        yield lambda: bar.advance(task)
+        yield lambda count=1: bar.advance(task, count)
 
 
 def _load(
@@ -280,3 +283,129 @@ def report(
             output.write_text(json.dumps(findings.to_dict(), indent=2) + "\n", encoding="utf-8")
         except OSError as error:
             _fail(error)
+
+
+@data_app.command()
+def label(
+    source: Annotated[
+        str,
+        typer.Argument(
+            help="Prompts (.jsonl with a prompt field, or .txt) to answer with --policy; without it preference data in "
+            "any format, whose responses are labelled anew.",
+            show_default=False,
+        ),
+    ],
+    judges: Annotated[str, typer.Option(help="package.module:ATTR or file.py:ATTR, a dict of objective -> judge.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Target, .jsonl; an interrupted run goes on with it.")],
+    policy: Annotated[str | None, typer.Option(help="Model or adapter that writes the responses.")] = None,
+    policy_adapter: Annotated[str | None, typer.Option(help="A peft adapter to put on it.")] = None,
+    samples: Annotated[int, typer.Option(min=2, help="Responses drawn for each prompt.")] = 4,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest response, tokens.")] = 128,
+    temperature: Annotated[float, typer.Option(min=0.0, help="Of sampling.")] = 1.0,
+    top_p: Annotated[float, typer.Option(min=0.0, max=1.0, help="Nucleus mass.")] = 1.0,
+    batch_size: Annotated[int, typer.Option(min=1, help="Sequences decoded together.")] = 16,
+    stop: Annotated[str | None, typer.Option(help="A response ends before this text; \\n is a new line.")] = None,
+    unfinished: Annotated[str, typer.Option(help="Responses cut at --max-new-tokens: drop or keep.")] = "drop",
+    scale: Annotated[
+        str, typer.Option(help="Difference of scores that wins 73 of 100: a number, or OBJECTIVE=NUMBER,...")
+    ] = "1",
+    hard: Annotated[bool, typer.Option("--hard", help="Labels 0, 1/2 and 1 by the order of the scores.")] = False,
+    seed: Annotated[int, typer.Option(min=0, help="Of sampling.")] = 0,
+    limit: Annotated[int | None, typer.Option(min=1, help="Use the first so many prompts only.")] = None,
+    chunk: Annotated[
+        int, typer.Option(min=1, help="Prompts written together; an interruption costs one such part.")
+    ] = 64,
+    device: Annotated[
+        str | None, typer.Option(help="For the policy. Default: CUDA where there is one, else cpu.")
+    ] = None,
+    format: Format = "auto",
+    split: Split = None,
+    name: Config = None,
+    data_dir: DataDir = None,
+    conversational: Conversational = None,
+) -> None:
+    """Label pairs of responses by judges or reward models: P(i beats j) by the difference of their scores.
+
+    With --policy the responses are drawn from a model, without it they are those of a data set. Rows stream to
+    --output; beside it OUTPUT.label.json has the settings and how far the run has come.
+    """
+    from mopo_kernels.labelling import Sampler, Source, label_file
+
+    if output.suffix != ".jsonl":
+        _fail(f"--output: expected a name ending in .jsonl, got {output.name!r}")
+    if unfinished not in ("drop", "keep"):
+        _fail(f"--unfinished: expected drop or keep, got {unfinished!r}")
+    _prepare("--output", output)
+    prompts: list[Prompt]
+    responses: Source
+    try:
+        judge_of = load_judges(judges)
+        scales = _scales(scale, list(judge_of), hard)
+        settings: dict[str, Any] = {"judges": judges, "policy": policy}
+        if policy is None:
+            data = _load(
+                [source], format, split, name, data_dir, None, None, None, conversational, None, None, None, "raise",
+                group=True,
+            )  # fmt: skip
+            examples = list(data)[:limit]
+            prompts = [example.prompt for example in examples]
+            texts = [[response_text(response) for response in example.responses] for example in examples]
+
+            def stored(first: int, part: Sequence[Prompt]) -> list[list[str]]:
+                return texts[first : first + len(part)]
+
+            responses = stored
+            settings["source"] = _digest([prompts, texts])
+        else:
+            prompts = load_prompts(source)[:limit]
+            loaded = load_policy(policy, policy_adapter, device=device)
+            sampling: dict[str, Any] = {
+                "samples": samples,
+                "max_new_tokens": max_new_tokens,
+                "temperature": temperature,
+                "top_p": top_p,
+                "batch_size": batch_size,
+                "seed": seed,
+                "stop": None if stop is None else stop.replace("\\n", "\n"),
+                "keep_unfinished": unfinished == "keep",
+            }
+            responses = Sampler(loaded, **sampling)
+            settings |= {"policy_adapter": policy_adapter, "source": _digest(prompts), **sampling}
+        with _progress("labelling", total=len(prompts)) as advance:
+            progress = label_file(
+                output,
+                prompts,
+                responses,
+                judge_of,
+                scales,
+                settings=settings,
+                chunk=chunk,
+                advance=advance,
+            )
+    except ImportError as error:
+        _fail(error, status=1)
+    except (ValueError, OSError) as error:
+        _fail(error)
+    more = "" if policy is None or unfinished == "keep" else "; more of them end with more --max-new-tokens"
+    show(
+        f"{progress.rows} rows in {escape(str(output))}, {progress.left_out} prompts left out with fewer than two "
+        f"responses{more if progress.left_out else ''}; objectives: {escape(', '.join(judge_of))}"
+    )
+
+
+def _scales(text: str, objectives: list[str], hard: bool) -> dict[str, float | None]:
+    """Objective -> scale of its soft labels; None for hard ones."""
+    if hard:
+        return dict.fromkeys(objectives)
+    expected = f"--scale: expected a positive number, or one for each of {', '.join(objectives)}"
+    try:
+        found = dict.fromkeys(objectives, float(text))
+    except ValueError:
+        found = parse_mapping("--scale", text)
+    if set(found) != set(objectives) or not all(0 < value < float("inf") for value in found.values()):
+        raise ValueError(f"{expected}; got {text}")
+    return dict(found)
+
+
+def _digest(value: object) -> str:
+    return hashlib.sha256(json.dumps(value, ensure_ascii=False).encode()).hexdigest()[:16]

@@ -439,7 +439,65 @@ class TRL(ChosenRejected):
         return self._example(prompt, chosen, rejected), self.fields
 
 
+@dataclass
+class SummarizeFromFeedback(ChosenRejected):
+    """openai/summarize_from_feedback, ``comparisons``: two summaries of a post, and which of them was chosen.
+
+    A post is one of Reddit (``info.post``) or a news article (``info.article``). Posts that were compared several times
+    are several rows: ``group`` joins them.
+
+    Args:
+        objective: default "summary".
+        template: the prompt; ``{post}``, ``{title}`` and ``{subreddit}`` are filled in, those of an article that are
+            null with nothing. Summaries are left as they stand, which is with a space before the first word.
+    """
+
+    name: ClassVar[str] = "summarize-from-feedback"
+    template: str = "{post}\n\nTL;DR:"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if "{post}" not in self.template:
+            raise ValueError(f"template: expected a text with {{post}} in it, got {self.template!r}")
+        try:
+            self.template.format(post="", title="", subreddit="")
+        except (AttributeError, IndexError, KeyError, ValueError) as error:
+            raise ValueError(
+                f"template: expected no braces but {{post}}, {{title}} and {{subreddit}}, got {self.template!r}"
+            ) from error
+
+    def _default_objective(self) -> str:
+        return "summary"
+
+    @classmethod
+    def matches(cls, record: Mapping[str, Any]) -> bool:
+        return {"info", "summaries", "choice"} <= set(record)
+
+    def convert_row(self, record: Mapping[str, Any]) -> tuple[Mapping[str, Any], Mapping[str, str]]:
+        info, summaries, choice = record.get("info"), record.get("summaries"), record.get("choice")
+        if not isinstance(info, Mapping):
+            raise DataError(f"expected an object with post or article, got {info!r}", field="info")
+        source = "post" if info.get("post") is not None else "article"
+        parts = {name: info.get(name) or "" for name in ("title", "subreddit")}
+        prompt = self.template.format(post=check_text(info.get(source), f"info.{source}"), **parts)
+        if not isinstance(summaries, (list, tuple)) or len(summaries) != 2:
+            count = len(summaries) if isinstance(summaries, (list, tuple)) else summaries
+            raise DataError(f"expected 2 summaries, got {count!r}", field="summaries")
+        texts = []
+        for index, summary in enumerate(summaries):
+            if not isinstance(summary, Mapping):
+                raise DataError(f"expected an object with text, got {summary!r}", field=f"summaries[{index}]")
+            texts.append(check_text(summary.get("text"), f"summaries[{index}].text"))
+        if isinstance(choice, bool) or choice not in (0, 1):
+            raise DataError(f"expected 0 or 1, got {choice!r}", field="choice")
+        _check_different(texts[1], texts[0], "summaries[1].text", "summaries[0].text")
+        pair = {"i": 0, "j": 1, "preference": {self.objective: 1.0 - choice}}
+        fields = {"prompt": f"info.{source}"} | {f"responses[{i}]": f"summaries[{i}].text" for i in range(2)}
+        return {"prompt": prompt, "responses": texts, "pairs": [pair]}, fields
+
+
 # In the order in which "auto" tries them: hh-rlhf is a special case of chosen and rejected.
 CONVERTERS: dict[str, type[Converter]] = {
-    converter.name: converter for converter in (Canonical, SafeRLHF, HelpSteer, UltraFeedback, HHRLHF, TRL)
+    converter.name: converter
+    for converter in (Canonical, SafeRLHF, HelpSteer, UltraFeedback, SummarizeFromFeedback, HHRLHF, TRL)
 }

@@ -206,8 +206,8 @@ def load_preferences(
             ``datasets.save_to_disk`` wrote, the name of a data set on the hub, a ``datasets.Dataset``, or a list of
             dicts. A dict ``{objective: any of these}`` loads single-objective sets (hh-rlhf, TRL) and merges them by
             prompt (``merge_preferences``).
-        format: "canonical", "pku-saferlhf", "helpsteer" (1 and 2), "ultrafeedback", "hh-rlhf", "trl", or "auto": by the
-            columns of the first row.
+        format: "canonical", "pku-saferlhf", "helpsteer" (1 and 2), "ultrafeedback", "summarize-from-feedback",
+            "hh-rlhf", "trl", or "auto": by the columns of the first row.
         objectives: the objectives and their order. A format with a fixed list of them gives only these; in the
             canonical format any other name is an error. Default: all, in the order of their first appearance.
         split: which split of a folder or a hub data set; needed when there are several.
@@ -220,7 +220,8 @@ def load_preferences(
         limit: read this many rows at most.
         group: join the examples that share a prompt.
         progress: called once per row read.
-        **format_options: ``signs`` (helpsteer), ``objective`` (hh-rlhf, trl), ``conversational`` (hh-rlhf).
+        **format_options: ``signs`` (helpsteer), ``objective`` (hh-rlhf, trl, summarize-from-feedback),
+            ``conversational`` (hh-rlhf), ``template`` (summarize-from-feedback).
 
     Returns:
         ``PreferenceData``, which works as ``train_dataset`` of ``transformers.Trainer``.

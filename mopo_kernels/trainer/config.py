@@ -49,8 +49,9 @@ class MOPOConfig(TrainingArguments):
             measured, and does not act.
         tau: KL weight of the regression and cloning losses, beta of ``sigmoid``. Positive.
         loss_type: ``regression``, ``cloning`` or ``sigmoid`` (see ``mopo_kernels.mopo_loss``).
-        estimator: how satisfaction is measured: ``pair`` (0.5 at the reference; not the win rate), ``snis`` or
-            ``closed_form``.
+        estimator: how satisfaction is measured: ``pair`` (0.5 at the reference; not the win rate) for responses that
+            anybody wrote, ``snis`` (win rates) for those that the reference wrote, several a prompt, or
+            ``closed_form``. Section 14 of docs/method.md has the figures.
         dual_data: share of the training prompts, in [0, 1), that the loss never fits and the multipliers listen to:
             drawn by prompt with ``data_seed`` (default ``seed``), where there are thresholds and no ``dual_dataset`` is
             given to the trainer. With 0, or where the share is fewer than ``dual_effective_prompts`` prompts, nothing
