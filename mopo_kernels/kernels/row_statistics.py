@@ -28,8 +28,9 @@ def row_statistics_kernel(
     summed = tl.load(total + r, mask=r < rows, other=1.0)
     z = tl.load(picked + r, mask=r < rows, other=0.0)
     lp = (z - offset) - tl.log(summed)
-    # The target's own part of the sum, bit by bit. Where it is nearly all of it, what is left says more.
-    share = tl.exp2(z * LOG2_E - offset * LOG2_E)
+    # The target's own part of the sum, bit by bit as linear_fold has it, whose compiler joins these two operations.
+    # Where it is nearly all of the sum, what is left says more.
+    share = tl.exp2(tl.fma(z, tl.full((BLOCK,), LOG2_E, tl.float32), -(offset * LOG2_E)))
     left = (summed - share) / share
     near = -left * (1.0 - 0.5 * left)
     lp = tl.where((left >= 0.0) & (left < 1e-3), near, lp)
