@@ -664,6 +664,32 @@ def _check_bootstrap(prompts: int, n_boot: int, confidence: float) -> None:
         raise ValueError(f"confidence must be in (0, 1), got {confidence}")
 
 
+def win_rate_by_prompt(
+    candidate_scores: Sequence[Sequence[float]] | NDArray[np.floating],
+    baseline_scores: Sequence[Sequence[float]] | NDArray[np.floating],
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Win rate of the candidate over the baseline on each prompt, and the share of ties, both (X,).
+
+    candidate_scores, baseline_scores: [prompt][sample], as for `win_rate`. Raises ValueError as it does.
+    """
+    if len(candidate_scores) != len(baseline_scores):
+        raise ValueError(
+            f"baseline_scores must have as many prompts as candidate_scores, {len(candidate_scores)}, "
+            f"got {len(baseline_scores)}"
+        )
+    by_prompt, tied = np.empty(len(candidate_scores)), np.empty(len(candidate_scores))
+    for index in range(len(candidate_scores)):
+        candidate = np.asarray(candidate_scores[index], dtype=np.float64)
+        baseline = np.asarray(baseline_scores[index], dtype=np.float64)
+        for name, scores in (("candidate_scores", candidate), ("baseline_scores", baseline)):
+            if scores.ndim != 1 or scores.size == 0 or not np.isfinite(scores).all():
+                raise ValueError(f"{name}[{index}] must be a non-empty list of finite numbers, got {scores.tolist()}")
+        sign = np.sign(candidate[:, None] - baseline[None, :])
+        by_prompt[index] = (1.0 + sign.mean()) / 2.0
+        tied[index] = (sign == 0.0).mean()
+    return by_prompt, tied
+
+
 def win_rate(
     candidate_scores: Sequence[Sequence[float]] | NDArray[np.floating],
     baseline_scores: Sequence[Sequence[float]] | NDArray[np.floating],
@@ -682,24 +708,9 @@ def win_rate(
     has no width when every prompt has the same win rate.
     Raises ValueError for fewer than 2 prompts, which allow no interval, and for unequal numbers of prompts.
     """
-    if len(candidate_scores) != len(baseline_scores):
-        raise ValueError(
-            f"baseline_scores must have as many prompts as candidate_scores, {len(candidate_scores)}, "
-            f"got {len(baseline_scores)}"
-        )
-    prompts = len(candidate_scores)
+    by_prompt, tied = win_rate_by_prompt(candidate_scores, baseline_scores)
+    prompts = len(by_prompt)
     _check_bootstrap(prompts, n_boot, confidence)
-    by_prompt = np.empty(prompts)
-    tied = np.empty(prompts)
-    for index in range(prompts):
-        candidate = np.asarray(candidate_scores[index], dtype=np.float64)
-        baseline = np.asarray(baseline_scores[index], dtype=np.float64)
-        for name, scores in (("candidate_scores", candidate), ("baseline_scores", baseline)):
-            if scores.ndim != 1 or scores.size == 0 or not np.isfinite(scores).all():
-                raise ValueError(f"{name}[{index}] must be a non-empty list of finite numbers, got {scores.tolist()}")
-        sign = np.sign(candidate[:, None] - baseline[None, :])
-        by_prompt[index] = (1.0 + sign.mean()) / 2.0
-        tied[index] = (sign == 0.0).mean()
 
     rng = np.random.default_rng(seed)
     block = max(1, _BOOTSTRAP_BLOCK // prompts)
