@@ -161,8 +161,8 @@ def _estimate(value: Array, total: Array) -> tuple[float, float, float]:
 def lower_bound(value: Array, total: Array, level: float) -> float:
     """``v' - t s'``, a lower bound of ``sum A / sum B`` over all prompts there are, eq. (42) of docs/method.md.
 
-    v' and s' are the estimate and its standard error by prompt with one more prompt, of the mean weight, on which
-    everything is lost; t is Student's quantile for the effective number of prompts, less one.
+    v' and s' are the estimate and its standard error by prompt with one more effective prompt, of weight
+    ``sum B^2 / sum B``, on which everything is lost; t is Student's quantile for their effective number, less one.
 
     Args:
         value, total: (X,) A and B of each prompt, ``0 <= A <= B``, B > 0.
@@ -175,7 +175,7 @@ def lower_bound(value: Array, total: Array, level: float) -> float:
 
     if len(value) < 2:
         return -math.inf
-    mean, error, effective = _estimate(np.append(value, 0.0), np.append(total, total.mean()))
+    mean, error, effective = _estimate(np.append(value, 0.0), np.append(total, (total**2).sum() / total.sum()))
     return mean - float(stdtrit(max(effective - 1.0, 1.0), level)) * error
 
 
