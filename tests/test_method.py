@@ -6,6 +6,7 @@ import ast
 import importlib
 import inspect
 import itertools
+import json
 import math
 import re
 from collections.abc import Callable
@@ -22,6 +23,7 @@ from scipy import stats
 from scipy.optimize import brentq
 from torch import Tensor
 
+from bench.certify import AIMS, RESPONSES
 from mopo_kernels import mopo_loss, reference
 from mopo_kernels.backends.tile import Head
 from mopo_kernels.certify import certificate
@@ -719,6 +721,32 @@ def certificate_figures() -> list[str]:
     return rows
 
 
+def certified_structures() -> list[str]:
+    """What the records of `python -m bench.certify` say; that they were made with what the text says."""
+    lines = []
+    for name, prompts in (("certify", 1000), ("certify_200", 200)):
+        record = json.loads((ROOT / "bench/results" / f"{name}.json").read_text(encoding="utf-8"))
+        expected = {"instances": 200, "pairs": 5000, "prompts": prompts, "confidence": 0.95}
+        assert {key: record["settings"][key] for key in expected} == expected
+        found = dict(record["results"])
+        shifted = found.pop("shifted_reference")
+        assert len(found) == 12
+        assert all(each["wrong"] <= record["allowed"] for each in found.values())
+        assert not any(each["false"] for each in (*found.values(), shifted))
+        wrong, certified, careless = ([each[key] for each in found.values()] for key in ("wrong", "certified", "naive"))
+        cells = [
+            f"{prompts:,}",
+            f"{min(wrong):.1%} to {max(wrong):.1%}",
+            f"{shifted['wrong']:.1%}",
+            f"0 of {len(record['results']) * record['settings']['instances']:,}",
+            f"{min(careless):.1%} to {max(careless):.1%}",
+            f"{min(certified):.1%} to {max(certified):.1%}, median {np.median(certified):.1%}",
+        ]
+        lines.append(f"| {' | '.join(cells)} |".replace("%", " %"))
+    lines.append(f"{max(AIMS):.2f} above them; held-out prompts have {RESPONSES} responses each")
+    return [*lines, f"two standard errors ({record['allowed']:.1%})".replace("%", " %")]
+
+
 # ---- all figures
 
 # Settings of the examples, and figures that are quoted.
@@ -735,6 +763,7 @@ COMPUTED = (
     estimator_figures,
     control_figures,
     certificate_figures,
+    certified_structures,
 )
 FIGURES = [cache(f) for f in COMPUTED]
 
