@@ -20,7 +20,15 @@ import numpy.typing as npt
 import torch
 
 from mopo_kernels import reference
-from mopo_kernels.evaluation import Judge, Policy, Prompt, judge_responses, sample_responses, win_rate_by_prompt
+from mopo_kernels.evaluation import (
+    Judge,
+    Policy,
+    Prompt,
+    judge_responses,
+    progress_bar,
+    sample_responses,
+    win_rate_by_prompt,
+)
 
 if TYPE_CHECKING:
     from mopo_kernels.data import PreferenceCollator, PreferenceData, PreferenceExample
@@ -366,19 +374,24 @@ def pair_sums(
 
 
 def sequence_logprobs(
-    policy: Policy, collator: PreferenceCollator, examples: Sequence[PreferenceExample], batch_size: int
+    policy: Policy,
+    collator: PreferenceCollator,
+    examples: Sequence[PreferenceExample],
+    batch_size: int,
+    progress: bool = True,
 ) -> list[list[float]]:
     """Log-probability of every response of every example under a policy, summed nats: [example][response].
 
-    ``batch_size`` examples at once.
+    ``batch_size`` examples at once; ``progress`` shows a bar.
     """
     from mopo_kernels.functional import linear_sequence_logprob
     from mopo_kernels.trainer.head import find_transform, output_head
     from mopo_kernels.trainer.layout import take_layout
 
     found: list[list[float]] = []
-    with policy.active() as model, torch.no_grad():
+    with policy.active() as model, torch.no_grad(), progress_bar(progress) as bar:
         options = find_transform(model)._asdict()
+        task = bar.add_task(f"scoring under {policy.name}", total=len(examples))
         for start in range(0, len(examples), batch_size):
             batch = collator(examples[start : start + batch_size])
             tokens = {name: batch[name].to(model.device) for name in ("input_ids", "attention_mask", "labels")}
@@ -386,7 +399,9 @@ def sequence_logprobs(
             rows, weight, bias = output_head(model).operands(scored.hidden)
             logprob = linear_sequence_logprob(rows, weight, scored.target, scored.cu_seqlens, bias, **options)
             values = iter(logprob.tolist())
-            found += [[next(values) for _ in example.responses] for example in examples[start : start + batch_size]]
+            scores = [[next(values) for _ in example.responses] for example in examples[start : start + batch_size]]
+            found += scores
+            bar.advance(task, len(scores))
     return found
 
 
@@ -398,6 +413,7 @@ def measure_pairs(
     *,
     max_response_length: int | None = None,
     batch_size: int = 16,
+    progress: bool = True,
 ) -> tuple[list[str], Measure]:
     """The distinct prompts of held-out pairs, and what measures candidates on them by their log-ratios.
 
@@ -407,6 +423,7 @@ def measure_pairs(
         estimator: as for :func:`pair_sums`.
         max_response_length: tokens after which responses were cut, EOS included; None: they are whole.
         batch_size: examples scored at once.
+        progress: show bars.
     """
     from mopo_kernels.data import PreferenceCollator
     from mopo_kernels.data.dataset import prompt_key
@@ -425,7 +442,7 @@ def measure_pairs(
             max_response_length=max_response_length,
             truncate=max_response_length is not None,
         )
-        return sequence_logprobs(policy, collator, [examples[index] for index in indices], batch_size)
+        return sequence_logprobs(policy, collator, [examples[index] for index in indices], batch_size, progress)
 
     def measure(candidate: int, chosen: Sequence[int], part: int) -> PromptSums:
         indices = [index for number in chosen for index in owned[prompts[number]]]

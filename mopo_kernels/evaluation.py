@@ -428,7 +428,8 @@ def prompt_text(prompt: Prompt) -> str:
     return users[-1]
 
 
-def _progress(enabled: bool) -> Progress:
+def progress_bar(enabled: bool) -> Progress:
+    """On stderr; shows nothing unless enabled."""
     return Progress(
         TextColumn("{task.description}", markup=False),
         BarColumn(),
@@ -523,7 +524,7 @@ def sample_responses(
     responses: list[list[str]] = [[] for _ in encoded]
     device = model.device
     devices = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices), torch.no_grad(), _plain_sampling(model), _progress(progress) as bar:
+    with torch.random.fork_rng(devices), torch.no_grad(), _plain_sampling(model), progress_bar(progress) as bar:
         torch.manual_seed(seed)
         task = bar.add_task(description, total=len(rows))
         for start in range(0, len(rows), batch_size):
@@ -642,7 +643,7 @@ def judge_responses(
     if len(prompts) != len(responses):
         raise ValueError(f"responses must have one list a prompt: expected {len(prompts)}, got {len(responses)}")
     scores: dict[str, list[list[float]]] = {name: [] for name in judges}
-    with _progress(progress) as bar:
+    with progress_bar(progress) as bar:
         task = bar.add_task(description, total=len(prompts))
         for index, (prompt, drawn) in enumerate(zip(prompts, responses, strict=True)):
             text = prompt_text(prompt)
