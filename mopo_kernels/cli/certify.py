@@ -168,6 +168,8 @@ def certify_policies(
 
         add_certificate(Path(place), record)
     show(_table(record, candidates[decision.chosen].name))
+    if decision.choice:
+        show(f"chosen among {len(candidates)} policies on {decision.choice[0].prompts} other prompts")
     for reason in record["refused"]:
         show(escape(f"nothing is certified: {reason}"))
     raise typer.Exit(0 if record["certified"] else 1)
@@ -215,9 +217,8 @@ def _digest(folder: Path) -> str | None:
 
 
 def _table(record: Mapping[str, Any], name: str) -> Table:
-    several = f", chosen among {len(record['candidates'])} on others" if record["candidates"] else ""
     table = Table(
-        title=escape(f"{name} over {record['baseline']}: {record['prompts']} prompts{several}"),
+        title=escape(f"{name} over {record['baseline']}: {record['prompts']} prompts"),
         caption=f"{'Certified' if record['certified'] else 'Not certified'}. All lower bounds hold with probability "
         f"{record['confidence']:g}.",
         title_justify="left",
