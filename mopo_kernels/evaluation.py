@@ -142,6 +142,7 @@ class _Weights:
         self.model = model
         self.tokenizer = tokenizer
         self.adapters: dict[str, str] = {}  # folder or hub name -> name inside the PeftModel
+        self._scaling: dict[str, list[tuple[dict[str, float], float]]] = {}
 
     def add_adapter(self, folder: str) -> str:
         """Load the adapter once and return its name inside the PeftModel."""
@@ -156,17 +157,38 @@ class _Weights:
             self.adapters[folder] = name
         return self.adapters[folder]
 
+    def scaling(self, adapter: str) -> list[tuple[dict[str, float], float]]:
+        """Of every layer: the mapping that holds the adapter's factor, by its name inside the PeftModel, and that
+        factor as it was saved."""
+        if adapter not in self._scaling:
+            layers = [module.scaling for module in self.model.modules() if isinstance(module, _lora_layer())]
+            self._scaling[adapter] = [(layer, float(layer[adapter])) for layer in layers if adapter in layer]
+        return self._scaling[adapter]
+
+
+def _switch_on(model: Any, names: list[str]) -> None:
+    if len(names) == 1:
+        model.set_adapter(names[0])
+    else:
+        model.base_model.set_adapter(names)  # the PeftModel around it takes one name only
+
+
+def _lora_layer() -> Any:
+    _import("peft")
+    return importlib.import_module("peft.tuners.lora").LoraLayer
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Policy:
-    """A causal language model, or one peft adapter on it; several policies may share one set of base weights.
+    """A causal language model, or a weighted sum of peft adapters on it; several policies may share one set of base
+    weights.
 
-    name: for tables and plots. adapter: the adapter's name inside the shared PeftModel; None is the base model, sampled
-    with every adapter switched off.
+    name: for tables and plots. adapters: by the adapter's name inside the shared PeftModel, the factor of its update of
+    the weights; empty is the base model, sampled with every adapter switched off.
     """
 
     name: str
-    adapter: str | None
+    adapters: Mapping[str, float]
     _weights: _Weights = dataclasses.field(repr=False)
 
     @classmethod
@@ -175,7 +197,7 @@ class Policy:
         known = list(getattr(model, "peft_config", {}))
         if adapter is not None and adapter not in known:
             raise ValueError(f"adapter must be one of the model's adapters {known}, got {adapter!r}")
-        return cls(name, adapter, _Weights(name, model, tokenizer))
+        return cls(name, {} if adapter is None else {adapter: 1.0}, _Weights(name, model, tokenizer))
 
     @property
     def tokenizer(self) -> Any:
@@ -188,27 +210,47 @@ class Policy:
 
     def base(self, name: str = "base") -> Policy:
         """The same weights with every adapter switched off."""
-        return Policy(name, None, self._weights)
+        return Policy(name, {}, self._weights)
 
     @contextlib.contextmanager
     def active(self) -> Iterator[Any]:
-        """The model with this policy's adapter, and no other, switched on; undone on leaving."""
+        """The model with this policy's adapters, and no others, switched on; undone on leaving."""
         model = self._weights.model
         if not hasattr(model, "peft_config"):
             yield model
-        elif self.adapter is None:
+        elif not self.adapters:
             with model.disable_adapter():
                 yield model
         else:
-            before = model.active_adapter
-            if before == self.adapter:
+            with self._scaled(), self._switched_on(model):
                 yield model
-                return
-            model.set_adapter(self.adapter)
-            try:
-                yield model
-            finally:
-                model.set_adapter(before)
+
+    @contextlib.contextmanager
+    def _switched_on(self, model: Any) -> Iterator[None]:
+        before, own = list(model.active_adapters), list(self.adapters)
+        if before == own:
+            yield
+            return
+        _switch_on(model, own)
+        try:
+            yield
+        finally:
+            _switch_on(model, before)
+
+    @contextlib.contextmanager
+    def _scaled(self) -> Iterator[None]:
+        """Every layer's factor times this policy's, whatever another policy that is active around it has made of it."""
+        changes: list[tuple[dict[str, float], str, float]] = []
+        for adapter, factor in self.adapters.items():
+            for layer, saved in self._weights.scaling(adapter):
+                if layer[adapter] != factor * saved:
+                    changes.append((layer, adapter, layer[adapter]))
+                    layer[adapter] = factor * saved
+        try:
+            yield
+        finally:
+            for layer, adapter, before in changes:
+                layer[adapter] = before
 
 
 def _import(package: str) -> Any:
@@ -220,36 +262,65 @@ def _import(package: str) -> Any:
 
 def load_policy(
     model: str | Path,
-    adapter: str | Path | None = None,
+    adapter: str | Path | Mapping[str, float] | None = None,
     *,
     device: str | torch.device | None = None,
     dtype: str | torch.dtype | None = None,
     share: Policy | None = None,
+    scale: float = 1.0,
 ) -> Policy:
     """Load a policy for sampling.
 
     model: folder or hub name of a causal language model, or of a peft adapter, whose configuration then names the
-        model. adapter: folder or hub name of a peft adapter to put on it.
+        model. adapter: folder or hub name of a peft adapter to put on it; or several of them, each with a weight: the
+        policy whose weights are the model's plus the weighted sum of the adapters' updates (for weights that sum to 1
+        the rewarded soup of the policies, arXiv 2306.04488). The sum is of the products B A themselves, not of the
+        factors. Any finite weight will do, also below 0 or above 1.
     device: default the first CUDA device, else the CPU. dtype: default the one stored in the checkpoint, but float32
         on the CPU, where half precision is slower.
-    share: a policy loaded before; if it stands on the same model, its weights are used again, not loaded twice.
-    Raises ValueError for a folder that is missing or is neither, OSError where the checkpoint can't be read.
+    share: a policy loaded before; if it stands on the same model, its weights are used again, not loaded twice. An
+        adapter that is there already is not loaded again, whatever its scale.
+    scale: factor of the update, and of every weight of several: 0 is the model alone, 1 the adapter as it was saved.
+    Raises ValueError for a folder that is missing or is neither, for a scale without an adapter, and for a factor other
+        than 1 of an adapter whose update is more than a product of LoRA factors (DoRA, trained biases, modules saved
+        whole, another method); OSError where the checkpoint can't be read.
     """
     source = str(model)
     _check_place("model", source)
-    if adapter is not None:
-        _check_place("adapter", str(adapter))
+    if not np.isfinite(scale):
+        raise ValueError(f"scale must be a finite number, got {scale}")
+    wanted: dict[str, float] = {}
+    if isinstance(adapter, Mapping):
+        wanted = {str(folder): float(weight) for folder, weight in adapter.items()}
+    elif adapter is not None:
+        wanted = {str(adapter): 1.0}
+    if adapter is not None and not wanted:
+        raise ValueError("adapter must name at least one folder, got an empty mapping")
+    for folder, weight in wanted.items():
+        _check_place("adapter", folder)
+        if not np.isfinite(weight):
+            raise ValueError(f"adapter must have finite weights, got {weight} for {folder}")
     if is_adapter(source):
         if adapter is not None:
             raise ValueError(f"model {source} is itself an adapter, so adapter must be None, got {adapter}")
-        adapter, source = source, _adapter_base(source)
+        wanted, source = {source: 1.0}, _adapter_base(source)
     elif Path(source).exists() and not (Path(source) / "config.json").is_file():
         raise ValueError(
             f"model must be a model folder (config.json) or an adapter folder (adapter_config.json), got {source}"
         )
-    if adapter is not None and Path(adapter).exists() and not (Path(adapter) / "adapter_config.json").is_file():
-        raise ValueError(f"adapter must be a folder with an adapter_config.json, got {adapter}")
-    name = Path(str(adapter if adapter is not None else source)).name
+    elif scale != 1.0 and not wanted:
+        raise ValueError(f"scale must be 1 without an adapter, got {scale}")
+    for folder in wanted:
+        if Path(folder).exists() and not (Path(folder) / "adapter_config.json").is_file():
+            raise ValueError(f"adapter must be a folder with an adapter_config.json, got {folder}")
+    factors = {folder: scale * weight for folder, weight in wanted.items()}
+    name = _policy_name(factors) if factors else Path(source).name
+    for folder, factor in factors.items():
+        if (factor != 1.0 or len(factors) > 1) and (reason := _not_scalable(folder)):
+            raise ValueError(
+                f"scale and weights must be 1 for an adapter that {reason}, and it the only one, got {factor:g} for "
+                f"{folder}"
+            )
 
     if share is not None and _same_source(share._weights.source, source):
         weights = share._weights
@@ -262,7 +333,31 @@ def load_policy(
         except OSError as error:
             raise OSError(f"model {source} could not be loaded: {error}") from error
         weights = _Weights(source, loaded, transformers.AutoTokenizer.from_pretrained(source))
-    return Policy(name, None if adapter is None else weights.add_adapter(str(adapter)), weights)
+    return Policy(name, {weights.add_adapter(folder): factor for folder, factor in factors.items() if factor}, weights)
+
+
+def _policy_name(factors: Mapping[str, float]) -> str:
+    """Of its adapters, each with its factor where that is not 1."""
+    return " + ".join(
+        Path(folder).name if factor == 1.0 else f"{factor:g} {Path(folder).name}" for folder, factor in factors.items()
+    )
+
+
+def _not_scalable(adapter: str) -> str | None:
+    """Why an adapter's update is not a factor times what its layers add, or None."""
+    peft = _import("peft")
+    config = peft.PeftConfig.from_pretrained(adapter)
+    if str(getattr(config.peft_type, "value", config.peft_type)) != "LORA":
+        return f"is no LoRA but {getattr(config.peft_type, 'value', config.peft_type)}"
+    for option, reason in (
+        ("use_dora", "is a DoRA"),
+        ("modules_to_save", "has modules saved whole"),
+        ("trainable_token_indices", "has trained tokens"),
+        ("alora_invocation_tokens", "acts after its invocation only"),
+    ):
+        if getattr(config, option, None):
+            return reason
+    return "has trained biases" if getattr(config, "bias", "none") != "none" else None
 
 
 def is_adapter(folder: str | Path) -> bool:
@@ -346,7 +441,8 @@ def prompt_text(prompt: Prompt) -> str:
     return users[-1]
 
 
-def _progress(enabled: bool) -> Progress:
+def progress_bar(enabled: bool) -> Progress:
+    """On stderr; shows nothing unless enabled."""
     return Progress(
         TextColumn("{task.description}", markup=False),
         BarColumn(),
@@ -479,7 +575,7 @@ def draw_responses(
     responses: list[list[Draw]] = [[] for _ in encoded]
     device = model.device
     devices = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices), torch.no_grad(), _plain_sampling(model), _progress(progress) as bar:
+    with torch.random.fork_rng(devices), torch.no_grad(), _plain_sampling(model), progress_bar(progress) as bar:
         torch.manual_seed(seed)
         task = bar.add_task(description, total=len(rows))
         for start in range(0, len(rows), batch_size):
@@ -602,7 +698,7 @@ def judge_responses(
     asked = [prompt_text(prompt) for prompt, drawn in zip(prompts, responses, strict=True) for _ in drawn]
     answers = [response for drawn in responses for response in drawn]
     scores: dict[str, list[list[float]]] = {}
-    with _progress(progress) as bar:
+    with progress_bar(progress) as bar:
         task = bar.add_task(description, total=len(answers) * len(judges))
         for name, judge in judges.items():
             if isinstance(judge, BatchJudge):
@@ -632,6 +728,32 @@ def _check_bootstrap(prompts: int, n_boot: int, confidence: float) -> None:
         raise ValueError(f"confidence must be in (0, 1), got {confidence}")
 
 
+def win_rate_by_prompt(
+    candidate_scores: Sequence[Sequence[float]] | NDArray[np.floating],
+    baseline_scores: Sequence[Sequence[float]] | NDArray[np.floating],
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Win rate of the candidate over the baseline on each prompt, and the share of ties, both (X,).
+
+    candidate_scores, baseline_scores: [prompt][sample], as for `win_rate`. Raises ValueError as it does.
+    """
+    if len(candidate_scores) != len(baseline_scores):
+        raise ValueError(
+            f"baseline_scores must have as many prompts as candidate_scores, {len(candidate_scores)}, "
+            f"got {len(baseline_scores)}"
+        )
+    by_prompt, tied = np.empty(len(candidate_scores)), np.empty(len(candidate_scores))
+    for index in range(len(candidate_scores)):
+        candidate = np.asarray(candidate_scores[index], dtype=np.float64)
+        baseline = np.asarray(baseline_scores[index], dtype=np.float64)
+        for name, scores in (("candidate_scores", candidate), ("baseline_scores", baseline)):
+            if scores.ndim != 1 or scores.size == 0 or not np.isfinite(scores).all():
+                raise ValueError(f"{name}[{index}] must be a non-empty list of finite numbers, got {scores.tolist()}")
+        sign = np.sign(candidate[:, None] - baseline[None, :])
+        by_prompt[index] = (1.0 + sign.mean()) / 2.0
+        tied[index] = (sign == 0.0).mean()
+    return by_prompt, tied
+
+
 def win_rate(
     candidate_scores: Sequence[Sequence[float]] | NDArray[np.floating],
     baseline_scores: Sequence[Sequence[float]] | NDArray[np.floating],
@@ -650,24 +772,9 @@ def win_rate(
     has no width when every prompt has the same win rate.
     Raises ValueError for fewer than 2 prompts, which allow no interval, and for unequal numbers of prompts.
     """
-    if len(candidate_scores) != len(baseline_scores):
-        raise ValueError(
-            f"baseline_scores must have as many prompts as candidate_scores, {len(candidate_scores)}, "
-            f"got {len(baseline_scores)}"
-        )
-    prompts = len(candidate_scores)
+    by_prompt, tied = win_rate_by_prompt(candidate_scores, baseline_scores)
+    prompts = len(by_prompt)
     _check_bootstrap(prompts, n_boot, confidence)
-    by_prompt = np.empty(prompts)
-    tied = np.empty(prompts)
-    for index in range(prompts):
-        candidate = np.asarray(candidate_scores[index], dtype=np.float64)
-        baseline = np.asarray(baseline_scores[index], dtype=np.float64)
-        for name, scores in (("candidate_scores", candidate), ("baseline_scores", baseline)):
-            if scores.ndim != 1 or scores.size == 0 or not np.isfinite(scores).all():
-                raise ValueError(f"{name}[{index}] must be a non-empty list of finite numbers, got {scores.tolist()}")
-        sign = np.sign(candidate[:, None] - baseline[None, :])
-        by_prompt[index] = (1.0 + sign.mean()) / 2.0
-        tied[index] = (sign == 0.0).mean()
 
     rng = np.random.default_rng(seed)
     block = max(1, _BOOTSTRAP_BLOCK // prompts)
