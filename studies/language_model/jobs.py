@@ -1,0 +1,86 @@
+"""Jobs in the study's own terms: a run, a policy judged on a split."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from studies.language_model.problem import HELD, PRIMARY
+from studies.language_model.runs import Run
+from studies.language_model.scheduler import Job
+from studies.language_model.work import spec_of
+
+# Samples of the base model a prompt: they are in every comparison, so their noise should be small.
+BASE_SAMPLES = 16
+# Of the base model's answers; those of the policies are drawn with the seed of the judging, 0, 1, ...
+_BASE_SEED = 1_000_003
+# What a run takes beside its steps, in steps.
+_SETUP_STEPS = 20
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How large the study is: smaller for tests and slow machines.
+
+    Attributes:
+        training_prompts: most of the data's prompts that runs are given; 0 for all.
+        epoch: optimiser steps that a run with dual data makes in an epoch of 700 prompts, a fifth held out, 8 a step.
+        prompts: of a split that are answered; 0 for all.
+        validation_samples, test_samples, base_samples: answers a prompt.
+        changes: of every run.
+    """
+
+    training_prompts: int = 0
+    epoch: int = 70
+    prompts: int = 0
+    validation_samples: int = 4
+    test_samples: int = 8
+    base_samples: int = BASE_SAMPLES
+    changes: Mapping[str, Any] | None = None
+
+    def steps(self, epochs: float) -> int:
+        return max(1, round(epochs * self.epoch))
+
+    def run(self, name: str, epochs: float, **fields: Any) -> Run:
+        """A run of so many epochs; ``checkpoints`` are given in epochs, too."""
+        steps = self.steps(epochs)
+        kept = sorted({self.steps(epoch) for epoch in fields.pop("checkpoints", ())} - {steps})
+        settings = {**fields.pop("settings", {}), **((self.changes or {}).get("settings", {}))}
+        rest = {key: value for key, value in (self.changes or {}).items() if key != "settings"}
+        fields = {"prompts": self.training_prompts, **fields}
+        run = Run(name, steps=steps, checkpoints=[step for step in kept if step < steps], settings=settings, **fields)
+        return replace(run, **rest)
+
+    def checkpoint(self, run: Run, epochs: float) -> str:
+        """The name of a run's adapter after so many epochs."""
+        steps = self.steps(epochs)
+        return run.name if steps == run.steps else f"{run.name}/step-{steps}"
+
+
+def train_job(run: Run) -> Job:
+    # A judged run samples in its dual steps, which takes about as long again.
+    cost = (1.0 + run.judged) * (run.steps + _SETUP_STEPS)
+    return Job(run.name, "train", spec_of(run), tuple(name.split("/")[0] for name in run.start), cost)
+
+
+def base_job(split: str, scale: Scale) -> Job:
+    """The base model's answers, which all policies are compared with."""
+    spec = {"weights": {}, "split": split, "samples": scale.base_samples, "seed": _BASE_SEED, "prompts": scale.prompts}
+    return Job(f"base.{split}", "evaluate", spec)
+
+
+def judge_job(name: str, weights: Mapping[str, float], split: str, scale: Scale, seed: int = 0) -> Job:
+    """Answers of the policy ``base + sum weights[run] * update``, judged; ``run/step-N`` is a checkpoint's."""
+    samples = scale.validation_samples if split == "validation" else scale.test_samples
+    spec = {"weights": dict(weights), "split": split, "samples": samples, "seed": seed, "prompts": scale.prompts}
+    return Job(f"{name}.{split}", "evaluate", spec, tuple(dict.fromkeys(part.split("/")[0] for part in weights)))
+
+
+def labels_job(name: str, thresholds: Mapping[str, float], tau: float, prompts: int = 0) -> Job:
+    spec = {"primary": PRIMARY, "thresholds": dict(thresholds), "tau": tau, "prompts": prompts}
+    return Job(f"labels.{name}", "labels", spec)
+
+
+def parity(bound: float = 0.5) -> dict[str, float]:
+    return dict.fromkeys(HELD, bound)
