@@ -560,6 +560,35 @@ def test_several_held_out_sets_are_told_apart(tmp_path):
     assert metrics["eval_one_satisfaction/brief"] != metrics["eval_two_satisfaction/brief"]
 
 
+def test_fixed_multipliers_weigh_the_loss_of_every_prompt_and_never_move(tmp_path):
+    """Bit for bit the run whose multipliers start there and stand, for want of dual data; nothing is held out."""
+    fixed = make_trainer(
+        tmp_path / "fixed", thresholds=None, fixed_multipliers="brief=0.375", max_steps=6, reference="model"
+    )
+    assert fixed.dual_dataset is None
+    assert len(fixed.train_dataset) == len(make_data())
+    assert fixed.objective_weight.tolist() == [1.0, 0.375]
+    fixed.train()
+    standing = make_trainer(
+        tmp_path / "standing", dual_data=0.0, initial_multiplier={"brief": 0.375}, max_steps=6, reference="model"
+    )
+    standing.train()
+    other = make_trainer(tmp_path / "other", thresholds=None, max_steps=6, reference="model")
+    other.train()
+    weights = [trainer.model.state_dict() for trainer in (fixed, standing, other)]
+    assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
+    assert not all(torch.equal(value, weights[2][name]) for name, value in weights[0].items())
+    lines = [line for line in fixed.state.log_history if "loss" in line]
+    assert len(lines) == 6
+    assert {line["multiplier/brief"] for line in lines} == {0.375}
+    assert not any(key.startswith(("dual/", "threshold/")) for line in fixed.state.log_history for key in line)
+    assert fixed.evaluate(make_dual_data())["eval_multiplier/brief"] == 0.375
+    fixed.save_model()
+    card = (tmp_path / "fixed" / "README.md").read_text(encoding="utf-8")
+    assert "| brief | weighted |  | 0.3750 |" in card
+    assert "the multipliers below being fixed weights; no threshold was set." in card
+
+
 def test_an_unconstrained_third_objective_is_measured_and_does_not_act(tmp_path):
     trainer = make_trainer(tmp_path, thresholds=None)
     trainer.train()
@@ -686,6 +715,9 @@ def test_a_diverged_policy_is_told_with_its_step(tmp_path):
         ({"thresholds": "brief=high"}, "thresholds: .*got 'high' for 'brief'"),
         ({"thresholds": [0.4]}, r"thresholds: .*got \[0\.4\]"),
         ({"thresholds": {"brief": math.nan}}, r"thresholds\['brief'\]: expected a finite number"),
+        ({"fixed_multipliers": "brief=0.2"}, "fixed_multipliers: expected no thresholds .*got thresholds for brief$"),
+        ({"fixed_multipliers": "brief=-1", "thresholds": None}, r"fixed_multipliers\['brief'\]: .*got -1\.0"),
+        ({"fixed_multipliers": "brief:1", "thresholds": None}, r"fixed_multipliers: expected a mapping"),
         ({"initial_multiplier": "brief=-1"}, r"initial_multiplier\['brief'\]: .*got -1\.0"),
         ({"initial_multiplier": {"brief": 11}}, r"from 0 to dual_max \(10\.0\); got 11\.0"),
         ({"label_rate": {"brief": 0.0}}, r"label_rate\['brief'\]: expected a share in \(0, 1\]"),
@@ -714,6 +746,14 @@ def test_bad_settings_are_refused_by_name(changes, message, tmp_path):
         ({"primary": "kind"}, "primary: expected one of helpful, brief; got 'kind'"),
         ({"thresholds": {"kind": 0.4}}, "thresholds: expected objectives among helpful, brief; got 'kind'"),
         ({"thresholds": {"helpful": 0.4}}, "must not include the primary objective 'helpful'"),
+        (
+            {"fixed_multipliers": {"kind": 1}, "thresholds": None},
+            "fixed_multipliers: expected objectives among helpful",
+        ),
+        (
+            {"fixed_multipliers": {"helpful": 1}, "thresholds": None},
+            "fixed_multipliers: .* whose weight is 1; got 'helpf",
+        ),
         ({"objectives": ["helpful", "kind"]}, "objectives: expected names among the data's helpful, brief; got kind"),
     ],
 )
@@ -757,4 +797,6 @@ def test_over_long_examples_are_refused_with_their_name(tmp_path):
 
 def test_thresholds_come_as_mapping_text_or_json(tmp_path):
     for value in ({"a": 0.25, "b": 0.5}, "a=0.25, b=0.5", '{"a": 0.25, "b": 0.5}'):
-        assert MOPOConfig(output_dir=str(tmp_path), use_cpu=True, thresholds=value).thresholds == {"a": 0.25, "b": 0.5}
+        for name in ("thresholds", "fixed_multipliers"):
+            config = MOPOConfig(output_dir=str(tmp_path), use_cpu=True, **{name: value})
+            assert getattr(config, name) == {"a": 0.25, "b": 0.5}
