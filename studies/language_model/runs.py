@@ -141,19 +141,10 @@ class _KeepAdapter(TrainerCallback):
 
 
 def _config(run: Run, folder: Path, reference: Path, device: Device, **changes: Any) -> MOPOConfig:
-    control: dict[str, Any] = {"thresholds": dict(run.thresholds)}
-    if run.multipliers:
-        # Without dual data multipliers stand where they start, and a threshold of 0 is always kept.
-        control = {
-            "thresholds": dict.fromkeys(run.multipliers, 0.0),
-            "initial_multiplier": dict(run.multipliers),
-            "dual_data": 0.0,
-            "dual_max": max(10.0, *run.multipliers.values()),
-        }
     settings: dict[str, Any] = {
         "output_dir": str(folder),
         "primary": run.primary,
-        **control,
+        **({"fixed_multipliers": dict(run.multipliers)} if run.multipliers else {"thresholds": dict(run.thresholds)}),
         "tau": run.tau,
         "loss_type": run.loss_type,
         "estimator": run.estimator,
@@ -229,7 +220,7 @@ def train(run: Run, policies: Policies, data: PreferenceData, out: Path, device:
             "history": trainer.state.log_history,
             "steps": trainer.state.global_step,
             "fitted_prompts": len(trainer.train_dataset),
-            "multiplier": trainer.dual.multiplier,
+            "multiplier": {**trainer.dual.multiplier, **run.multipliers},
             "measurement": None if measured is None else dataclasses.asdict(measured),
             "label_solution": None
             if solution is None
