@@ -191,7 +191,10 @@ def test_a_run_goes_on_from_another_and_refers_to_it(settings: work.Settings, tm
     shared, data = policies.Policies(settings.model, torch.device("cpu")), load_preferences(settings.data)
     common: dict[str, Any] = {"prompts": 4, "prompts_per_step": 2, "lora_rank": 2, "learning_rate": 0.05, "steps": 2}
     runs.train(runs.Run("first", **common), shared, data, tmp_path, settings.device)
-    runs.train(runs.Run("second", start={"first": 1.0}, **common), shared, data, tmp_path, settings.device)
+    # Laid out and computed as on a GPU, but for the device.
+    device = runs.Device("cpu", "bf16", shared_prompts="never", forward=3)
+    second = runs.train(runs.Run("second", start={"first": 1.0}, **common), shared, data, tmp_path, device)
+    assert second["steps"] == 2
     # A reference of its own: the log-probabilities of the policy that it started from.
     assert len(list((tmp_path / "reference").glob("*.logprob"))) == 2
 

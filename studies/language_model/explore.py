@@ -42,8 +42,10 @@ def explore_jobs(multipliers: Mapping[str, float], scale: Scale) -> list[Job]:
         runs.append((run, [*at, epochs]))
         return run
 
-    held, fixed = {"thresholds": THRESHOLDS}, {"multipliers": dict(multipliers), "method": "fixed"}
+    held: dict[str, Any] = {"thresholds": THRESHOLDS}
+    fixed: dict[str, Any] = {"multipliers": dict(multipliers), "method": "fixed"}
     free: dict[str, Any] = {"method": "unconstrained"}
+    lengths: list[tuple[float, Sequence[float]]] = [(1, ()), (3, (1, 2))]
     scaled: list[Job] = []
 
     def turned_down(run: Run) -> None:
@@ -53,7 +55,7 @@ def explore_jobs(multipliers: Mapping[str, float], scale: Scale) -> list[Job]:
 
     # Item 1, one seed: how long control lasts.
     add("constrained-10-s0", 10, (1, 3, 6), **held)
-    for epochs, at in ((1, ()), (3, (1, 2))):
+    for epochs, at in lengths:
         add(f"constrained-{epochs}-s0", epochs, at, **held)
         turned_down(add(f"unconstrained-{epochs}-s0", epochs, at, **free))
         add(f"fixed-{epochs}-s0", epochs, at, **fixed)
@@ -75,8 +77,8 @@ def explore_jobs(multipliers: Mapping[str, float], scale: Scale) -> list[Job]:
     add("epochs-4", 4, (1, 2, 3), **held)
     # Item 1, the other seeds, and fresh answers in place of the dual data's labels.
     for seed in SEEDS[1:]:
-        for epochs in (1, 3):
-            add(f"constrained-{epochs}-s{seed}", epochs, seed=seed, **held)
+        for epochs, at in lengths:
+            add(f"constrained-{epochs}-s{seed}", epochs, at, seed=seed, **held)
     add("judged-3-s0", 3, (1, 2), judged=True, **held)
     add("unconstrained-10-s0", 10, (1, 3, 6), **free)
     add("fixed-10-s0", 10, (1, 3, 6), **fixed)
@@ -91,10 +93,10 @@ def explore_jobs(multipliers: Mapping[str, float], scale: Scale) -> list[Job]:
 
     jobs = [base_job("validation", scale)]
     jobs += [labels_job(f"tau-{tau:g}", THRESHOLDS, tau, scale.training_prompts) for tau in (0.05, 0.1, 0.15, 0.3)]
-    for run, at in runs:
+    for run, judged_at in runs:
         jobs.append(train_job(run))
-        for epochs in at:
-            name = run.name if epochs == at[-1] else f"{run.name}.epoch-{epochs:g}"
+        for epochs in judged_at:
+            name = run.name if epochs == judged_at[-1] else f"{run.name}.epoch-{epochs:g}"
             jobs.append(judge_job(name, {scale.checkpoint(run, epochs): 1.0}, "validation", scale))
         jobs += [job for job in scaled if run.name in job.spec["weights"]]
     return jobs

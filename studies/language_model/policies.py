@@ -61,7 +61,8 @@ class Policies:
 
     def __init__(self, folder: Path, device: torch.device) -> None:
         self.folder, self.device = folder, device
-        self.model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(device).eval()
+        loaded: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        self.model: Any = loaded.to(device).eval()
         self.tokenizer: Any = AutoTokenizer.from_pretrained(folder)
         self.model.requires_grad_(False)
 
