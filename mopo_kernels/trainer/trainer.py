@@ -216,6 +216,9 @@ class MOPOTrainer(Trainer):
             eval_dataset = {name: as_preference_data(part, "eval_dataset") for name, part in eval_dataset.items()}
         elif eval_dataset is not None:
             eval_dataset = as_preference_data(eval_dataset, "eval_dataset")
+        _check_margins(args, train_dataset, "train_dataset")
+        for part in eval_dataset.values() if isinstance(eval_dataset, dict) else (eval_dataset,):
+            _check_margins(args, part, "eval_dataset")
         self.objectives, self.primary = resolve_objectives(args, train_dataset, eval_dataset)
         if data_collator is None:
             if processing_class is None:
@@ -1118,6 +1121,14 @@ def resolve_objectives(args: MOPOConfig, train: PreferenceData | None, evaluatio
             f"fixed_multipliers: expected none for the primary objective, whose weight is 1; got {primary!r}"
         )
     return objectives, primary
+
+
+def _check_margins(args: MOPOConfig, data: PreferenceData | None, argument: str) -> None:
+    if data is not None and args.loss_type != "sigmoid" and data.has_margins:
+        raise ValueError(
+            f"{argument}: expected pairs without a margin, which only loss_type 'sigmoid' takes; got some with one and "
+            f"loss_type {args.loss_type!r}"
+        )
 
 
 def _check_judges(args: MOPOConfig, judges: Mapping[str, Judge], objectives: Sequence[str]) -> None:
