@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,7 +16,19 @@ from trainer_samples import make_model, make_tokenizer
 
 from mopo_kernels import load_preferences
 from mopo_kernels.evaluation import load_policy, win_rate
-from studies.language_model import explore, jobs, labels, policies, problem, runs, scheduler, statistics, work
+from studies.language_model import (
+    explore,
+    jobs,
+    labels,
+    policies,
+    problem,
+    report,
+    runs,
+    scheduler,
+    statistics,
+    study,
+    work,
+)
 
 # Few prompts and steps, and multipliers that follow a handful of prompts, which no one should want outside a test.
 SCALE = jobs.Scale(
@@ -106,6 +119,43 @@ def test_the_exploration_runs_on_two_processes_and_is_not_run_again(
     written = scheduler.bundle(settings.out, {"commit": "none"}, ["constrained-1-s0"])
     assert [path.name for path in written] == ["results.json.gz", "adapter_constrained-1-s0.tar"]
     assert scheduler.read_bundle(written[0])["jobs"] == found
+
+
+TINY = study.Settings(
+    epochs=1,
+    aims=((0.5, 0.5),),
+    weights=((0.3, 0.2),),
+    factors=(0.5,),
+    stops=(0.5,),
+    seeds=(0, 1),
+)
+
+
+def test_the_study_tunes_and_tests_every_method_and_writes_its_report(settings: work.Settings, tmp_path: Path) -> None:
+    some = problem.some_prompts(load_preferences(settings.data), 12)
+    tiny = study.Study(TINY, SCALE, study.label_multipliers(some, TINY))
+    assert {candidate.method for candidate in tiny.candidates} == set(study.METHODS)
+    placed = dataclasses.replace(settings, out=tmp_path)
+    found = scheduler.run_jobs(tiny.tuning(), tmp_path, work.set_up, placed, workers=2, follow_up=tiny.testing)
+    assert {name: record.get("error") for name, record in found.items()} == dict.fromkeys(found)
+    chosen = tiny.choices(found)
+    assert len(chosen) == len(study.METHODS) * len(study.THRESHOLDS)
+    for seed in (0, 1):
+        assert all(f"{choice.candidate}.s{seed}.test" in found for choice in chosen)
+    # One policy of the reward margins, scored under both; answers of the tested ones under policy and base.
+    assert len(found["ratios.dpo-brevity.s0"]["result"]["ratios"]) == 16
+    assert len(found["mopo-0.5-0.5.s0.test"]["result"]["kl"]) == SCALE.prompts
+    assert found["mixture-0.3-0.2.s0.test"]["result"]["kl"] is None
+
+    about = {"command": ["test"], "commit": "none", "seconds": 1.0, "workers": 2, "precision": "fp32"}
+    scheduler.bundle(tmp_path, {**about, **tiny.about(), "versions": work.versions()})
+    report.write_report(tmp_path / "results.json.gz", tmp_path / "report")
+    text = (tmp_path / "report" / "README.md").read_text(encoding="utf-8")
+    assert all(name in text for name in study.METHODS.values())
+    assert "Where MOPO does not win" in text
+    for picture in ("differences.png", "policies.png", "vectors.png"):
+        assert picture in text
+        assert (tmp_path / "report" / picture).stat().st_size > 5000
 
 
 # ------------------------------------------------------------------------------------------------------- the scheduler

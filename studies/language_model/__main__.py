@@ -7,15 +7,23 @@ import os
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from studies.language_model.explore import best_constrained, explore_jobs, explore_table, label_multipliers
+from studies.language_model.explore import best_constrained, explore_jobs, explore_multipliers, explore_table
 from studies.language_model.jobs import Scale
-from studies.language_model.problem import DATA, ROOT
+from studies.language_model.problem import DATA, ROOT, SPLITS, split_digest
+from studies.language_model.report import summary, write_report
 from studies.language_model.runs import Device
-from studies.language_model.scheduler import Job, bundle, is_done, records, run_jobs
+from studies.language_model.scheduler import BUNDLE, Job, bundle, is_done, read_bundle, run_jobs
+from studies.language_model.study import SMALL, Study, label_multipliers
+from studies.language_model.study import Settings as StudySettings
 from studies.language_model.work import Settings, set_up, versions
+
+# Of the time until the deadline, in which candidates are trained and judged on validation; the rest is for test.
+_TUNING_SHARE = 0.6
+SMALL_SCALE = Scale(validation_samples=2, test_samples=4, base_samples=8, kl_samples=1)
 
 
 def commit() -> str | None:
@@ -35,7 +43,7 @@ def commit() -> str | None:
 
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m studies.language_model", description=__doc__)
-    parser.add_argument("command", choices=("explore",))
+    parser.add_argument("command", choices=("explore", "study", "report"))
     parser.add_argument("--model", type=Path, default=ROOT / "runs/demo/model", help="folder of the model")
     parser.add_argument("--data", type=Path, default=DATA, help="preference file of the training prompts")
     parser.add_argument("--output", type=Path, help="folder of the results; default runs/study/COMMAND")
@@ -43,6 +51,19 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--precision", choices=("tf32", "bf16", "fp32"), help="of a GPU's products; default tf32")
     parser.add_argument("--workers", type=int, help="processes; default 2 on a CPU, 8 on a GPU")
     parser.add_argument("--deadline", type=float, metavar="SECONDS", help="begin no job after so many seconds")
+    parser.add_argument(
+        "--choose-by", type=float, metavar="SECONDS", help="study: go on to test then; default 0.6 of it"
+    )
+    parser.add_argument("--small", action="store_true", help="study: fewer candidates and samples, one seed")
+    parser.add_argument("--epochs", type=float, help="study: of every run")
+    parser.add_argument("--tau", type=float, help="study: KL weight")
+    parser.add_argument("--learning-rate", type=float, help="study: peak")
+    parser.add_argument("--lora-rank", type=int, help="study: rank of the adapters")
+    parser.add_argument(
+        "--seeds", type=int, nargs="+", help="study: of the final table; choices are made with the first"
+    )
+    parser.add_argument("--results", type=Path, help="report: bundle of the study; default --output's")
+    parser.add_argument("--explored", type=Path, help="report: bundle of the exploration, for its table")
     parser.add_argument("--only", nargs="+", metavar="TEXT", help="only jobs whose name begins so, and what they need")
     parser.add_argument("--adapters", nargs="+", default=[], metavar="RUN", help="runs whose adapters to bundle")
     parser.add_argument("--commit", default=None, help="where git is missing: what to note as the commit")
@@ -69,20 +90,30 @@ def selected(jobs: list[Job], beginnings: list[str] | None) -> list[Job]:
     return [job for job in jobs if job.name in wanted]
 
 
+def study_of(options: argparse.Namespace, scale: Scale) -> Study:
+    """The study with the options' settings."""
+    from mopo_kernels import load_preferences
+
+    settings = SMALL if options.small else StudySettings()
+    changes = {"epochs": options.epochs, "tau": options.tau, "learning_rate": options.learning_rate}
+    changes |= {"lora_rank": options.lora_rank, "seeds": options.seeds}
+    settings = replace(settings, **{name: value for name, value in changes.items() if value is not None})
+    return Study(settings, scale, label_multipliers(load_preferences(options.data), settings))
+
+
 def main(argv: list[str] | None = None) -> int:
     begun = time.monotonic()
     options = arguments(argv)
-    out: Path = options.output or ROOT / "runs/study" / options.command
+    if options.command == "report":
+        out = options.output or ROOT / "studies/language_model"
+        results = options.results or ROOT / "runs/study/study" / BUNDLE
+        write_report(results, out, explored=options.explored)
+        return 0
+    out = options.output or ROOT / "runs/study" / options.command
     workers = options.workers or (8 if options.device == "cuda" else 2)
     threads = max(1, (os.cpu_count() or 1) // workers)
     settings = Settings(options.model, options.data, out, Device.of(options.device, options.precision, threads))
-    scale = Scale()
-    jobs = selected(explore_jobs(label_multipliers(options.data, scale), scale), options.only)
-    if options.list:
-        for job in jobs:
-            steps = f"  {job.spec['run']['steps']} steps" if job.kind == "train" else ""
-            print(f"{'done ' if is_done(out, job) else '     '}{job.kind:9s} {job.name}{steps}")
-        return 0
+    scale = SMALL_SCALE if options.small else Scale()
     about: dict[str, Any] = {
         "command": ["python", "-m", "studies.language_model", *(sys.argv[1:] if argv is None else argv)],
         "commit": options.commit or commit(),
@@ -90,17 +121,46 @@ def main(argv: list[str] | None = None) -> int:
         "precision": settings.device.precision,
         "workers": workers,
         "versions": versions(),
+        "splits": {name: split_digest(prompts()) for name, prompts in SPLITS.items()},
     }
+    follow_up = None
+    if options.command == "explore":
+        jobs = explore_jobs(explore_multipliers(options.data, scale), scale)
+    else:
+        study = study_of(options, scale)
+        jobs, follow_up = study.tuning(), study.testing
+        about |= study.about()
+    jobs = selected(jobs, options.only)
+    if options.list:
+        for job in jobs:
+            steps = f"  {job.spec['run']['steps']} steps" if job.kind == "train" else ""
+            print(f"{'done ' if is_done(out, job) else '     '}{job.kind:9s} {job.name}{steps}")
+        return 0
+    choose_by = options.choose_by
+    if follow_up is not None and choose_by is None and options.deadline is not None:
+        choose_by = _TUNING_SHARE * options.deadline
     try:
-        run_jobs(jobs, out, set_up, settings, workers=workers, deadline=options.deadline, since=begun)
+        found = run_jobs(
+            jobs,
+            out,
+            set_up,
+            settings,
+            workers=workers,
+            deadline=options.deadline,
+            since=begun,
+            follow_up=follow_up,
+            follow_up_by=choose_by,
+        )
     finally:
         about["seconds"] = round(time.monotonic() - begun, 1)
         for path in bundle(out, about, options.adapters):
             print(f"{path}: {path.stat().st_size / 2**20:.1f} MiB", flush=True)
-    found = records(out, [job.name for job in jobs])
     if "result" in found.get("base.validation", {}):
-        print(explore_table(found))
-        print(f"best at kept thresholds: {best_constrained(found)}")
+        if options.command == "explore":
+            print(explore_table(found))
+            print(f"best at kept thresholds: {best_constrained(found)}")
+        else:
+            print(summary(read_bundle(out / BUNDLE)))
     return 1 if any("error" in record for record in found.values()) else 0
 
 

@@ -141,7 +141,7 @@ def best_constrained(found: Mapping[str, Mapping[str, Any]], margin: float = 0.0
     return None if best is None else best[1]
 
 
-def label_multipliers(data: Path, scale: Scale) -> dict[str, float]:
+def explore_multipliers(data: Path, scale: Scale) -> dict[str, float]:
     """The labels' solution at the centre, for the runs with fixed multipliers."""
     from mopo_kernels import load_preferences
     from studies.language_model.labels import label_solutions

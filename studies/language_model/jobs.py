@@ -28,6 +28,7 @@ class Scale:
         epoch: optimiser steps that a run with dual data makes in an epoch of 700 prompts, a fifth held out, 8 a step.
         prompts: of a split that are answered; 0 for all.
         validation_samples, test_samples, base_samples: answers a prompt.
+        kl_samples: of the test answers a prompt, scored for the divergence from the base.
         changes: of every run.
     """
 
@@ -37,6 +38,7 @@ class Scale:
     validation_samples: int = 4
     test_samples: int = 8
     base_samples: int = BASE_SAMPLES
+    kl_samples: int = 2
     changes: Mapping[str, Any] | None = None
 
     def steps(self, epochs: float) -> int:
@@ -61,7 +63,13 @@ class Scale:
 def train_job(run: Run) -> Job:
     # A judged run samples in its dual steps, which takes about as long again.
     cost = (1.0 + run.judged) * (run.steps + _SETUP_STEPS)
-    return Job(run.name, "train", spec_of(run), tuple(name.split("/")[0] for name in run.start), cost)
+    needs = [*(name.split("/")[0] for name in run.start), *(f"ratios.{name}" for name in run.margins)]
+    return Job(run.name, "train", spec_of(run), tuple(needs), cost)
+
+
+def ratios_job(run: str) -> Job:
+    """Log-ratios of all training responses under a run: the rewards that MODPO's margins are made of."""
+    return Job(f"ratios.{run}", "ratios", {"run": run}, (run,))
 
 
 def base_job(split: str, scale: Scale) -> Job:
@@ -70,10 +78,14 @@ def base_job(split: str, scale: Scale) -> Job:
     return Job(f"base.{split}", "evaluate", spec)
 
 
-def judge_job(name: str, weights: Mapping[str, float], split: str, scale: Scale, seed: int = 0) -> Job:
-    """Answers of the policy ``base + sum weights[run] * update``, judged; ``run/step-N`` is a checkpoint's."""
+def judge_job(
+    name: str, weights: Mapping[str, float], split: str, scale: Scale, seed: int = 0, mixture: bool = False
+) -> Job:
+    """Answers of the policy ``base + sum weights[run] * update``, judged; ``run/step-N`` is a checkpoint's. A mixture
+    is of the logits."""
     samples = scale.validation_samples if split == "validation" else scale.test_samples
-    spec = {"weights": dict(weights), "split": split, "samples": samples, "seed": seed, "prompts": scale.prompts}
+    spec: dict[str, Any] = {"weights": dict(weights), "split": split, "samples": samples, "seed": seed}
+    spec |= {"prompts": scale.prompts, "mixture": mixture, "kl_samples": scale.kl_samples if split == "test" else 0}
     return Job(f"{name}.{split}", "evaluate", spec, tuple(dict.fromkeys(part.split("/")[0] for part in weights)))
 
 

@@ -17,10 +17,10 @@ from torch import Tensor
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 
 from mopo_kernels import MOPOConfig, MOPOTrainer, linear_mopo_loss
-from mopo_kernels.data import PreferenceData
-from mopo_kernels.evaluation import judge_responses, sample_responses
+from mopo_kernels.data import PreferenceCollator, PreferenceData
+from mopo_kernels.evaluation import encode_prompt, judge_responses, sample_responses
 from mopo_kernels.trainer.trainer import peak_memory_mib
-from studies.language_model.policies import Policies, Weights
+from studies.language_model.policies import Mixture, Policies, Weights, response_logprobs
 from studies.language_model.problem import JUDGES, MAX_NEW_TOKENS, OBJECTIVES, PRIMARY, some_prompts
 
 logger = logging.getLogger(__name__)
@@ -99,6 +99,8 @@ class Run:
         judged: whether the multipliers follow fresh judged answers in place of the dual data's labels.
         settings: any further ones of ``MOPOConfig``.
         checkpoints: steps after which the adapter is kept as well.
+        margins: run -> factor: what MODPO takes off a pair's log-odds, the sum of factor times the difference of the
+            responses' log-ratios under that run, as a ``ratios`` job found them.
         start: run (or ``run/step-N``) -> factor on its update: the policy that this one starts from, and its reference.
     """
 
@@ -120,6 +122,7 @@ class Run:
     reference_update_steps: int | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)
     checkpoints: Sequence[int] = ()
+    margins: Mapping[str, float] = field(default_factory=dict)
     start: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -184,11 +187,54 @@ def rounded(value: Any, digits: int = 5) -> Any:
     return value
 
 
-def train(run: Run, policies: Policies, data: PreferenceData, out: Path, device: Device) -> dict[str, Any]:
+def with_margins(data: PreferenceData, ratios: Sequence[tuple[Sequence[Sequence[float]], float]]) -> PreferenceData:
+    """``data`` with ``sum factor * (ratio[i] - ratio[j])`` as the margin of every pair, nats.
+
+    Args:
+        data: the examples.
+        ratios: by reward, [example][response] log-ratios and their factor.
+    """
+    examples = []
+    for index, example in enumerate(data):
+        pairs = [
+            dataclasses.replace(
+                pair, margin=sum(factor * (ratio[index][pair.i] - ratio[index][pair.j]) for ratio, factor in ratios)
+            )
+            for pair in example.pairs
+        ]
+        examples.append(dataclasses.replace(example, pairs=tuple(pairs)))
+    return PreferenceData.from_examples(examples, data.objectives)
+
+
+def log_ratios(policies: Policies, weights: Weights, data: PreferenceData, device: Device) -> list[list[float]]:
+    """[example][response] log-probability of the data's responses under a policy over that under the base, nats."""
+    items = PreferenceCollator(policies.tokenizer, data.objectives).tokenize(list(data))
+    sequences = [(item.prompt, response) for item in items for response in item.responses]
+    rows = 4 * device.forward
+    base = response_logprobs(policies.model, sequences, rows, device.backend)
+    with policies.merged(weights) as model:
+        ratio = iter(
+            [a - b for a, b in zip(response_logprobs(model, sequences, rows, device.backend), base, strict=True)]
+        )
+    return [[next(ratio) for _ in item.responses] for item in items]
+
+
+def train(
+    run: Run,
+    policies: Policies,
+    data: PreferenceData,
+    out: Path,
+    device: Device,
+    ratios: Mapping[str, Sequence[Sequence[float]]] | None = None,
+) -> dict[str, Any]:
     """Train ``run`` and save its adapter in ``out/adapters/<name>``, those of checkpoints in ``step-N`` below it.
 
     The reference's log-probabilities are shared by all runs of the same data that start from the same policy: whichever
     process comes first computes them, in ``out/reference``, and the others wait for it.
+
+    Args:
+        run, policies, data, out, device: what, on what, where.
+        ratios: for ``run.margins``, by run, the log-ratios of all of ``data``.
 
     Returns:
         log history, final multipliers, the last measurement on the dual data, the labels' own solution, seconds and
@@ -196,6 +242,9 @@ def train(run: Run, policies: Policies, data: PreferenceData, out: Path, device:
     """
     folder = out / "adapters" / run.name
     begun = time.perf_counter()
+    if run.margins:
+        assert ratios is not None
+        data = with_margins(data, [(ratios[name], factor) for name, factor in run.margins.items()])
     model = policies.copied({str(out / "adapters" / name): factor for name, factor in run.start.items()})
     torch.manual_seed(run.seed)
     policy = get_peft_model(
@@ -243,6 +292,9 @@ def evaluate(
     samples: int,
     device: Device,
     seed: int,
+    *,
+    mixture: bool = False,
+    kl_samples: int = 0,
 ) -> dict[str, Any]:
     """Sample answers of the policy ``base + sum weights[a] * update_a`` and judge them.
 
@@ -251,31 +303,65 @@ def evaluate(
         prompts (X): in the order of the scores.
         samples: answers a prompt, at temperature 1, of at most ``MAX_NEW_TOKENS`` tokens.
         seed: of the answers.
+        mixture: instead of the updates, mix the logits of the policies ``base + update_a``.
+        kl_samples: so many answers a prompt are scored under policy and base; 0, and for a mixture, none.
 
     Returns:
         ``scores``: objective -> [prompt][sample], so that anything can be computed later without sampling again;
+        ``kl``: [prompt] mean log-ratio of the policy's own answers to the base, nats, or None. Texts are tokenised
+        again for it, and an answer that fills ``MAX_NEW_TOKENS`` is taken for unfinished;
         ``seconds``, and the first answer to each of the first prompts as ``texts``.
     """
     begun = time.perf_counter()
-    with policies.merged(weights) as model:
-        answers = sample_responses(
+
+    def sample(model: Any, rows: int) -> list[list[str]]:
+        return sample_responses(
             model,
             policies.tokenizer,
             prompts,
             samples_per_prompt=samples,
             max_new_tokens=MAX_NEW_TOKENS,
-            batch_size=device.rows,
+            batch_size=rows,
             seed=seed,
             progress=False,
         )
+
+    kl: list[float] | None = None
+    if mixture:
+        models = [policies.copied({folder: 1.0}) for folder in weights]
+        answers = sample(Mixture(models, list(weights.values())), max(1, device.rows // len(models)))
+    else:
+        with policies.merged(weights) as model:
+            answers = sample(model, device.rows)
+            if kl_samples:
+                sequences = _scored(policies.tokenizer, prompts, [row[:kl_samples] for row in answers])
+                own = response_logprobs(model, sequences, 4 * device.forward, device.backend)
+        if kl_samples:
+            base = response_logprobs(policies.model, sequences, 4 * device.forward, device.backend)
+            ratio = torch.tensor(own) - torch.tensor(base)
+            kl = ratio.view(len(prompts), -1).mean(1).tolist()
     sampled = time.perf_counter()
     scores = judge_responses(JUDGES, prompts, answers, progress=False)
     return {
         "scores": rounded(scores, 6),
+        "kl": rounded(kl),
         "texts": [answer[0] for answer in answers[:5]],
         "seconds": rounded(sampled - begun),
         "judging_seconds": rounded(time.perf_counter() - sampled),
     }
+
+
+def _scored(
+    tokenizer: Any, prompts: Sequence[str], answers: Sequence[Sequence[str]]
+) -> list[tuple[list[int], list[int]]]:
+    """(prompt, answer) token ids, prompt after prompt, each finished answer with its end."""
+    sequences = []
+    for prompt, drawn in zip(prompts, answers, strict=True):
+        opening = encode_prompt(tokenizer, prompt)
+        for answer in drawn:
+            ids = list(tokenizer(answer, add_special_tokens=False)["input_ids"])[:MAX_NEW_TOKENS]
+            sequences.append((opening, ids if len(ids) == MAX_NEW_TOKENS else [*ids, tokenizer.eos_token_id]))
+    return sequences
 
 
 def checked_backend(model: Any, device: Device) -> Device:

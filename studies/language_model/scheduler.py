@@ -6,6 +6,7 @@ import contextlib
 import gzip
 import json
 import logging
+import math
 import multiprocessing
 import os
 import tarfile
@@ -137,6 +138,7 @@ def run_jobs(
     deadline: float | None = None,
     since: float | None = None,
     follow_up: Callable[[Mapping[str, dict[str, Any]]], Sequence[Job]] | None = None,
+    follow_up_by: float | None = None,
 ) -> dict[str, dict[str, Any]]:
     """Do the jobs that are not done yet, in their order as far as their needs allow.
 
@@ -148,11 +150,14 @@ def run_jobs(
         deadline: seconds after ``since`` at which no further job is begun; those under way get a little time to end.
         since: ``time.monotonic()`` that the deadline counts from; default now.
         follow_up: called when all is done, with the results so far; the jobs it gives are done next, until none come.
+        follow_up_by: seconds after ``since`` at which it is called even if jobs are left: those are not begun.
 
     Returns:
         name -> record (``result``, or ``error``) of every job that was tried, in this call or before.
     """
-    since = time.monotonic() if since is None else since
+    begun = time.monotonic() if since is None else since
+    # Until when jobs may begin: before the follow-up, and after it.
+    limit = deadline if follow_up_by is None else min(follow_up_by, math.inf if deadline is None else deadline)
     out.mkdir(parents=True, exist_ok=True)
     context = multiprocessing.get_context("spawn")
     pool: list[_Worker] = []
@@ -180,11 +185,12 @@ def run_jobs(
             else:
                 waiting.append(job)
         # A policy that was not brought along with the results is trained again where something still needs it.
-        needed = {name for job in waiting for name in job.needs}
-        for name in list(needed):
-            if name in done and known[name].kind == "train" and not (out / "adapters" / name).is_dir():
-                done.discard(name)
-                waiting.insert(0, known[name])
+        lacking = {""}
+        while lacking:
+            needed = {name for job in waiting for name in job.needs if name in done and known[name].kind == "train"}
+            lacking = {name for name in needed if not (out / "adapters" / name).is_dir()}
+            done.difference_update(lacking)
+            waiting[:0] = [known[name] for name in sorted(lacking)]
         return bool(fresh)
 
     def ready() -> Job | None:
@@ -200,12 +206,21 @@ def run_jobs(
         return None
 
     def fits(job: Job) -> bool:
-        if deadline is None or not pace:
+        if limit is None or not pace:
             return True
-        return time.monotonic() - begun + job.cost * max(pace) < deadline + _GRACE
+        return time.monotonic() - begun + job.cost * max(pace) < limit + _GRACE
 
     def late() -> bool:
         return deadline is not None and time.monotonic() - begun > deadline
+
+    def cut() -> None:
+        """Give up what is left of the jobs before the follow-up."""
+        nonlocal limit
+        log(f"going on with the next jobs: {len(waiting)} of these not begun", begun)
+        for job in waiting:
+            del known[job.name]
+        waiting.clear()
+        limit = deadline
 
     def finish(worker: _Worker, error: str, again: bool) -> None:
         job = worker.job
@@ -226,11 +241,12 @@ def run_jobs(
         count = f"{len(done) + len(failed)}/{len(known)}"
         log(f"{count} {'FAILED ' if error else ''}{job.name} {seconds:.1f} s{': ' + error if error else ''}", begun)
 
-    begun = since
     add(jobs)
     log(f"{len(known)} jobs, {len(done)} of them done; {workers} processes", begun)
     try:
         while True:
+            if follow_up_by is not None and limit == follow_up_by and time.monotonic() - begun > follow_up_by:
+                cut()
             if not late():
                 while len(pool) < workers and len(pool) < len(waiting):
                     pool.append(_Worker(context, setup, settings, out))
@@ -241,10 +257,10 @@ def run_jobs(
             if late():
                 break
             if not busy:
-                if waiting and not any(fits(job) for job in waiting):
-                    break
-                if waiting:
-                    continue  # only skipped ones: ready() takes them off
+                if waiting:  # nothing of it can begin in time
+                    if limit == deadline:
+                        break
+                    cut()
                 if follow_up is not None and add(follow_up(records(out, done))):
                     continue
                 break

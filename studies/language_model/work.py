@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from studies.language_model.runs import Device, Run, checked_backend, evaluate, rounded, train
-from studies.language_model.scheduler import Job, Perform
+from studies.language_model.runs import Device, Run, checked_backend, evaluate, log_ratios, rounded, train
+from studies.language_model.scheduler import Job, Perform, read_result
 
 
 @dataclass(frozen=True)
@@ -57,12 +57,26 @@ def set_up(settings: Settings) -> Perform:
             if job.kind == "train":
                 if settings.device.kind == "cuda":
                     torch.cuda.reset_peak_memory_stats()
-                return train(run_of(spec), policies, data, settings.out, device)
+                run = run_of(spec)
+                ratios = {name: _ratios(settings.out, name) for name in run.margins}
+                return train(run, policies, data, settings.out, device, ratios)
+            if job.kind == "ratios":
+                folder = str(settings.out / "adapters" / spec["run"])
+                return {"ratios": rounded(log_ratios(policies, {folder: 1.0}, data, device), 6)}
             if job.kind == "evaluate":
                 weights = {str(settings.out / "adapters" / name): factor for name, factor in spec["weights"].items()}
                 prompts = SPLITS[spec["split"]]()
                 prompts = prompts[: spec["prompts"] or len(prompts)]
-                return evaluate(policies, weights, prompts, spec["samples"], device, spec["seed"])
+                return evaluate(
+                    policies,
+                    weights,
+                    prompts,
+                    spec["samples"],
+                    device,
+                    spec["seed"],
+                    mixture=spec.get("mixture", False),
+                    kl_samples=spec.get("kl_samples", 0),
+                )
             if job.kind == "labels":
                 part = some_prompts(data, spec["prompts"])
                 found = label_solutions(part, spec["primary"], spec["thresholds"], spec["tau"], data.objectives)
@@ -74,6 +88,15 @@ def set_up(settings: Settings) -> Perform:
                 torch.cuda.empty_cache()
 
     return perform
+
+
+def _ratios(out: Path, run: str) -> list[list[float]]:
+    """Of every response of the data under ``run``, from the result of its job."""
+    record = read_result(out, f"ratios.{run}")
+    if record is None or "result" not in record:
+        raise ValueError(f"margins must be of runs whose ratios are there, got {run}")
+    found: list[list[float]] = record["result"]["ratios"]
+    return found
 
 
 def versions() -> dict[str, Any]:
