@@ -89,6 +89,7 @@ def _serve(connection: Connection, setup: Setup, settings: Any, out: Path) -> No
     while (job := connection.recv()) is not None:
         begun = time.perf_counter()
         record: dict[str, Any] = asdict(job)
+        broken = again = False
         try:
             if perform is None:
                 perform = setup(settings)
@@ -96,11 +97,13 @@ def _serve(connection: Connection, setup: Setup, settings: Any, out: Path) -> No
             record["result"] = perform(job)
         except Exception as error:  # a job's failure is a result: the others go on
             record["error"] = traceback.format_exc()
-            record["out_of_memory"] = "OutOfMemory" in type(error).__name__
+            broken = "CUDA error" in str(error)
+            again = broken or "OutOfMemory" in type(error).__name__
         record["job_seconds"] = round(time.perf_counter() - begun, 2)
         write_atomically(result_file(out, job.name), json.dumps(record, separators=(",", ":")).encode())
-        error_line = record.get("error", "").strip().rsplit("\n", 1)[-1]
-        connection.send((job.name, error_line, record.get("out_of_memory", False)))
+        connection.send((job.name, record.get("error", "").strip().rsplit("\n", 1)[-1], again))
+        if broken:
+            return  # nothing works on the device any more in this process: another takes its place
 
 
 class _Worker:
@@ -113,7 +116,8 @@ class _Worker:
 
     def give(self, job: Job) -> None:
         self.job, self.begun = job, time.monotonic()
-        self.connection.send(job)
+        with contextlib.suppress(OSError):  # it has just ended, which is seen where its report is waited for
+            self.connection.send(job)
 
     def stop(self, patience: float) -> None:
         with contextlib.suppress(OSError):  # it is gone already
@@ -247,6 +251,7 @@ def run_jobs(
         while True:
             if follow_up_by is not None and limit == follow_up_by and time.monotonic() - begun > follow_up_by:
                 cut()
+            pool[:] = [worker for worker in pool if worker.job is not None or worker.process.is_alive()]
             if not late():
                 while len(pool) < workers and len(pool) < len(waiting):
                     pool.append(_Worker(context, setup, settings, out))
@@ -292,8 +297,8 @@ def _collect(
             continue
         try:
             if worker.connection.poll():
-                _, error, out_of_memory = worker.connection.recv()
-                finish(worker, error, out_of_memory)
+                _, error, again = worker.connection.recv()
+                finish(worker, error, again)
                 continue
         except (EOFError, OSError):
             pass
