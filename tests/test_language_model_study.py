@@ -415,5 +415,5 @@ def test_a_rival_is_compared_pair_by_pair_and_its_misses_are_counted() -> None:
     # The box from 0.4 to the two (here equal) points.
     assert own.volume is not None
     assert own.volume.mean == pytest.approx((float((0.3 + easy).mean()) - 0.4) * 0.12 * 0.2)
-    words = " ".join(report.sentences([own, rival], found))
+    words = " ".join(report.sentences([own, rival]))
     assert "scaled down, is behind MOPO" in words

@@ -253,7 +253,7 @@ def vector_table(found: Sequence[Tested], bounds: Mapping[str, float]) -> list[s
     return table(["method", PRIMARY, "MOPO minus it", *HELD, "KL", f"{PRIMARY} by seed", "chosen"], lines)
 
 
-def sentences(made: Sequence[Row], found: Sequence[Tested]) -> list[str]:
+def sentences(made: Sequence[Row]) -> list[str]:
     """Five, of what the figures say."""
     by_method = {row.method: row for row in made}
     own = by_method["mopo"]
@@ -263,7 +263,9 @@ def sentences(made: Sequence[Row], found: Sequence[Tested]) -> list[str]:
     level = [row for row in rivals if row not in ahead and row not in beaten_by]
 
     def names(some: Sequence[Row]) -> str:
-        return listed([f"{METHODS[row.method]} ({_signed(row.behind)})" for row in some])
+        return listed(
+            [f"{METHODS[row.method]} ({_signed(row.behind)}; {row.missed} of {row.vectors} missed)" for row in some]
+        )
 
     first = (
         f"MOPO and {len(rivals)} rivals tune SmolLM2-135M-Instruct on the same pairs: {PRIMARY} is maximised, "
@@ -286,14 +288,15 @@ def sentences(made: Sequence[Row], found: Sequence[Tested]) -> list[str]:
             f"{simple.vectors} vectors."
         )
     others = [row for row in ahead if row.method != "scaled"]
-    fourth = f"MOPO is ahead of {names(others)}." if others else "MOPO is ahead of no other rival by its interval."
-    not_won = [row for row in [*beaten_by, *level] if row.method != "scaled"]
-    fifth = (
-        "**Where MOPO does not win**: " + names(not_won) + " cannot be told from it or have more "
-        f"{PRIMARY}; what they miss of the thresholds is in the table."
-        if not_won
-        else "There is no rival that cannot be told from MOPO by its interval."
-    )
+    fourth = f"MOPO has more {PRIMARY} than {names(others)}." if others else "MOPO is ahead of no other rival."
+    parts = []
+    if beaten_by:
+        parts.append(f"{names(beaten_by)} {'has' if len(beaten_by) == 1 else 'have'} more {PRIMARY}")
+    if level:
+        parts.append(f"{names(level)} cannot be told from it")
+    fifth = "No rival has as much by its interval."
+    if parts:
+        fifth = f"**Where MOPO does not win**: {'; '.join(parts)}."
     return [first, second, third, fourth, fifth]
 
 
@@ -332,7 +335,7 @@ def plot_differences(made: Sequence[Row], path: Path) -> None:
     axes.axvline(0, color="black", linewidth=0.8)
     labels = [f"{METHODS[row.method]} ({row.missed} of {row.vectors} missed)" for row in rivals]
     axes.set_yticks(range(len(rivals)), labels)
-    axes.set_xlabel(f"{PRIMARY}: win rate of MOPO minus the rival's, mean over threshold vectors, 95% by prompt")
+    axes.set_xlabel(f"{PRIMARY}: MOPO minus the rival, 95% by prompt")
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=110)
 
@@ -450,7 +453,7 @@ def write_report(results_file: Path, out: Path, explored: Path | None = None) ->
     plot_differences(made, out / "differences.png")
     plot_policies_tested(found, out / "policies.png")
     plot_vectors(found, results["thresholds"], out / "vectors.png")
-    lines = ["# MOPO against its rivals on a language model", "", " ".join(sentences(made, found)), ""]
+    lines = ["# MOPO against its rivals on a language model", "", " ".join(sentences(made)), ""]
     lines += main_table(made)
     lines += ["![What MOPO has more of the primary](differences.png)", "", *_conditions(results)]
     lines += ["![Primary by threshold vector](vectors.png)", "", "![Chosen policies](policies.png)", ""]
