@@ -125,6 +125,7 @@ TINY = study.Settings(
     epochs=1,
     aims=((0.5, 0.5),),
     weights=((0.3, 0.2),),
+    betas=(1.0,),
     factors=(0.5,),
     stops=(0.5,),
     seeds=(0, 1),
@@ -148,7 +149,7 @@ def test_the_study_tunes_and_tests_every_method_and_writes_its_report(settings: 
     assert all(f"{choice.candidate}.s0.test" in found for choice in chosen)
     assert "mopo-0.5-0.5.s1.test" in found
     # One policy of the reward margins, scored under both; answers of the tested ones under policy and base.
-    assert len(found["ratios.dpo-brevity.s0"]["result"]["ratios"]) == 16
+    assert len(found["ratios.dpo-brevity-b1.s0"]["result"]["ratios"]) == 16
     assert len(found["mopo-0.5-0.5.s0.test"]["result"]["kl"]) == SCALE.prompts
     assert found["mixture-0.3-0.2.s0.test"]["result"]["kl"] is None
 
@@ -386,6 +387,29 @@ def test_the_choice_is_the_best_primary_that_keeps_the_thresholds_or_the_nearest
     assert study.choose(offered, thresholds, margin=0.5) == ("good", True)  # the brink is within half an error of it
     assert study.choose(offered, thresholds, margin=0.0) == ("brink", True)
     assert study.choose(offered, {"brevity": 0.6, "plain": 0.5}) == ("timid", False)
+
+
+def test_rivals_have_as_many_candidates_and_modpo_its_papers_loss() -> None:
+    settings = study.Settings()
+    made = study.Study(settings, jobs.Scale(), dict.fromkeys(settings.aims, (0.3, 0.1)))
+    counts = {method: sum(c.method == method for c in made.candidates) for method in study.METHODS}
+    assert {counts[method] for method in study.METHODS if not method.startswith("single")} == {8}
+    (candidate,) = [c for c in made.candidates if c.name == "modpo-0.3-0.1-b3"]
+    run = made.runs(candidate, 2)[-1]
+    # beta / w_1, and w_k / w_1 of the rewards beta r_k: arXiv 2310.03708.
+    total = 1 + 0.3 + 0.1
+    assert run.tau == pytest.approx(3 * settings.tau / (1 / total))
+    assert run.margins == pytest.approx(
+        {"dpo-brevity-b3.s2": 3 * settings.tau * 0.3, "dpo-plain-b3.s2": 3 * settings.tau * 0.1}
+    )
+    assert not run.multipliers
+    (stepwise,) = [c for c in made.candidates if c.name == "sacpo-0.5-0.1-b1"]
+    assert [list(run.start) for run in made.runs(stepwise, 0)] == [
+        [],
+        ["dpo-warmth-b1.s0"],
+        ["dpo-warmth-b1.s0", "sacpo-0.5-b1.s0"],
+    ]
+    assert sum(job.kind == "train" for job in made.tuning()) < 80
 
 
 def policy_on_test(method: str, bound: float, warmth: np.ndarray, brevity: float) -> report.Tested:

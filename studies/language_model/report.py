@@ -20,6 +20,8 @@ REFERENCE_POINT = 0.4
 """Win rate of every objective that hypervolumes are measured from: no policy that was chosen is to be below it."""
 # Resamples of prompts for a hypervolume, which takes longer than a mean.
 _VOLUMES = 500
+LONG_RUNS = ("constrained-3-s0", "judged-3-s0", "constrained-10-s0")
+"""Of the exploration, whose multipliers are drawn."""
 README = "README.md"
 RESULTS = "results.json.gz"
 
@@ -401,6 +403,35 @@ def plot_vectors(found: Sequence[Tested], thresholds: Sequence[Mapping[str, floa
     figure.savefig(path, dpi=110)
 
 
+def plot_control(explored: Mapping[str, Any], names: Sequence[str], path: Path) -> None:
+    """Multipliers of long runs, and the held objectives on the dual data with their standard errors, over the steps."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(4.2 * len(names), 5.5), layout="constrained")
+    panels = figure.subplots(2, len(names), sharex="col", sharey="row", squeeze=False)
+    for column, name in enumerate(names):
+        history = explored["jobs"][name]["result"]["history"]
+        for colour, held in zip(("tab:blue", "tab:orange"), HELD, strict=True):
+            for row, key in enumerate((f"multiplier/{held}", f"dual/satisfaction/{held}")):
+                lines = [line for line in history if key in line and line[key] is not None]
+                steps, values = [line["step"] for line in lines], np.array([line[key] for line in lines])
+                panels[row, column].plot(steps, values, color=colour, label=held)
+                if row and lines:
+                    error = np.array([line.get(f"dual/standard_error/{held}") or 0.0 for line in lines])
+                    panels[row, column].fill_between(steps, values - error, values + error, color=colour, alpha=0.2)
+        bounds = explored["jobs"][name]["spec"]["run"]["thresholds"]
+        for bound in sorted(set(bounds.values())):
+            panels[1, column].axhline(bound, color="black", linewidth=0.6, linestyle=":")
+        panels[0, column].set_title(name, fontsize=10)
+        panels[1, column].set_xlabel("optimiser steps")
+    panels[0, 0].set_ylabel("multiplier")
+    panels[1, 0].set_ylabel("value on the dual data")
+    panels[0, 0].legend(frameon=False)
+    for axes in panels.flat:
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=110)
+
+
 # -------------------------------------------------------------------------------------------------------------- README
 
 
@@ -474,6 +505,9 @@ def write_report(results_file: Path, out: Path, explored: Path | None = None) ->
             "```",
             "",
         ]
+        if long := [name for name in LONG_RUNS if "result" in content["jobs"].get(name, {})]:
+            plot_control(content, long, out / "control.png")
+            lines += ["![Multipliers and what they hold, over the steps](control.png)", ""]
     write_atomically(out / README, ("\n".join(lines).rstrip() + "\n").encode())
     if results_file.resolve() != (out / RESULTS).resolve():
         write_atomically(out / RESULTS, results_file.read_bytes())

@@ -65,6 +65,8 @@ class Settings:
         epochs, tau, learning_rate, lora_rank: of every run; tau is beta of the sigmoid loss.
         aims: thresholds that MOPO, the sigmoid loss with dual ascent, and the one-shot dual are trained for.
         weights: multipliers of (brevity, plain) beside 1 for the primary, for whatever scalarises.
+        betas: factors on tau that the sigmoid loss is tried with, as hard labels pull it further than the regression;
+            its methods have each of them on the first half of ``aims`` and ``weights``, to have as many candidates.
         factors: on the unconstrained adapter.
         stops: shares of the unconstrained run after which it is stopped.
         seeds: of the final table; choices are made with the first.
@@ -85,15 +87,16 @@ class Settings:
         (0.49, 0.49),
     )
     weights: Sequence[tuple[float, float]] = (
-        (0.3, 0.05),
-        (0.5, 0.05),
-        (0.15, 0.05),
-        (0.8, 0.05),
-        (0.3, 0.2),
-        (0.5, 0.2),
-        (0.15, 0.2),
-        (0.8, 0.2),
+        (0.3, 0.1),
+        (0.5, 0.1),
+        (0.15, 0.1),
+        (0.8, 0.1),
+        (0.3, 0.3),
+        (0.5, 0.3),
+        (0.15, 0.3),
+        (0.8, 0.3),
     )
+    betas: Sequence[float] = (1.0, 3.0)
     factors: Sequence[float] = (0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.7)
     stops: Sequence[float] = (0.06, 0.1, 0.15, 0.2, 0.3, 0.4, 0.6, 0.8)
     seeds: Sequence[int] = (0, 1, 2)
@@ -102,7 +105,8 @@ class Settings:
 SMALL = Settings(
     epochs=1,
     aims=((0.50, 0.50), (0.52, 0.52), (0.47, 0.50)),
-    weights=((0.3, 0.05), (0.5, 0.05), (0.3, 0.2)),
+    weights=((0.3, 0.1), (0.5, 0.1), (0.3, 0.3)),
+    betas=(1.0,),
     factors=(0.1, 0.2, 0.4),
     stops=(0.1, 0.2, 0.4),
     seeds=(0,),
@@ -316,71 +320,76 @@ def _candidates(settings: Settings, multipliers: Mapping[tuple[float, float], tu
     ) -> None:
         found.append(Candidate(name, method, runs, weights, mixture))
 
+    def halved(grid: Sequence[tuple[float, float]]) -> list[tuple[tuple[float, float], float]]:
+        """A grid's first part with every beta: as many as the grid has."""
+        return [(values, beta) for values in grid[: -(-len(grid) // len(settings.betas))] for beta in settings.betas]
+
+    def sigmoid(beta: float) -> dict[str, Any]:
+        return {"loss_type": "sigmoid", "tau": beta * settings.tau}
+
     # Policies of one objective each: candidates of their own, and what others are made of. A run's fields may not
     # depend on the method that asks for it.
-    def single(loss: str, objective: str) -> dict[str, dict[str, Any]]:
-        fields: dict[str, Any] = {"primary": objective, "method": f"single_{loss}"}
-        if loss == "dpo":
-            fields["loss_type"] = "sigmoid"
-        elif objective == PRIMARY:
+    def ipo(objective: str) -> dict[str, dict[str, Any]]:
+        fields: dict[str, Any] = {"primary": objective, "method": "single_ipo"}
+        if objective == PRIMARY:
             fields["checkpoints"] = [stop * settings.epochs for stop in settings.stops]
-        return {f"{loss}-{objective}": fields}
+        return {f"ipo-{objective}": fields}
 
-    free = single("ipo", PRIMARY)
+    def dpo_name(objective: str, beta: float) -> str:
+        return f"dpo-{objective}-b{beta:g}"
+
+    def dpo(objective: str, beta: float) -> dict[str, dict[str, Any]]:
+        return {dpo_name(objective, beta): {"primary": objective, "method": "single_dpo", **sigmoid(beta)}}
+
+    free = ipo(PRIMARY)
     for aim in settings.aims:
         name = f"mopo-{label(aim)}"
         add("mopo", name, {name: {"thresholds": held(aim)}}, {name: 1.0})
+        name = f"one-shot-{label(aim)}"
+        add("one_shot", name, {name: {"multipliers": held(multipliers[aim])}}, {name: 1.0})
+    for aim, beta in halved(settings.aims):
+        name = f"sigmoid-dual-{label(aim)}-b{beta:g}"
+        add("sigmoid_dual", name, {name: {"thresholds": held(aim), **sigmoid(beta)}}, {name: 1.0})
     for factor in settings.factors:
         add("scaled", f"scaled-{factor:g}", free, {f"ipo-{PRIMARY}": factor})
     for stop in settings.stops:
         add("early", f"early-{stop:g}", free, {f"ipo-{PRIMARY}@{stop:g}": 1.0})
-    for aim in settings.aims:
-        fields: dict[str, Any] = {"multipliers": held(multipliers[aim])}
-        name = f"one-shot-{label(aim)}"
-        add("one_shot", name, {name: fields}, {name: 1.0})
-    for aim in settings.aims:
-        name = f"sigmoid-dual-{label(aim)}"
-        add("sigmoid_dual", name, {name: {"thresholds": held(aim), "loss_type": "sigmoid"}}, {name: 1.0})
     for weights in settings.weights:
         name = f"scalarised-ipo-{label(weights)}"
         add("scalarised_ipo", name, {name: {"multipliers": held(weights)}}, {name: 1.0})
-        name = f"scalarised-dpo-{label(weights)}"
-        add("scalarised_dpo", name, {name: {"multipliers": held(weights), "loss_type": "sigmoid"}}, {name: 1.0})
-        # beta / w_1 with weights that sum to 1, and the rewards beta r of the others in the margin.
         share = 1.0 / (1.0 + sum(weights))
-        name = f"modpo-{label(weights)}"
-        rewards = {other: run for objective in HELD for other, run in single("dpo", objective).items()}
-        margins = {f"dpo-{objective}": settings.tau * weight for objective, weight in held(weights).items()}
-        fields = {"loss_type": "sigmoid", "tau": settings.tau / share, "margins": margins}
-        add("modpo", name, {**rewards, name: fields}, {name: 1.0})
-        parts = {f"ipo-{objective}": weight for objective, weight in {PRIMARY: 1.0, **held(weights)}.items()}
-        singles = {run: what for part in parts for run, what in single("ipo", part[4:]).items()}
-        add("soup", f"soup-{label(weights)}", singles, {part: share * weight for part, weight in parts.items()})
-        mixed = {part: share * weight for part, weight in parts.items()}
-        add("mixture", f"mixture-{label(weights)}", singles, mixed, mixture=True)
-    # A step after the first objective's, on the next, whose own regularisation is beta over its multiplier.
-    start = single("dpo", PRIMARY)
-    for weights in settings.weights:
-        first, second = f"sacpo-{weights[0]:g}", f"sacpo-{label(weights)}"
-        runs = {
-            **start,
-            first: {
-                "primary": HELD[0],
-                "loss_type": "sigmoid",
-                "tau": settings.tau / weights[0],
-                "start": {f"dpo-{PRIMARY}": 1.0},
-            },
-            second: {
-                "primary": HELD[1],
-                "loss_type": "sigmoid",
-                "tau": settings.tau / weights[1],
-                "start": {f"dpo-{PRIMARY}": 1.0, first: 1.0},
-            },
+        parts = {f"ipo-{objective}": share * weight for objective, weight in {PRIMARY: 1.0, **held(weights)}.items()}
+        singles = {run: fields for objective in (PRIMARY, *HELD) for run, fields in ipo(objective).items()}
+        add("soup", f"soup-{label(weights)}", singles, parts)
+        add("mixture", f"mixture-{label(weights)}", singles, parts, mixture=True)
+    for weights, beta in halved(settings.weights):
+        name = f"scalarised-dpo-{label(weights)}-b{beta:g}"
+        add("scalarised_dpo", name, {name: {"multipliers": held(weights), **sigmoid(beta)}}, {name: 1.0})
+        # beta / w_1 with weights that sum to 1, and the rewards beta r of the others in the margin.
+        name = f"modpo-{label(weights)}-b{beta:g}"
+        rewards = {run: fields for objective in HELD for run, fields in dpo(objective, beta).items()}
+        modpo: dict[str, Any] = sigmoid(beta * (1.0 + sum(weights)))
+        modpo["margins"] = {
+            dpo_name(objective, beta): beta * settings.tau * weight for objective, weight in held(weights).items()
         }
-        add("sacpo", second, runs, {f"dpo-{PRIMARY}": 1.0, first: 1.0, second: 1.0})
-    for loss in ("ipo", "dpo"):
-        for objective in (PRIMARY, *HELD):
-            add(f"single_{loss}", f"single-{loss}-{objective}", single(loss, objective), {f"{loss}-{objective}": 1.0})
+        add("modpo", name, {**rewards, name: modpo}, {name: 1.0})
+        # After the first objective's step one on the next, whose own regularisation is beta over its multiplier.
+        start, first, second = (
+            dpo_name(PRIMARY, beta),
+            f"sacpo-{weights[0]:g}-b{beta:g}",
+            f"sacpo-{label(weights)}-b{beta:g}",
+        )
+        runs: dict[str, dict[str, Any]] = {
+            **dpo(PRIMARY, beta),
+            first: {"primary": HELD[0], **sigmoid(beta / weights[0]), "start": {start: 1.0}},
+            second: {"primary": HELD[1], **sigmoid(beta / weights[1]), "start": {start: 1.0, first: 1.0}},
+        }
+        add("sacpo", second, runs, {start: 1.0, first: 1.0, second: 1.0})
+    for objective in (PRIMARY, *HELD):
+        add("single_ipo", f"single-ipo-{objective}", ipo(objective), {f"ipo-{objective}": 1.0})
+        for beta in settings.betas:
+            name = dpo_name(objective, beta)
+            add("single_dpo", f"single-{name}", dpo(objective, beta), {name: 1.0})
     return found
 
 
