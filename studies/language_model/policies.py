@@ -11,6 +11,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -147,14 +148,24 @@ class Mixture:
             raise ValueError("mode must be False, as a mixture is not trained, got True")
         return self
 
-    def generate(self, input_ids: Tensor, attention_mask: Tensor, **options: Any) -> Tensor:
-        """As ``transformers`` does it for one model."""
+    def generate(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        past_key_values: None = None,
+        return_dict_in_generate: bool = False,
+        **options: Any,
+    ) -> Any:
+        """As ``transformers`` does it for one model; of several there is no one cache that could be asked for and
+        continued."""
+        if return_dict_in_generate:
+            return SimpleNamespace(past_key_values=None)
         others = list(zip(self.models[1:], self.weights[1:], strict=True))
         mixed = _Mixed(self.weights[0], others, attention_mask)
         first = self.models[0]
         before, first.generation_config = first.generation_config, self.generation_config
         try:
-            output: Tensor = first.generate(
+            return first.generate(
                 input_ids=input_ids,
                 attention_mask=attention_mask,
                 logits_processor=LogitsProcessorList([mixed]),
@@ -162,7 +173,6 @@ class Mixture:
             )
         finally:
             first.generation_config = before
-        return output
 
 
 @torch.no_grad()
