@@ -119,6 +119,10 @@ def test_the_exploration_runs_on_two_processes_and_is_not_run_again(
     written = scheduler.bundle(settings.out, {"commit": "none"}, ["constrained-1-s0"])
     assert [path.name for path in written] == ["results.json.gz", "adapter_constrained-1-s0.tar"]
     assert scheduler.read_bundle(written[0])["jobs"] == found
+    text = "\n".join(report.explored_lines({"jobs": found, "command": ["explore"], "commit": "none"}, settings.out))
+    assert "| constrained | 1 | 1 |" in text
+    assert "| loss-sigmoid |" in text
+    assert (settings.out / "control.png").is_file()
 
 
 TINY = study.Settings(

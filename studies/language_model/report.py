@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from studies.language_model.explore import explore_table
+from studies.language_model.explore import CENTRE, CENTRE_EPOCHS, SEEDS, THRESHOLDS, explore_table
 from studies.language_model.problem import HELD, OBJECTIVES, PRIMARY
 from studies.language_model.scheduler import read_bundle, write_atomically
 from studies.language_model.statistics import Array, Estimate, estimate, rates, resamples
@@ -20,6 +20,8 @@ REFERENCE_POINT = 0.4
 """Win rate of every objective that hypervolumes are measured from: no policy that was chosen is to be below it."""
 # Resamples of prompts for a hypervolume, which takes longer than a mean.
 _VOLUMES = 500
+FACTORS = ("rate", "tau", "rank", "prompts", "loss", "estimator", "epochs")
+"""Of the exploration: how the names of the runs begin in which one of them differs from the centre."""
 LONG_RUNS = ("constrained-3-s0", "judged-3-s0", "constrained-10-s0")
 """Of the exploration, whose multipliers are drawn."""
 README = "README.md"
@@ -469,6 +471,74 @@ demo's (`examples/demo/make_model.py`), the judges and pairs are, too.
 """
 
 
+def _judged(found: Mapping[str, Any], name: str) -> dict[str, Array] | None:
+    """objective -> (X,) win rates by prompt of a judged policy of the exploration, if it is there."""
+    record = found.get(f"{name}.validation", {}).get("result")
+    return None if record is None else rates(record["scores"], found["base.validation"]["result"]["scores"])
+
+
+def control_table(found: Mapping[str, Any]) -> list[str]:
+    """How well and how long the held objectives stay at what was asked for: a row a kind of control and a length, mean
+    over its seeds."""
+    lines = []
+    for kind in ("constrained", "judged", "fixed", "unconstrained"):
+        for epochs in (1, 3, 10):
+            names = [f"{kind}-{epochs}-s{seed}" for seed in SEEDS]
+            value = [judged for name in names if (judged := _judged(found, name)) is not None]
+            if not value:
+                continue
+            mean = {name: np.mean([by_prompt[name] for by_prompt in value], 0) for name in OBJECTIVES}
+            off = [abs(float(by_prompt[name].mean()) - THRESHOLDS[name]) for by_prompt in value for name in THRESHOLDS]
+            cells = [str(estimate(mean[name])) for name in OBJECTIVES]
+            asked = kind in ("constrained", "judged")
+            lines.append([kind, str(epochs), str(len(value)), *cells, f"{max(off):.3f}" if asked else "-"])
+    return table(["multipliers", "epochs", "seeds", *OBJECTIVES, "farthest from what was asked"], lines)
+
+
+def factor_table(found: Mapping[str, Any]) -> list[str]:
+    """One factor at a time: what a policy has, and which part of the labels' gain at the same thresholds and tau."""
+    lines = []
+    for name, record in found.items():
+        if record["kind"] != "train" or not record["name"].startswith(("centre", *FACTORS)):
+            continue
+        value = _judged(found, name)
+        if value is None:
+            continue
+        run = record["spec"]["run"]
+        labels = found.get(f"labels.tau-{run['tau']:g}", {}).get("result")
+        share = "-"
+        if labels is not None:
+            best, rival = (labels[kind]["satisfaction"][PRIMARY] for kind in ("constrained", "turned_down"))
+            share = f"{(float(value[PRIMARY].mean()) - rival) / (best - rival):.0%}"
+        multipliers = ", ".join(f"{key} {number:.2f}" for key, number in record["result"]["multiplier"].items())
+        lines.append([name, *(str(estimate(value[objective])) for objective in OBJECTIVES), multipliers, share])
+    return table(["run", *OBJECTIVES, "multipliers at the end", f"share of the labels' gain in {PRIMARY}"], lines)
+
+
+def explored_lines(content: Mapping[str, Any], out: Path) -> list[str]:
+    """The section on the exploration; its picture goes into ``out``."""
+    found = content["jobs"]
+    asked = listed([f"{name} at least {bound:g}" for name, bound in THRESHOLDS.items()])
+    lines = [
+        "## What limits a policy (validation prompts)",
+        "",
+        f"{asked[0].upper()}{asked[1:]}. Multipliers that follow dual data's labels (constrained) or fresh judged "
+        "answers (judged), fixed at the labels' solution, and none:",
+        "",
+        *control_table(found),
+    ]
+    if long := [name for name in LONG_RUNS if "result" in found.get(name, {})]:
+        plot_control(content, long, out / "control.png")
+        lines += ["![Multipliers and what they hold, over the steps](control.png)", ""]
+    centre = ", ".join(f"{name} {value:g}" for name, value in CENTRE.items())
+    lines += [f"One factor at a time, about {centre}, {CENTRE_EPOCHS} epochs:", "", *factor_table(found)]
+    lines += [
+        f"Made by `{' '.join(content['command'])}` at commit {content['commit']}. Everything that was judged:",
+        "",
+    ]
+    return [*lines, "```", explore_table(found), "```", ""]
+
+
 def write_report(results_file: Path, out: Path, explored: Path | None = None) -> None:
     """README, pictures and the results themselves in the folder ``out``.
 
@@ -494,20 +564,7 @@ def write_report(results_file: Path, out: Path, explored: Path | None = None) ->
         lines += [f"### {shown[0].upper()}{shown[1:]}", "", *vector_table(found, bounds)]
     lines.append(_COMMANDS)
     if explored is not None:
-        content = read_bundle(explored)
-        lines += [
-            "## What limits a policy (validation prompts)",
-            "",
-            f"`{' '.join(content['command'])}` at commit {content['commit']}:",
-            "",
-            "```",
-            explore_table(content["jobs"]),
-            "```",
-            "",
-        ]
-        if long := [name for name in LONG_RUNS if "result" in content["jobs"].get(name, {})]:
-            plot_control(content, long, out / "control.png")
-            lines += ["![Multipliers and what they hold, over the steps](control.png)", ""]
+        lines += explored_lines(read_bundle(explored), out)
     write_atomically(out / README, ("\n".join(lines).rstrip() + "\n").encode())
     if results_file.resolve() != (out / RESULTS).resolve():
         write_atomically(out / RESULTS, results_file.read_bytes())
