@@ -16,6 +16,7 @@ from trainer_samples import make_model, make_tokenizer
 
 from mopo_kernels import load_preferences
 from mopo_kernels.evaluation import load_policy, win_rate
+from studies.language_model import __main__ as command
 from studies.language_model import (
     explore,
     jobs,
@@ -414,6 +415,11 @@ def test_rivals_have_as_many_candidates_and_modpo_its_papers_loss() -> None:
         ["dpo-warmth-b1.s0", "sacpo-0.5-b1.s0"],
     ]
     assert sum(job.kind == "train" for job in made.tuning()) < 80
+
+
+def test_the_command_is_noted_without_folders() -> None:
+    words = ["study", "--model", "/somewhere", "--tau", "0.1", "--data=/else/where.jsonl", "--small", "--output", "x"]
+    assert command.shown(words)[3:] == ["study", "--tau", "0.1", "--small"]
 
 
 def policy_on_test(method: str, bound: float, warmth: np.ndarray, brevity: float) -> report.Tested:

@@ -23,6 +23,8 @@ from studies.language_model.work import Settings, set_up, versions
 
 # Of the time until the deadline, in which candidates are trained and judged on validation; the rest is for test.
 _TUNING_SHARE = 0.6
+# Options that say where things are.
+_PLACES = ("--model", "--data", "--output", "--commit", "--results", "--explored")
 SMALL_SCALE = Scale(validation_samples=2, test_samples=4, base_samples=8, kl_samples=1)
 
 
@@ -39,6 +41,18 @@ def commit() -> str | None:
     except (OSError, subprocess.CalledProcessError):
         return None
     return found.stdout.strip()
+
+
+def shown(words: list[str]) -> list[str]:
+    """The command as the results name it: without folders, which are this machine's."""
+    kept: list[str] = []
+    skip = False
+    for word in words:
+        option, joined, _ = word.partition("=")
+        if not skip and option not in _PLACES:
+            kept.append(word)
+        skip = option in _PLACES and not joined
+    return ["python", "-m", "studies.language_model", *kept]
 
 
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -115,7 +129,7 @@ def main(argv: list[str] | None = None) -> int:
     settings = Settings(options.model, options.data, out, Device.of(options.device, options.precision, threads))
     scale = SMALL_SCALE if options.small else Scale()
     about: dict[str, Any] = {
-        "command": ["python", "-m", "studies.language_model", *(sys.argv[1:] if argv is None else argv)],
+        "command": shown(sys.argv[1:] if argv is None else argv),
         "commit": options.commit or commit(),
         "device": options.device,
         "precision": settings.device.precision,

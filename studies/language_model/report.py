@@ -12,7 +12,7 @@ import numpy as np
 
 from studies.language_model.explore import CENTRE, CENTRE_EPOCHS, SEEDS, THRESHOLDS, explore_table
 from studies.language_model.problem import HELD, OBJECTIVES, PRIMARY
-from studies.language_model.scheduler import read_bundle, write_atomically
+from studies.language_model.scheduler import pack, read_bundle, without_traces, write_atomically
 from studies.language_model.statistics import Array, Estimate, estimate, rates, resamples
 from studies.language_model.study import METHODS, Choice, choices
 
@@ -25,7 +25,7 @@ FACTORS = ("rate", "tau", "rank", "prompts", "loss", "estimator", "epochs")
 LONG_RUNS = ("constrained-3-s0", "judged-3-s0", "constrained-10-s0")
 """Of the exploration, whose multipliers are drawn."""
 README = "README.md"
-RESULTS = "results.json.gz"
+RESULTS, EXPLORED = "results.json.gz", "explored.json.gz"
 
 
 @dataclass(frozen=True)
@@ -564,7 +564,8 @@ def write_report(results_file: Path, out: Path, explored: Path | None = None) ->
         lines += [f"### {shown[0].upper()}{shown[1:]}", "", *vector_table(found, bounds)]
     lines.append(_COMMANDS)
     if explored is not None:
-        lines += explored_lines(read_bundle(explored), out)
+        content = read_bundle(explored)
+        lines += explored_lines(content, out)
+        write_atomically(out / EXPLORED, pack(without_traces(content)))
     write_atomically(out / README, ("\n".join(lines).rstrip() + "\n").encode())
-    if results_file.resolve() != (out / RESULTS).resolve():
-        write_atomically(out / RESULTS, results_file.read_bytes())
+    write_atomically(out / RESULTS, pack(without_traces(results)))
