@@ -203,17 +203,24 @@ def test_a_job_whose_process_dies_is_done_by_another(tmp_path: Path) -> None:
     assert found["first"]["result"] == {"name": "first"}
 
 
-def test_after_the_deadline_nothing_begins_and_what_would_outlast_it_does_not(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(scheduler, "_GRACE", 30.0)
+def test_after_the_deadline_nothing_begins_and_what_would_outlast_it_does_not(tmp_path: Path) -> None:
     Job = scheduler.Job
     jobs = [Job("a", "do", {"seconds": 1.0}, cost=1.0), Job("long", "do", cost=1000.0), Job("b", "do", cost=1.0)]
     found, order = errands(tmp_path, jobs, deadline=60.0)
     assert order == ["a", "b"]
     assert set(found) == {"a", "b"}
-    _, order = errands(tmp_path / "none", [Job("slow", "do", {"seconds": 1.0}), Job("c", "do")], deadline=0.5)
+    kept: list[list[str]] = []
+    out = tmp_path / "none" / "out"
+    _, order = errands(
+        tmp_path / "none",
+        [Job("slow", "do", {"seconds": 1.0}), Job("c", "do")],
+        deadline=0.5,
+        grace=30.0,
+        keep=lambda: kept.append(sorted(path.name for path in out.glob("jobs/*.json"))),
+    )
     assert order == ["slow"]
+    # At once, as nobody knows how long there is, and again when what was under way has ended.
+    assert kept == [[], ["slow.json"]]
 
 
 def test_jobs_that_follow_from_results_are_done_too(tmp_path: Path) -> None:

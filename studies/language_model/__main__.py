@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -24,7 +25,7 @@ from studies.language_model.work import Settings, set_up, versions
 # Of the time until the deadline, in which candidates are trained and judged on validation; the rest is for test.
 _TUNING_SHARE = 0.6
 # Options that say where things are.
-_PLACES = ("--model", "--data", "--output", "--commit", "--results", "--explored")
+_PLACES = ("--model", "--data", "--output", "--commit", "--results", "--explored", "--bundle")
 SMALL_SCALE = Scale(validation_samples=2, test_samples=4, base_samples=8, kl_samples=1)
 
 
@@ -81,6 +82,10 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--only", nargs="+", metavar="TEXT", help="only jobs whose name begins so, and what they need")
     parser.add_argument("--adapters", nargs="+", default=[], metavar="RUN", help="runs whose adapters to bundle")
     parser.add_argument("--commit", default=None, help="where git is missing: what to note as the commit")
+    parser.add_argument(
+        "--grace", type=float, default=20.0, metavar="SECONDS", help="for jobs under way at the deadline"
+    )
+    parser.add_argument("--bundle", type=Path, metavar="FOLDER", help="where results.json.gz goes; default --output")
     parser.add_argument("--list", action="store_true", help="show the jobs, do none")
     return parser.parse_args(argv)
 
@@ -153,28 +158,36 @@ def main(argv: list[str] | None = None) -> int:
     choose_by = options.choose_by
     if follow_up is not None and choose_by is None and options.deadline is not None:
         choose_by = _TUNING_SHARE * options.deadline
-    try:
-        found = run_jobs(
-            jobs,
-            out,
-            set_up,
-            settings,
-            workers=workers,
-            deadline=options.deadline,
-            since=begun,
-            follow_up=follow_up,
-            follow_up_by=choose_by,
-        )
-    finally:
+
+    def keep() -> list[Path]:
         about["seconds"] = round(time.monotonic() - begun, 1)
-        for path in bundle(out, about, options.adapters):
-            print(f"{path}: {path.stat().st_size / 2**20:.1f} MiB", flush=True)
+        return bundle(out, about, place=options.bundle)
+
+    # What ends a process is an exception here, so that results are kept and other processes ended.
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    found = run_jobs(
+        jobs,
+        out,
+        set_up,
+        settings,
+        workers=workers,
+        deadline=options.deadline,
+        since=begun,
+        follow_up=follow_up,
+        follow_up_by=choose_by,
+        keep=keep,
+        grace=options.grace,
+    )
+    about["seconds"] = round(time.monotonic() - begun, 1)
+    written = bundle(out, about, options.adapters, options.bundle)
+    for path in written:
+        print(f"{path}: {path.stat().st_size / 2**20:.1f} MiB", flush=True)
     if "result" in found.get("base.validation", {}):
         if options.command == "explore":
             print(explore_table(found))
             print(f"best at kept thresholds: {best_constrained(found)}")
         else:
-            print(summary(read_bundle(out / BUNDLE)))
+            print(summary(read_bundle(written[0])))
     return 1 if any("error" in record for record in found.values()) else 0
 
 

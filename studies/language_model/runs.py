@@ -379,7 +379,7 @@ def checked_backend(model: Any, device: Device) -> Device:
     target = torch.randint(head.shape[0], (rows,), generator=generator)
 
     def loss_and_gradient(kind: str, backend: str) -> tuple[Tensor, Tensor]:
-        leaf = hidden.to(kind).requires_grad_()
+        leaf = hidden.clone().to(kind).detach().requires_grad_()
         with torch.autocast(kind, dtype=torch.bfloat16, enabled=kind == "cuda" and device.precision == "bf16"):
             output = linear_mopo_loss(
                 leaf,

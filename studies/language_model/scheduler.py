@@ -22,6 +22,8 @@ from typing import Any
 BUNDLE = "results.json.gz"
 # Seconds that running jobs are given to end after the deadline.
 _GRACE = 20.0
+# Between two calls of what keeps the results: a machine may be taken away at any time.
+_KEEP_SECONDS = 20.0
 # How often a job is tried whose process died or ran out of memory, beside others that need it, too.
 _TRIES = 2
 
@@ -124,13 +126,17 @@ class _Worker:
         with contextlib.suppress(OSError):  # it has just ended, which is seen where its report is waited for
             self.connection.send(job)
 
-    def stop(self, patience: float) -> None:
+    def dismiss(self) -> None:
+        """Let it end after the job in hand."""
         with contextlib.suppress(OSError):  # it is gone already
             self.connection.send(None)
+
+    def stop(self, patience: float) -> None:
+        """Wait so long for its end, then make one."""
         self.process.join(patience)
         if self.process.is_alive():
-            self.process.terminate()
-            self.process.join()
+            self.process.kill()
+            self.process.join(5.0)
 
 
 def log(line: str, since: float) -> None:
@@ -148,6 +154,8 @@ def run_jobs(
     since: float | None = None,
     follow_up: Callable[[Mapping[str, dict[str, Any]]], Sequence[Job]] | None = None,
     follow_up_by: float | None = None,
+    keep: Callable[[], object] | None = None,
+    grace: float = _GRACE,
 ) -> dict[str, dict[str, Any]]:
     """Do the jobs that are not done yet, in their order as far as their needs allow.
 
@@ -160,6 +168,8 @@ def run_jobs(
         since: ``time.monotonic()`` that the deadline counts from; default now.
         follow_up: called when all is done, with the results so far; the jobs it gives are done next, until none come.
         follow_up_by: seconds after ``since`` at which it is called even if jobs are left: those are not begun.
+        keep: called now and then while results come, at the deadline before anything is waited for, and at the end.
+        grace: seconds that jobs under way are given at the deadline.
 
     Returns:
         name -> record (``result``, or ``error``) of every job that was tried, in this call or before.
@@ -174,6 +184,7 @@ def run_jobs(
     done: set[str] = set()
     failed: dict[str, str] = {}
     tries: dict[str, int] = {}
+    kept = time.monotonic()
     waiting: list[Job] = []
     pace: list[float] = []  # seconds a unit of cost, of the newest jobs
 
@@ -219,7 +230,7 @@ def run_jobs(
             return True
         # As all but the slowest of late: what it takes where many processes share a device varies.
         usual = sorted(pace)[math.ceil(0.75 * (len(pace) - 1))]
-        return time.monotonic() - begun + job.cost * usual < limit + _GRACE
+        return time.monotonic() - begun + job.cost * usual < limit + grace
 
     def late() -> bool:
         return deadline is not None and time.monotonic() - begun > deadline
@@ -275,15 +286,24 @@ def run_jobs(
                 if follow_up is not None and add(follow_up(records(out, done))):
                     continue
                 break
+            if keep is not None and time.monotonic() > kept + _KEEP_SECONDS:
+                keep()
+                kept = time.monotonic()
             patience = 1.0 if deadline is None else max(0.0, min(1.0, deadline - (time.monotonic() - begun)))
             _collect(busy, patience, finish, pool)
         if late():
             left = [job.name for job in waiting]
             log(f"deadline: {len(left)} jobs not begun, {sum(w.job is not None for w in pool)} under way", begun)
-            end = time.monotonic() + _GRACE
+            if keep is not None:
+                keep()
+            end = time.monotonic() + grace
             while (busy := [w for w in pool if w.job is not None]) and time.monotonic() < end:
                 _collect(busy, 1.0, finish, pool)
     finally:
+        if keep is not None:
+            keep()
+        for worker in pool:
+            worker.dismiss()
         for worker in pool:
             worker.stop(0.0 if worker.job is not None else 5.0)
     log(f"{len(done)} done, {len(failed)} failed, {len(known) - len(done) - len(failed)} left", begun)
@@ -317,27 +337,29 @@ def records(out: Path, names: Iterable[str]) -> dict[str, dict[str, Any]]:
     return {name: record for name in names if (record := read_result(out, name)) is not None}
 
 
-def bundle(out: Path, about: Mapping[str, Any], adapters: Sequence[str] = ()) -> list[Path]:
+def bundle(out: Path, about: Mapping[str, Any], adapters: Sequence[str] = (), place: Path | None = None) -> list[Path]:
     """All results of ``out`` in one file, and each of the named adapters in a tar, its numbers in bf16.
 
     Args:
         out: the folder of the results.
+        place: the folder of these files; default ``out``.
         about: what else to keep: commit, device, versions.
         adapters: names of runs; one that is not there is passed over.
 
     Returns:
         the files written.
     """
-    names = sorted(path.stem for path in (out / "jobs").glob("*.json"))
+    place = place or out
+    names = sorted(path.name.removesuffix(".json") for path in (out / "jobs").glob("[!.]*.json"))
     content = {**about, "jobs": records(out, names)}
-    write_atomically(out / BUNDLE, pack(content))
-    written = [out / BUNDLE]
+    write_atomically(place / BUNDLE, pack(content))
+    written = [place / BUNDLE]
     for name in adapters:
         folder = out / "adapters" / name
         if not (folder / "adapter_model.safetensors").is_file():
             logging.getLogger(__name__).warning("no adapter %s to bundle", name)
             continue
-        path = out / f"adapter_{name.replace('/', '_')}.tar"
+        path = place / f"adapter_{name.replace('/', '_')}.tar"
         _pack(folder, name, path)
         written.append(path)
     return written
