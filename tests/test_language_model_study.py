@@ -39,6 +39,7 @@ SCALE = jobs.Scale(
     validation_samples=2,
     test_samples=2,
     base_samples=3,
+    tokens=6,
     changes={
         "prompts": 12,
         "prompts_per_step": 2,
@@ -326,6 +327,20 @@ def test_log_probabilities_of_responses_are_those_of_plain_logits(settings: work
         places = range(len(prompt) - 1, len(prompt) + len(response) - 1)
         expected = sum(float(logprob[place, token]) for place, token in zip(places, response, strict=True))
         assert value == pytest.approx(expected, rel=1e-4)
+
+
+def test_a_wrong_backend_is_seen(settings: work.Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    head = policies.Policies(settings.model, torch.device("cpu")).model.get_output_embeddings().weight
+    device = runs.Device("cpu", backend="torch")
+    assert runs.backend_error(head, device) < 1e-4
+    assert runs.backend_error(head, dataclasses.replace(device, precision="bf16")) < runs._BACKEND_ERROR
+    right = runs.linear_mopo_loss
+
+    def wrong(hidden: torch.Tensor, *rest: Any, backend: str, **options: Any) -> Any:
+        return right(hidden * (1.1 if backend == "torch" else 1.0), *rest, backend=backend, **options)
+
+    monkeypatch.setattr(runs, "linear_mopo_loss", wrong)
+    assert runs.backend_error(head, device) > runs._BACKEND_ERROR
 
 
 def test_margins_are_differences_of_rewards_first_response_minus_second(settings: work.Settings) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from studies.language_model.problem import HELD, PRIMARY
+from studies.language_model.problem import HELD, MAX_NEW_TOKENS, PRIMARY
 from studies.language_model.runs import Run
 from studies.language_model.scheduler import Job
 from studies.language_model.work import spec_of
@@ -25,21 +25,31 @@ class Scale:
 
     Attributes:
         training_prompts: most of the data's prompts that runs are given; 0 for all.
-        epoch: optimiser steps that a run with dual data makes in an epoch of 700 prompts, a fifth held out, 8 a step.
+        epoch: optimiser steps that a run with dual data makes in an epoch of 700 prompts, a fifth held out, at
+            ``prompts_per_step``.
+        prompts_per_step: of every run.
         prompts: of a split that are answered; 0 for all.
         validation_samples, test_samples, base_samples: answers a prompt.
         kl_samples: of the test answers a prompt, scored for the divergence from the base.
+        tokens: most of an answer.
         changes: of every run.
     """
 
     training_prompts: int = 0
     epoch: int = 70
+    prompts_per_step: int = 8
     prompts: int = 0
     validation_samples: int = 4
     test_samples: int = 8
     base_samples: int = BASE_SAMPLES
     kl_samples: int = 2
+    tokens: int = MAX_NEW_TOKENS
     changes: Mapping[str, Any] | None = None
+
+    def with_batch(self, prompts: int) -> Scale:
+        """The same with so many prompts a step, and so many fewer steps an epoch."""
+        epoch = max(1, round(self.epoch * self.prompts_per_step / prompts))
+        return replace(self, epoch=epoch, prompts_per_step=prompts)
 
     def steps(self, epochs: float) -> int:
         return max(1, round(epochs * self.epoch))
@@ -50,7 +60,7 @@ class Scale:
         kept = sorted({self.steps(epoch) for epoch in fields.pop("checkpoints", ())} - {steps})
         settings = {**fields.pop("settings", {}), **((self.changes or {}).get("settings", {}))}
         rest = {key: value for key, value in (self.changes or {}).items() if key != "settings"}
-        fields = {"prompts": self.training_prompts, **fields}
+        fields = {"prompts": self.training_prompts, "prompts_per_step": self.prompts_per_step, **fields}
         run = Run(name, steps=steps, checkpoints=[step for step in kept if step < steps], settings=settings, **fields)
         return replace(run, **rest)
 
@@ -74,7 +84,8 @@ def ratios_job(run: str) -> Job:
 
 def base_job(split: str, scale: Scale) -> Job:
     """The base model's answers, which all policies are compared with."""
-    spec = {"weights": {}, "split": split, "samples": scale.base_samples, "seed": _BASE_SEED, "prompts": scale.prompts}
+    spec: dict[str, Any] = {"weights": {}, "split": split, "samples": scale.base_samples, "seed": _BASE_SEED}
+    spec |= {"prompts": scale.prompts, "tokens": scale.tokens}
     return Job(f"base.{split}", "evaluate", spec)
 
 
@@ -85,7 +96,8 @@ def judge_job(
     is of the logits."""
     samples = scale.validation_samples if split == "validation" else scale.test_samples
     spec: dict[str, Any] = {"weights": dict(weights), "split": split, "samples": samples, "seed": seed}
-    spec |= {"prompts": scale.prompts, "mixture": mixture, "kl_samples": scale.kl_samples if split == "test" else 0}
+    spec |= {"prompts": scale.prompts, "tokens": scale.tokens, "mixture": mixture}
+    spec |= {"kl_samples": scale.kl_samples if split == "test" else 0}
     return Job(f"{name}.{split}", "evaluate", spec, tuple(dict.fromkeys(part.split("/")[0] for part in weights)))
 
 

@@ -440,7 +440,8 @@ def plot_control(explored: Mapping[str, Any], names: Sequence[str], path: Path) 
 def _conditions(results: Mapping[str, Any]) -> list[str]:
     settings, versions = results["settings"], results["versions"]
     return [
-        f"Every run: {settings['epochs']:g} epochs ({results['scale']['epoch']} optimiser steps of 8 prompts each), "
+        f"Every run: {settings['epochs']:g} epochs ({results['scale']['epoch']} optimiser steps of "
+        f"{results['scale']['prompts_per_step']} prompts each), "
         f"LoRA rank {settings['lora_rank']}, learning rate {settings['learning_rate']:g} (cosine), tau or beta "
         f"{settings['tau']:g}; {len(results['candidates'])} candidates in all. A candidate is taken for a vector if it "
         f"keeps each threshold by {results['margin']:g} standard errors on validation and has the highest {PRIMARY} "

@@ -295,13 +295,14 @@ def evaluate(
     *,
     mixture: bool = False,
     kl_samples: int = 0,
+    tokens: int = MAX_NEW_TOKENS,
 ) -> dict[str, Any]:
     """Sample answers of the policy ``base + sum weights[a] * update_a`` and judge them.
 
     Args:
         policies, weights: the policy; no weights are the base model.
         prompts (X): in the order of the scores.
-        samples: answers a prompt, at temperature 1, of at most ``MAX_NEW_TOKENS`` tokens.
+        samples: answers a prompt, at temperature 1, of at most ``tokens`` tokens.
         seed: of the answers.
         mixture: instead of the updates, mix the logits of the policies ``base + update_a``.
         kl_samples: so many answers a prompt are scored under policy and base; 0, and for a mixture, none.
@@ -309,7 +310,7 @@ def evaluate(
     Returns:
         ``scores``: objective -> [prompt][sample], so that anything can be computed later without sampling again;
         ``kl``: [prompt] mean log-ratio of the policy's own answers to the base, nats, or None. Texts are tokenised
-        again for it, and an answer that fills ``MAX_NEW_TOKENS`` is taken for unfinished;
+        again for it, and an answer that fills ``tokens`` is taken for unfinished;
         ``seconds``, and the first answer to each of the first prompts as ``texts``.
     """
     begun = time.perf_counter()
@@ -320,7 +321,7 @@ def evaluate(
             policies.tokenizer,
             prompts,
             samples_per_prompt=samples,
-            max_new_tokens=MAX_NEW_TOKENS,
+            max_new_tokens=tokens,
             batch_size=rows,
             seed=seed,
             progress=False,
@@ -334,7 +335,7 @@ def evaluate(
         with policies.merged(weights) as model:
             answers = sample(model, device.rows)
             if kl_samples:
-                sequences = _scored(policies.tokenizer, prompts, [row[:kl_samples] for row in answers])
+                sequences = _scored(policies.tokenizer, prompts, [row[:kl_samples] for row in answers], tokens)
                 own = response_logprobs(model, sequences, 4 * device.forward, device.backend)
         if kl_samples:
             base = response_logprobs(policies.model, sequences, 4 * device.forward, device.backend)
@@ -352,38 +353,37 @@ def evaluate(
 
 
 def _scored(
-    tokenizer: Any, prompts: Sequence[str], answers: Sequence[Sequence[str]]
+    tokenizer: Any, prompts: Sequence[str], answers: Sequence[Sequence[str]], tokens: int
 ) -> list[tuple[list[int], list[int]]]:
     """(prompt, answer) token ids, prompt after prompt, each finished answer with its end."""
     sequences = []
     for prompt, drawn in zip(prompts, answers, strict=True):
         opening = encode_prompt(tokenizer, prompt)
         for answer in drawn:
-            ids = list(tokenizer(answer, add_special_tokens=False)["input_ids"])[:MAX_NEW_TOKENS]
-            sequences.append((opening, ids if len(ids) == MAX_NEW_TOKENS else [*ids, tokenizer.eos_token_id]))
+            ids = list(tokenizer(answer, add_special_tokens=False)["input_ids"])[:tokens]
+            sequences.append((opening, ids if len(ids) == tokens else [*ids, tokenizer.eos_token_id]))
     return sequences
 
 
-def checked_backend(model: Any, device: Device) -> Device:
-    """``device`` with the fastest backend that is right on it.
+def backend_error(head: Tensor, device: Device) -> float:
+    """How far the fused loss on the device is from the plain one of a CPU in fp32: relative, loss or gradient.
 
-    On a GPU the fused loss of ``auto`` on the model's own head is compared with the plain one of a CPU, loss and
-    gradient: where they differ by more than the precision explains, runs take ``torch``, and a line says so.
+    Args:
+        head: (V, H) the model's output embeddings, on any device.
+        device: where, in which precision and with which backend.
     """
-    if device.kind != "cuda" or device.backend != "auto":
-        return device
-    head = model.get_output_embeddings().weight.detach()
     generator = torch.Generator().manual_seed(0)
     rows = 192
     hidden = torch.randn(rows, head.shape[1], generator=generator)
     target = torch.randint(head.shape[0], (rows,), generator=generator)
 
-    def loss_and_gradient(kind: str, backend: str) -> tuple[Tensor, Tensor]:
+    def loss_and_gradient(kind: str, backend: str, bf16: bool) -> tuple[Tensor, Tensor]:
+        # A leaf of its own: on the CPU `to` gives the tensor itself.
         leaf = hidden.clone().to(kind).detach().requires_grad_()
-        with torch.autocast(kind, dtype=torch.bfloat16, enabled=kind == "cuda" and device.precision == "bf16"):
+        with torch.autocast(kind, dtype=torch.bfloat16, enabled=bf16):
             output = linear_mopo_loss(
                 leaf,
-                head.to(kind),
+                head.detach().to(kind),
                 target.to(kind),
                 torch.tensor([0, 40, 90, 140, rows]),
                 torch.tensor([[0, 1], [2, 3]]),
@@ -397,13 +397,24 @@ def checked_backend(model: Any, device: Device) -> Device:
         assert leaf.grad is not None
         return output.loss.detach().cpu(), leaf.grad.cpu()
 
+    loss, plain = loss_and_gradient("cpu", "reference", False)
+    found, gradient = loss_and_gradient(device.kind, device.backend, device.precision == "bf16")
+    return max(float((gradient - plain).norm() / plain.norm()), float((found - loss).abs() / loss.abs()))
+
+
+def checked_backend(model: Any, device: Device) -> Device:
+    """``device`` with the fastest backend that is right on it.
+
+    On a GPU ``auto`` is tried on the model's own head: where it fails, or is further off than the precision explains,
+    runs take ``torch``, and a line says so.
+    """
+    if device.kind != "cuda" or device.backend != "auto":
+        return device
     try:
-        loss, gradient = loss_and_gradient("cpu", "reference")
-        found, fused = loss_and_gradient("cuda", "auto")
+        error = backend_error(model.get_output_embeddings().weight, device)
     except Exception as failure:  # whatever a compiler or a driver raises
         logger.warning("backend auto fails here (%s: %s): taking torch", type(failure).__name__, failure)
         return dataclasses.replace(device, backend="torch")
-    error = max(float((fused - gradient).norm() / gradient.norm()), float((found - loss).abs() / loss.abs()))
     if not error < _BACKEND_ERROR:
         logger.warning("backend auto is off by %.3g here: taking torch", error)
         return dataclasses.replace(device, backend="torch")

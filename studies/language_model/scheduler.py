@@ -156,6 +156,7 @@ def run_jobs(
     follow_up_by: float | None = None,
     keep: Callable[[], object] | None = None,
     grace: float = _GRACE,
+    first_pace: float | None = None,
 ) -> dict[str, dict[str, Any]]:
     """Do the jobs that are not done yet, in their order as far as their needs allow.
 
@@ -170,6 +171,7 @@ def run_jobs(
         follow_up_by: seconds after ``since`` at which it is called even if jobs are left: those are not begun.
         keep: called now and then while results come, at the deadline before anything is waited for, and at the end.
         grace: seconds that jobs under way are given at the deadline.
+        first_pace: seconds a unit of cost, until some jobs have been timed.
 
     Returns:
         name -> record (``result``, or ``error``) of every job that was tried, in this call or before.
@@ -186,7 +188,8 @@ def run_jobs(
     tries: dict[str, int] = {}
     kept = time.monotonic()
     waiting: list[Job] = []
-    pace: list[float] = []  # seconds a unit of cost, of the newest jobs
+    # Seconds a unit of cost, of the newest jobs.
+    pace: list[float] = [] if first_pace is None else [first_pace]
 
     def add(more: Iterable[Job]) -> bool:
         fresh = []

@@ -76,6 +76,7 @@ def set_up(settings: Settings) -> Perform:
                     spec["seed"],
                     mixture=spec.get("mixture", False),
                     kl_samples=spec.get("kl_samples", 0),
+                    tokens=spec["tokens"],
                 )
             if job.kind == "labels":
                 part = some_prompts(data, spec["prompts"])
