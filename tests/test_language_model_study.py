@@ -430,13 +430,23 @@ def test_rivals_have_as_many_candidates_and_modpo_its_papers_loss() -> None:
         {"dpo-brevity-b3.s2": 3 * settings.tau * 0.3, "dpo-plain-b3.s2": 3 * settings.tau * 0.1}
     )
     assert not run.multipliers
-    (stepwise,) = [c for c in made.candidates if c.name == "sacpo-0.5-0.1-b1"]
+    (stepwise,) = [c for c in made.candidates if c.name == "sacpo-0.4-0.1-b1"]
     assert [list(run.start) for run in made.runs(stepwise, 0)] == [
         [],
         ["dpo-warmth-b1.s0"],
-        ["dpo-warmth-b1.s0", "sacpo-0.5-b1.s0"],
+        ["dpo-warmth-b1.s0", "sacpo-0.4-b1.s0"],
     ]
     assert sum(job.kind == "train" for job in made.tuning()) < 80
+
+
+@pytest.mark.parametrize("words", [["explore"], ["study", "--small", "--prompts-per-step", "16", "--tau", "0.3"]])
+def test_the_command_lists_its_jobs(words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert command.main([*words, "--list", "--output", str(tmp_path)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert any(line.split()[:2] == ["evaluate", "base.validation"] for line in lines)
+    trained = [int(line.split()[-2]) for line in lines if line.split()[0] == "train"]
+    assert f"{sum(trained)} optimiser steps" in lines[-1]
+    assert (set(trained) == {35}) == (words[0] == "study")
 
 
 def test_the_command_is_noted_without_folders() -> None:

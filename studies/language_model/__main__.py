@@ -75,6 +75,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--epochs", type=float, help="study: of every run")
     parser.add_argument("--tau", type=float, help="study: KL weight")
     parser.add_argument("--learning-rate", type=float, help="study: peak")
+    parser.add_argument("--prompts-per-step", type=int, metavar="N", help="of every run; default 8")
     parser.add_argument("--lora-rank", type=int, help="study: rank of the adapters")
     parser.add_argument(
         "--seeds", type=int, nargs="+", help="study: of the final table; choices are made with the first"
@@ -158,6 +159,10 @@ def main(argv: list[str] | None = None) -> int:
         for job in jobs:
             steps = f"  {job.spec['run']['steps']} steps" if job.kind == "train" else ""
             print(f"{'done ' if is_done(out, job) else '     '}{job.kind:9s} {job.name}{steps}")
+        left = [job for job in jobs if not is_done(out, job)]
+        steps_left = sum(job.spec["run"]["steps"] for job in left if job.kind == "train")
+        answers = sum(job.spec["samples"] for job in left if job.kind == "evaluate")
+        print(f"{len(left)} jobs left: {steps_left} optimiser steps, {answers} answers to each prompt of a split")
         return 0
     choose_by = options.choose_by
     if follow_up is not None and choose_by is None and options.deadline is not None:
