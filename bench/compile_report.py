@@ -38,8 +38,12 @@ from mopo_kernels.kernels.common import interpreted
 from mopo_kernels.kernels.exponential_gradient import exponential_gradient_
 from mopo_kernels.kernels.fold import fold
 from mopo_kernels.kernels.gradient import gradient_
-from mopo_kernels.kernels.linear_fold import linear_fold, offset_blocks
+from mopo_kernels.kernels.linear_fold import linear_fold, offset_blocks, row_offsets
+from mopo_kernels.kernels.mark_target import mark_target_
 from mopo_kernels.kernels.pair_coefficient import pair_coefficient
+from mopo_kernels.kernels.row_offset import row_offset
+from mopo_kernels.kernels.row_statistics import row_statistics
+from mopo_kernels.kernels.scale_rows import scale_rows
 from mopo_kernels.kernels.segment_sum import segment_sum
 
 OUTPUT = ROOT / "bench" / "results" / "compile_report.json"
@@ -172,6 +176,9 @@ def _fused_variants() -> Iterator[tuple[str, Callable[[], None]]]:
             at = (hidden, weight, torch.zeros(columns) if bias else None, target, 0, head, row, row, row)
             stored = tile if store else None
             yield f"linear_fold {label}", lambda at=at, stored=stored: _linear_fold(at, stored)
+        if row_offsets(dtype):
+            yield from _by_row(f"{SHORT[dtype]} {{}} {size}", hidden, weight, tile, target, row)
+            continue
         for (name, head), coefficient in itertools.product(HEADS.items(), (None, row)):
             suffix = "" if coefficient is None else " coefficient"
             yield (
@@ -182,12 +189,27 @@ def _fused_variants() -> Iterator[tuple[str, Callable[[], None]]]:
             )
 
 
+def _by_row(
+    label: str, hidden: Tensor, weight: Tensor, tile: Tensor, target: Tensor, row: Tensor
+) -> Iterator[tuple[str, Callable[[], object]]]:
+    """What stands around linear_fold where exponentials have one offset a row."""
+    for (name, head), bias in itertools.product(HEADS.items(), BOTH):
+        at = (hidden, weight, torch.zeros(weight.shape[0]) if bias else None, target, 0, head)
+        yield f"row_offset {label.format(name + ' bias' * bias)}", lambda at=at: row_offset(*at)
+    for name, head in HEADS.items():
+        marked = (tile, target, 0, head, row, row.double(), row, row)
+        yield f"mark_target {label.format(name)}", lambda marked=marked: mark_target_(*marked)
+    yield f"row_statistics {label.format('any')}", lambda: row_statistics(row, row, row)
+    for name, x, factor in (("rows", hidden, row), ("gradient", weight.float(), torch.ones(()))):
+        yield f"scale_rows {label.format(name)}", lambda x=x, factor=factor: scale_rows(x, factor, torch.bfloat16)
+
+
 def _offsets(tile: Tensor) -> Tensor:
     return torch.zeros(offset_blocks(tile.shape[1]), 1)
 
 
 def _linear_fold(at: tuple[Any, ...], tile: Tensor | None) -> None:
-    linear_fold(*at, tile, None if tile is None else _offsets(tile))
+    linear_fold(*at, tile, None if tile is None or row_offsets(tile.dtype) else _offsets(tile))
 
 
 def _sequence_variants() -> Iterator[tuple[str, Callable[[], object]]]:

@@ -223,8 +223,8 @@ def linear_logprob(
     """Per-token log-probability (N,), log-sum-exp (N,) in fp64, and what makes backward cheap:
 
     * head frozen: the rows ``d logprob / d hidden`` (N, H), so that backward only scales them (2 products in all);
-    * head trained: the tile (N, V), scored rows first, and its offsets, if it fits the buffer (3 products in all), else
-      nothing (4).
+    * head trained: the tile (N, V), scored rows first, and its offsets or scale, if it fits the buffer (3 products in
+      all), else nothing (4).
     """
     dtype = accumulation_dtype(hidden.dtype)
     logprob = hidden.new_zeros(hidden.shape[0], dtype=dtype)
@@ -245,7 +245,8 @@ def linear_logprob(
     if kept is None:
         return logprob, logsumexp, unit, empty, empty.clone()
     kept.values[work.count :].zero_()
-    return logprob, logsumexp, unit, kept.values, empty if kept.offsets is None else kept.offsets
+    beside = kept.scale if kept.offsets is None else kept.offsets
+    return logprob, logsumexp, unit, kept.values, empty if beside is None else beside
 
 
 def linear_logprob_backward(
@@ -275,9 +276,11 @@ def linear_logprob_backward(
     for chunk in work.chunks():
         tile = None
         if kept is not None:
-            # A copy: a second backward will want what was kept.
-            tile = work.head.tile(chunk.stop - chunk.start, weight.shape[0])
-            tile.copy_(kept.rows(chunk.start, chunk.stop))
+            tile = kept.rows(chunk.start, chunk.stop)
+            if tile.scale is None:
+                # A copy: a second backward will want what was kept.
+                tile = work.head.tile(chunk.stop - chunk.start, weight.shape[0])
+                tile.copy_(kept.rows(chunk.start, chunk.stop))
         at_rows = Folded(folded.logprob[chunk.rows], folded.logsumexp[chunk.rows])
         work.unfold(chunk, at_rows, grad[chunk.rows], tile)
     work.finish()
@@ -407,8 +410,12 @@ def linear_mopo_loss(
         return folded
 
     if ref_hidden is not None and not together:
-        for chunk in work.chunks(of=ref_hidden):
-            ref_token[chunk.rows] = work.fold(chunk, store=False).logprob
+        # Without a tile to keep, more rows go at a time.
+        reference_work = work
+        if work.head.fused and work.head.stored:
+            reference_work = _Pass(ref_hidden, weight, target, bias, call, shard, stored=False)
+        for chunk in reference_work.chunks(of=ref_hidden):
+            ref_token[chunk.rows] = reference_work.fold(chunk, store=False).logprob
 
     def sums() -> tuple[Tensor, Tensor]:
         reference_sum = backend.segment_sum(ref_token, cu_seqlens) if ref_logprob is None else ref_logprob

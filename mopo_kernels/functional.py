@@ -17,8 +17,21 @@ from mopo_kernels.head import accumulation_dtype
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-#: Default bound on the memory of one call beyond inputs, outputs and gradients, in bytes.
+#: Default bound on the memory of one call beyond inputs, outputs and gradients, in bytes: on the CPU, and the least of
+#: it on a GPU; see :func:`default_buffer_bytes`.
 DEFAULT_BUFFER_BYTES = 256 << 20
+# Rows of a chunk below which a GPU's products are slower, most of all those that add to dweight in fp32.
+_ROWS_ON_A_GPU = 4096
+
+
+def default_buffer_bytes(weight: Tensor) -> int:
+    """The default of ``max_buffer_bytes`` for a head (V, H): 256 MiB, and on a GPU room for 4096 rows of logits in the
+    weight's dtype."""
+    if weight.device.type == "cpu":
+        return DEFAULT_BUFFER_BYTES
+    vocabulary, hidden_size = weight.shape
+    row = weight.itemsize * (vocabulary + vocabulary // 8 + 2 * hidden_size)
+    return max(DEFAULT_BUFFER_BYTES, _ROWS_ON_A_GPU * row)
 
 
 class MOPOLossOutput(NamedTuple):
@@ -105,12 +118,12 @@ def _check_options(
     logit_scale: float,
     temperature: float,
     max_buffer_bytes: int | None,
-    vocabulary: int,
+    weight: Tensor,
     ignore_index: int,
 ) -> int:
     checks.head_options(softcap, logit_scale, temperature, max_buffer_bytes)
-    checks.ignore_index(ignore_index, vocabulary)
-    return DEFAULT_BUFFER_BYTES if max_buffer_bytes is None else max_buffer_bytes
+    checks.ignore_index(ignore_index, weight.shape[0])
+    return default_buffer_bytes(weight) if max_buffer_bytes is None else max_buffer_bytes
 
 
 def _check_target(target: Tensor, hidden: Tensor) -> None:
@@ -176,7 +189,8 @@ def linear_logprob(
         temperature: divisor of the logits.
         backend: "auto", "reference" (the unchunked oracle), "torch", "cpp", "triton" or "cuda"; only "auto" falls
             back.
-        max_buffer_bytes: bound on the memory beyond inputs, outputs and gradients, in bytes; default 256 MiB. A few
+        max_buffer_bytes: bound on the memory beyond inputs, outputs and gradients, in bytes; default 256 MiB, on a GPU
+            what 4096 rows of logits take if that is more. A few
             dozen bytes a token come on top. With "reference" it has no effect.
         process_group: ranks that each hold some rows of one head: weight (W, H) and bias (W,) are this rank's, W may
             differ, and rank after rank they are the V rows. Every rank passes the same hidden and target, whose ids are
@@ -201,9 +215,7 @@ def linear_logprob(
     _check_target(target, hidden)
     rows = hidden.reshape(-1, hidden.shape[-1])
     _check_linear(rows, weight, bias)
-    max_buffer_bytes = _check_options(
-        softcap, logit_scale, temperature, max_buffer_bytes, weight.shape[0], ignore_index
-    )
+    max_buffer_bytes = _check_options(softcap, logit_scale, temperature, max_buffer_bytes, weight, ignore_index)
     name = backends.resolve(backend, hidden.device)
     flat = target.reshape(-1)
     group_name = _group_name(process_group, name)
@@ -537,9 +549,7 @@ def linear_mopo_loss(
     _check_linear(hidden, weight, bias)
     _check_target(target, hidden)
     _check_cu_seqlens(cu_seqlens, hidden)
-    max_buffer_bytes = _check_options(
-        softcap, logit_scale, temperature, max_buffer_bytes, weight.shape[0], ignore_index
-    )
+    max_buffer_bytes = _check_options(softcap, logit_scale, temperature, max_buffer_bytes, weight, ignore_index)
     checks.optional_tensors(length=length, prompt_index=prompt_index)
     checks.per_sequence(cu_seqlens, hidden.shape[0], ref_logprob=ref_logprob, length=length, prompt_index=prompt_index)
     sequences = cu_seqlens.shape[0] - 1

@@ -67,7 +67,7 @@ class Layout:
     the backend's own products take; ``temporary``: the backend's temporaries as a share of the tile; ``gathered``: the
     rows of a chunk are copied together, rather than used where they stand; ``converted``: the weight is copied to
     ``operand``, or for its strides, before it is multiplied; ``streamed``: nothing is lost by tiling the vocabulary, as
-    for a frozen head.
+    for a frozen head; ``scaled``: hidden is copied to be scaled by rows.
     """
 
     hidden_size: int
@@ -82,6 +82,7 @@ class Layout:
     gathered: bool
     converted: bool
     streamed: bool
+    scaled: bool
 
     def tile_bytes(self) -> float:
         """Bytes an element of a tile takes: itself, the backend's temporary, a copy in the products' dtype."""
@@ -96,6 +97,8 @@ class Layout:
             component += self.operand.itemsize
         if self.gathered:
             component += self.accumulate.itemsize
+        if self.scaled:
+            component += self.operand.itemsize
         if self.operand == torch.float16:
             component += 2 * self.accumulate.itemsize + self.operand.itemsize
         return self.hidden_size * component + ROW_OVERHEAD
@@ -187,6 +190,7 @@ def layout_of(
         gathered=gathered,
         converted=weight.dtype != operand or (not fused and 1 not in weight.stride()),
         streamed=streamed and not fused,
+        scaled=fused and stored and backend.row_offsets(weight.dtype),
     )
 
 
@@ -198,15 +202,17 @@ def row_chunks(count: int, largest: int) -> Iterator[tuple[int, int]]:
 
 
 class Tile(NamedTuple):
-    """(R, W) products; or, fused, exponentials and their ``offsets`` (blocks, R)."""
+    """(R, W) products; or, fused, exponentials: with their ``offsets`` (blocks, R), or, after a fold, the gradient of
+    the rows' log-probabilities up to a factor ``scale`` (R,)."""
 
     values: Tensor
-    offsets: Tensor | None
+    offsets: Tensor | None = None
+    scale: Tensor | None = None
 
     def rows(self, start: int, stop: int) -> Tile:
-        """Some of the rows: the same values, and a copy of the offsets, which kernels want in one piece."""
+        """Some of the rows: the same values and scale, and a copy of the offsets, which kernels want in one piece."""
         offsets = None if self.offsets is None else self.offsets[:, start:stop].contiguous()
-        return Tile(self.values[start:stop], offsets)
+        return Tile(self.values[start:stop], offsets, None if self.scale is None else self.scale[start:stop])
 
     def keep_offsets(self, part: Tile, start: int, stop: int) -> None:
         """Take back the offsets of :meth:`rows`, after they were written."""
@@ -253,6 +259,7 @@ class LinearHead:
         self.head = head
         self.backend = backend
         self.fused = backend.fuses(weight.dtype)
+        self.by_row = self.fused and backend.row_offsets(weight.dtype)
         self.stored = stored
         self.shard = shard
         vocabulary = None if shard is None else shard.largest
@@ -292,6 +299,10 @@ class LinearHead:
         return self.weight.new_empty(self.plan.rows * self._stride(self.plan.columns), dtype=self.layout.tile)
 
     @cached_property
+    def _scale_buffer(self) -> Tensor:
+        return self.weight.new_empty(self.plan.rows, dtype=torch.float32)
+
+    @cached_property
     def _offset_buffer(self) -> Tensor:
         blocks = self.backend.offset_blocks(self.plan.columns)
         return self.weight.new_empty(blocks * self.plan.rows, dtype=torch.float32)
@@ -305,7 +316,9 @@ class LinearHead:
         stride = self._stride(columns)
         values = self._buffer[: rows * stride].view(rows, stride)[:, :columns]
         if not self.fused:
-            return Tile(values, None)
+            return Tile(values)
+        if self.by_row:
+            return Tile(values, scale=self._scale_buffer[:rows])
         blocks = self.backend.offset_blocks(columns)
         return Tile(values, self._offset_buffer[: blocks * rows].view(blocks, rows))
 
@@ -314,7 +327,9 @@ class LinearHead:
         columns = self.weight.shape[0]
         values = self.weight.new_empty(rows, columns, dtype=self.layout.tile)
         if not self.fused:
-            return Tile(values, None)
+            return Tile(values)
+        if self.by_row:
+            return Tile(values, scale=values.new_empty(rows, dtype=torch.float32))
         return Tile(values, values.new_empty(self.backend.offset_blocks(columns), rows, dtype=torch.float32))
 
     def _bias(self, start: int, stop: int) -> Tensor | None:
@@ -336,7 +351,8 @@ class LinearHead:
         """Products of ``hidden`` with weight rows ``start .. stop`` into the tile, folded into the statistics."""
         at = (self._bias(start, stop), target, self._first + start, self.head)
         if self.fused:
-            self.backend.linear_fold(hidden, self.weight[start:stop], *at, *statistics, *(tile or (None, None)))
+            stored = (None, None) if tile is None else (tile.values, tile.offsets)
+            self.backend.linear_fold(hidden, self.weight[start:stop], *at, *statistics, *stored)
             return
         assert tile is not None
         self._products_(hidden, tile.values, start, stop)
@@ -353,28 +369,39 @@ class LinearHead:
         else:
             torch_product_(out, a, b, accumulate, alpha)
 
-    def _new_statistics(self, rows: int) -> list[Tensor]:
-        maximum = self.weight.new_full((rows,), -torch.inf, dtype=self.layout.accumulate)
+    def _new_statistics(self, hidden: Tensor, target: Tensor) -> list[Tensor]:
+        if self.by_row:
+            at = (self.bias, target, self._first, self.head)
+            maximum = self.backend.row_offset(hidden, self.weight, *at)
+        else:
+            maximum = self.weight.new_full((hidden.shape[0],), -torch.inf, dtype=self.layout.accumulate)
         return [maximum, torch.zeros_like(maximum), torch.zeros_like(maximum)]
 
     def fold(self, hidden: Tensor, target: Tensor, tile: Tile | None = None, store: bool = True) -> Folded:
         """The statistics of rows ``hidden`` (R, H), in the products' dtype. If ``whole``, ``stored`` and ``store``,
         their tile is held afterwards: the one given, or :meth:`tile`."""
-        rows = hidden.shape[0]
-        statistics = self._new_statistics(rows)
+        statistics, into = self._new_statistics(hidden, target), tile
         for start, stop in self._column_tiles():
-            into = tile
             if tile is None and (not self.fused or (self.stored and self.whole and store)):
-                into = self.tile(rows, stop - start)
+                into = self.tile(hidden.shape[0], stop - start)
             self._fold_tile(hidden, target, start, stop, into, statistics)
-        return self._merged(statistics)
+        folded = self._merged(statistics)
+        if into is not None:
+            self._mark_(into, target, 0, statistics[0], folded)
+        return folded
+
+    def _mark_(self, tile: Tile, target: Tensor, start: int, offset: Tensor, folded: Folded) -> None:
+        """What makes a tile of exponentials with one offset a row the gradient up to its ``scale``."""
+        if tile.scale is not None:
+            at = (target, self._first + start, self.head, offset, folded.logsumexp, folded.logprob)
+            self.backend.mark_target_(tile.values, *at, tile.scale)
 
     def _merged(self, statistics: list[Tensor]) -> Folded:
         if self.shard is not None:
+            # The offsets of this rank's exponentials stay what they are.
+            statistics = [t.clone() for t in statistics] if self.by_row else statistics
             self.shard.merge_(*statistics)
-        maximum, total, picked = statistics
-        # Not picked - logsumexp: the difference to the maximum is small, so it rounds less.
-        return Folded((picked - maximum) - torch.log(total), _logsumexp(statistics))
+        return Folded(*self.backend.row_statistics(*statistics))
 
     def fold_unfold(self, hidden: Tensor, target: Tensor, dhidden: Tensor) -> Folded:
         """:meth:`fold`, and ``d logprob / d hidden`` into dhidden (R, H), zeros before: 2 products if ``streamed``,
@@ -389,7 +416,7 @@ class LinearHead:
             held = self.tile(hidden.shape[0], self.weight.shape[0]) if self.whole else None
             self.unfold(hidden, target, folded, None, held, dhidden, None, None)
             return folded
-        statistics = self._new_statistics(hidden.shape[0])
+        statistics = self._new_statistics(hidden, target)
         level = torch.full_like(statistics[0], -torch.inf, dtype=torch.float64)
         at_target = level.clone()
         for start, stop in self._column_tiles():
@@ -427,16 +454,58 @@ class LinearHead:
 
         See eq. (34) of docs/method.md.
         """
+        factor = None
         for start, stop in self._column_tiles():
             tile = held
             if tile is None:
                 tile = self.tile(hidden.shape[0], stop - start)
-                if self.fused:
-                    self._fold_tile(hidden, target, start, stop, tile, self._new_statistics(hidden.shape[0]))
-                else:
+                if not self.fused:
                     self._products_(hidden, tile.values, start, stop)
-            self._unfold_tile(tile, hidden, target, start, stop, folded, coefficient, dhidden, dweight, dbias)
+                elif self.by_row:
+                    # The log-sum-exp is known by now; what the fold makes of the sums is not.
+                    offset = folded.logsumexp.float()
+                    statistics = [offset, torch.zeros_like(offset), torch.zeros_like(offset)]
+                    self._fold_tile(hidden, target, start, stop, tile, statistics)
+                    self._mark_(tile, target, start, statistics[0], folded)
+                else:
+                    statistics = self._new_statistics(hidden, target)
+                    self._fold_tile(hidden, target, start, stop, tile, statistics)
+            if tile.scale is None:
+                self._unfold_tile(tile, hidden, target, start, stop, folded, coefficient, dhidden, dweight, dbias)
+            else:
+                # The same for every tile.
+                factor = (tile.scale if coefficient is None else tile.scale * coefficient)[:, None]
+                self._unscaled_products(tile.values, factor, hidden, start, stop, dhidden, dweight, dbias)
+        if factor is not None and dhidden is not None:
+            dhidden.mul_(factor)
         self.untouched = False
+
+    def _unscaled_products(
+        self,
+        values: Tensor,
+        factor: Tensor,
+        hidden: Tensor,
+        start: int,
+        stop: int,
+        dhidden: Tensor | None,
+        dweight: Tensor | None,
+        dbias: Tensor | None,
+    ) -> None:
+        """:meth:`_backward_products` of a gradient whose rows lack a factor (R, 1): what they are multiplied with has
+        it instead, and dhidden, which is overwritten by the first tile, lacks it as well. The tile is left as it
+        was."""
+        if dbias is not None:
+            # Two numbers of half precision stand for each factor.
+            high = factor.to(values.dtype)
+            parts = torch.cat([high, (factor - high.to(factor.dtype)).to(values.dtype)], dim=1)
+            product = dbias.new_empty(stop - start, 2)
+            self._product_(product, values.T, parts)
+            dbias[start:stop] += product.sum(dim=1)
+        if dhidden is not None:
+            self._product_(dhidden, values, self.weight[start:stop], accumulate=start > 0)
+        if dweight is not None:
+            scaled = self.backend.scaled(hidden, factor, hidden.dtype)
+            self._product_(dweight[start:stop], values.T, scaled, accumulate=not self.untouched)
 
     def _unfold_tile(
         self,
@@ -504,7 +573,7 @@ class LinearHead:
 
 
 def _logsumexp(statistics: list[Tensor]) -> Tensor:
-    """In fp64, of a maximum and a sum relative to it."""
+    """In fp64, of a maximum and a sum relative to it so far."""
     maximum, total, _ = statistics
     return maximum.double() + torch.log(total.double())
 

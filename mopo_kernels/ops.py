@@ -36,12 +36,14 @@ def _take(ctx: Any) -> list[Tensor] | None:
     return held
 
 
-def _scale(held: list[Tensor], factor: Tensor, like: Tensor) -> Tensor:
+def _scale(held: list[Tensor], factor: Tensor, like: Tensor, backend: str) -> Tensor:
     """The last of the held gradients times ``factor``, in the input's dtype; in place unless somebody else sees it."""
     gradient = held.pop()
+    if _traced(gradient):
+        return (gradient * factor).to(like.dtype)
     # Two references: the name above and the call's own argument.
-    alone = not _traced(gradient) and sys.getrefcount(gradient) == 2
-    return (gradient.mul_(factor) if alone else gradient * factor).to(like.dtype)
+    alone = sys.getrefcount(gradient) == 2
+    return tile_backend(backend).scaled(gradient, factor, like.dtype, overwrite=alone)
 
 
 def _saved(tensor: Tensor) -> Tensor:
@@ -117,7 +119,8 @@ def _(hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None, *opti
         values, offsets = weight.new_empty((tokens, vocabulary), dtype=dtype), empty
     else:
         values = weight.new_empty((tokens, vocabulary))
-        offsets = weight.new_empty((backend.offset_blocks(vocabulary), tokens), dtype=torch.float32)
+        blocks = () if backend.row_offsets(weight.dtype) else (backend.offset_blocks(vocabulary),)
+        offsets = weight.new_empty((*blocks, tokens), dtype=torch.float32)
     return logprob, logsumexp, torch.empty_like(empty), values, offsets
 
 
@@ -140,7 +143,10 @@ def linear_logprob_backward(
     *options: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
     call = _call(*options)
-    kept = Tile(products, offsets if offsets.dim() == 2 else None) if products.dim() == 2 else None
+    kept = None
+    if products.dim() == 2:
+        by_row = tile_backend(call.backend).row_offsets(products.dtype)
+        kept = Tile(products, scale=offsets) if by_row else Tile(products, offsets if offsets.dim() == 2 else None)
     shard = call.shard(hidden, weight, target)
     with torch.autocast(hidden.device.type, enabled=False):
         return driver.linear_logprob_backward(
@@ -184,7 +190,7 @@ def _linear_logprob_backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Te
     # Where nothing is scored the derivative is 0 whatever comes from upstream, NaN included.
     grad = grad.where(target != ctx.options[0], 0)
     if held is not None:
-        return _scale(held, grad[:, None], hidden), *(None,) * (3 + len(ctx.options))
+        return _scale(held, grad[:, None], hidden, ctx.options[4]), *(None,) * (3 + len(ctx.options))
     dhidden, dweight, dbias = linear_logprob_backward(grad, hidden, weight, target, bias, *kept, *ctx.options)
     return (
         dhidden.to(hidden.dtype) if need_hidden else None,
@@ -416,7 +422,7 @@ def _linear_mopo_loss_backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[
         held = list(linear_mopo_loss(*inputs)[-3:])
     gradients: list[Tensor | None] = [None] * len(inputs)
     for position, needed in zip((4, 1, 0), reversed(inputs[-3:]), strict=True):
-        scaled = _scale(held, grad, inputs[0])
+        scaled = _scale(held, grad, inputs[0], inputs[-6])
         gradients[position] = scaled if needed else None
     return tuple(gradients)
 

@@ -70,7 +70,7 @@ def dry_run(name: str, tmp_path: Path, **environment: str) -> dict[str, Any]:
 
 def test_smoke_runs_dry(tmp_path: Path) -> None:
     data = dry_run("smoke", tmp_path)
-    assert list(data["sections"]) == ["tests", "probe"]
+    assert list(data["sections"]) == ["tests", "tune", "probe"]
     assert data["peers"] == {"reason": "no section runs any"}
     probe = data["sections"]["probe"]
     assert (probe["failed"], probe["not_reached"]) == ({}, [])
@@ -81,7 +81,7 @@ def test_smoke_runs_dry(tmp_path: Path) -> None:
     assert [name.rpartition(", ")[2] for name in calls] == ["256 MiB", "512 MiB", "1024 MiB"]
     if backends.availability().get("triton", "not registered") is None:
         assert data["sections"]["tests"]["counts"] == {"passed": 1, "not run": 0}
-        assert any(name.startswith("fold") for name in found)
+        assert any(name.startswith("kernels") for name in found)
 
 
 def test_full_runs_dry(tmp_path: Path) -> None:
@@ -128,7 +128,7 @@ def test_step_runs_dry(tmp_path: Path) -> None:
 
 def test_slices_are_choices_of_sections_within_a_lease() -> None:
     budgets = {name: suite.parse([name]).budget for name in suite.SLICES}
-    assert budgets == {"smoke": 190, "full": 280, "step": 180}
+    assert budgets == {"smoke": 190, "compare": 140, "full": 280, "step": 180}
     assert suite.parse(["full"]).sections == ["tests", "time"]
     assert suite.parse(["full", "--budget", "100"]).budget == 100
     assert {name for one in suite.SLICES.values() for name in one.sections} <= suite.SECTIONS.keys()
@@ -390,77 +390,14 @@ triton_only = pytest.mark.skipif(
 )
 
 
-@triton_only
-def test_every_variant_of_the_fold_gives_the_numbers_of_plain_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
-    from bench.device import fold_variants
-
-    probe = probing.Probe("cpu")
-    names = [name for name in probe.pieces if name.startswith("fold")]
-    assert {one.reads for one in fold_variants.VARIANTS} == {*fold_variants.READS}
-    assert {one.offset for one in fold_variants.VARIANTS} == {*fold_variants.OFFSETS}
-    assert len(names) == 2 * len(fold_variants.SMALL_VARIANTS)
-    monkeypatch.setattr(probe, "medians", lambda calls: dict.fromkeys(calls, 1.0))
-    for name in names:
-        assert probe.pieces[name]()["error"] < 1e-3
-    # Negative control: a wrong variant is not timed.
-    right = fold_variants.Fold.__call__
-    places: dict[str, Any] = {"sums": (slice(None), 5), "picked": 5, "exponentials": 5}
-    for spoiled, place in places.items():
-
-        def wrong(fold: Any, spoiled: str = spoiled, place: Any = place) -> None:
-            right(fold)
-            getattr(fold, spoiled)[place] += 1.0
-
-        monkeypatch.setattr(fold_variants.Fold, "__call__", wrong)
-        with pytest.raises(ValueError, match=r"off by .*: not timed"):
-            probe.pieces[next(name for name in names if name.endswith("stored"))]()
-
-
-COMPILE = """
-import torch, triton
-from bench.compile_report import Driver
-from bench.device.fold_variants import VARIANTS, Fold
-from bench.device.children import report
-
-triton.runtime.driver.set_active(Driver(90))
-hidden, weight = (torch.zeros(n, 2048, dtype=torch.bfloat16) for n in (256, 1024))
-tile, row = torch.zeros(256, 1024, dtype=torch.bfloat16), torch.zeros(256)
-for variant in {(one.reads, one.offset): one for one in VARIANTS}.values():
-    try:
-        ptx = Fold(variant, hidden, weight, row.long(), row, tile).compile().asm["ptx"]
-    except RuntimeError:
-        # Triton 3.6, which the machines have that are lent, specializes the warps of these loops; 3.7.1 fails to.
-        if variant.reads != "specialized" or triton.__version__.startswith("3.6."):
-            raise
-        report(reads="not compiled")
-        continue
-    report(reads=variant.reads, tma="cp.async.bulk.tensor" in ptx, warps="setmaxnreg" in ptx, wgmma="wgmma" in ptx)
-"""
-
-
-@triton_only
-def test_variants_compile_for_hopper_to_what_they_are_called() -> None:
-    got: list[dict[str, Any]] = []
-    ended = children.run([sys.executable, "-c", COMPILE], 120, got.append, {"TRITON_INTERPRET": "0"}, 120)
-    assert ended.failure is None, ended.output
-    assert len(got) == 7
-    got = [one for one in got if one["reads"] != "not compiled"]
-    assert len(got) >= 5
-    assert all(one["wgmma"] for one in got)
-    assert [one["tma"] for one in got] == [one["reads"] != "pointers" for one in got]
-    assert [one["warps"] for one in got] == [one["reads"] == "specialized" for one in got]
-
-
-def test_a_variant_that_does_not_run_has_not_failed_the_probe(
-    section: Section, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_piece_that_fails_fails_the_probe(section: Section, monkeypatch: pytest.MonkeyPatch) -> None:
     def run_pieces(module: str, plan: Any, names: list[str], left: Any, each: Any) -> dict[str, str]:
         each({"figure": {"piece": "ceilings", "copy_TB_s": 3.0}})
         assert written(section.record.path)["sections"]["probe"]["figures"] == [{"piece": "ceilings", "copy_TB_s": 3.0}]
         return failed
 
     monkeypatch.setattr(children, "run_pieces", run_pieces)
-    failed = {"fold a": "OutOfResources: shared memory"}
+    failed: dict[str, str] = {}
     assert section.record.run("probe", probing.run, "cpu", 10.0, {}) == "passed"
     failed["stages R 96 V 512"] = "RuntimeError: no"
     assert section.record.run("probe", probing.run, "cpu", 10.0, {}) == "failed"

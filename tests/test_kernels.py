@@ -180,10 +180,10 @@ class Statistics(NamedTuple):
         return Statistics(*(torch.full((rows,), v, dtype=dtype, device=DEVICE) for v in (-torch.inf, 0.0, 0.0)))
 
     def logsumexp(self) -> Tensor:
-        return self.maximum.double() + torch.log(self.total.double())
+        return BACKEND.row_statistics(*self)[1]
 
     def logprob(self) -> Tensor:
-        return (self.picked - self.maximum) - torch.log(self.total)
+        return BACKEND.row_statistics(*self)[0]
 
 
 def pieces(case: Case, cuts: tuple[int, ...]) -> Iterator[tuple[int, int, Tensor | None]]:
@@ -194,6 +194,10 @@ def pieces(case: Case, cuts: tuple[int, ...]) -> Iterator[tuple[int, int, Tensor
 def fold(case: Case, head: Head, cuts: tuple[int, ...] = (), backend: TritonBackend = BACKEND) -> Statistics:
     """The statistics of a case of either kind, nothing stored."""
     statistics = Statistics.empty(case.target.shape[0], case.coefficient.dtype)
+    if case.hidden is not None and backend.row_offsets(case.hidden.dtype):
+        assert case.weight is not None
+        at = case.bias, case.target, START, head
+        statistics = statistics._replace(maximum=backend.row_offset(case.hidden, case.weight, *at))
     for a, b, bias in pieces(case, cuts):
         at = bias, case.target, START + a, head, *statistics
         if case.tile is not None:
@@ -229,6 +233,8 @@ def exponentials(case: Case, head: Head, cuts: tuple[int, ...], backend: TritonB
     assert case.weight is not None
     rows = case.hidden.shape[0]
     gradient = surrounded(torch.full((rows, case.columns), torch.nan, dtype=case.hidden.dtype), case.margin)
+    if backend.row_offsets(case.hidden.dtype):
+        return with_row_offsets(case, head, cuts, backend, gradient)
     statistics, offsets = Statistics.empty(rows, torch.float32), {}
     for a, b, bias in pieces(case, cuts):
         offsets[a] = torch.full((backend.offset_blocks(b - a), rows), torch.nan, device=DEVICE)
@@ -237,6 +243,28 @@ def exponentials(case: Case, head: Head, cuts: tuple[int, ...], backend: TritonB
     folded = statistics.logsumexp(), statistics.logprob(), case.coefficient
     for a, b, _ in pieces(case, cuts):
         backend.exponential_gradient_(gradient[:, a:b], offsets[a], case.target, START + a, head, *folded)
+    return gradient, statistics
+
+
+def with_row_offsets(
+    case: Case, head: Head, cuts: tuple[int, ...], backend: TritonBackend, tile: Tensor
+) -> tuple[Tensor, Statistics]:
+    """As the head does it where the vocabulary is tiled: products once for the log-sum-exp and once more after it."""
+    assert case.hidden is not None
+    assert case.weight is not None
+    statistics = fold(case, head, cuts, backend)
+    lse, lp = statistics.logsumexp(), statistics.logprob()
+    offset, factors = statistics.maximum, torch.empty_like(statistics.maximum)
+    if cuts:
+        offset = lse.float()
+    gradient = torch.empty(*tile.shape, device=DEVICE)
+    for a, b, bias in pieces(case, cuts):
+        if cuts or a == 0:
+            again = Statistics(offset.clone(), *Statistics.empty(len(offset), torch.float32)[1:])
+            backend.linear_fold(case.hidden, case.weight[a:b], bias, case.target, START + a, head, *again, tile[:, a:b])
+        factors.fill_(torch.nan)
+        backend.mark_target_(tile[:, a:b], case.target, START + a, head, offset, lse, lp, factors)
+        gradient[:, a:b] = tile[:, a:b].float() * (factors * case.coefficient)[:, None]
     return gradient, statistics
 
 
@@ -478,9 +506,9 @@ def test_nothing_outside_the_arguments_is_read_or_written(hidden_size: int, colu
 
 
 def test_offsets_of_another_layout_are_refused() -> None:
-    case = make_case(3, 130, False, torch.bfloat16, hidden_size=5)
+    case = make_case(3, 130, False, torch.float16, hidden_size=5)
     blocks = BACKEND.offset_blocks(130)
-    tile, offsets = torch.zeros(3, 130, dtype=torch.bfloat16, device=DEVICE), torch.zeros(blocks + 1, 3, device=DEVICE)
+    tile, offsets = torch.zeros(3, 130, dtype=torch.float16, device=DEVICE), torch.zeros(blocks + 1, 3, device=DEVICE)
     at, statistics = (None, case.target, START, PLAIN), Statistics.empty(3, torch.float32)
     message = rf"offsets must have shape \(blocks, R\) = \({blocks}, 3\); got \({blocks + 1}, 3\)"
     with pytest.raises(ValueError, match=message):
@@ -501,6 +529,68 @@ def test_statistics_take_no_more_room_than_is_set_aside_for_them() -> None:
         assert 2 * 4 / configuration.block_v <= STATISTICS_BYTES
 
 
+# One offset a row.
+
+
+FAR = slice(0, 8)
+SURE = slice(8, 16)
+BESIDE = slice(16, 24)
+NEVER = slice(24, 32)
+
+
+def far_case(spread: float) -> Case:
+    """Rows whose target lies ``spread`` nats below the others, as far above them, below another one that far above,
+    or has probability 0; then rows like any other, some of them not scored."""
+    case = make_case(40, 130, True, torch.bfloat16, hidden_size=64)
+    assert case.bias is not None
+    assert case.hidden is not None
+    assert case.weight is not None
+    target = START + torch.arange(40, device=DEVICE) % 90
+    for rows, column, bias in ((FAR, 100, -spread), (SURE, 101, 0.0), (NEVER, 102, -torch.inf)):
+        target[rows] = START + column
+        case.bias[column] = bias
+    case.hidden[:, 0] = 0.0
+    case.weight[:, 0] = 0.0
+    case.weight[101, 0] = 1.0
+    case.hidden[SURE, 0] = case.hidden[BESIDE, 0] = spread
+    target[33::3] = NOT_SCORED
+    return case._replace(target=target)
+
+
+# Beyond 44 nats a row is computed again; beyond 88 fp32 has no number for its sum.
+@pytest.mark.parametrize("spread", [30.0, 60.0, 200.0, 1e4])
+@pytest.mark.parametrize("head", [PLAIN, Head(None, 0.7, 1.3)], ids=["plain", "scaled"])
+def test_rows_far_from_their_offset_are_as_good_as_others(head: Head, spread: float) -> None:
+    case = far_case(spread)
+    got = answer(case, head)
+    assert (got.logprob[NEVER] == -torch.inf).all()
+    case.target[NEVER] = START + 1
+    kept = answer(case, head)
+    check_within_budget(kept, case, head, torch.bfloat16, floor=1.0)
+    others = torch.ones(40, dtype=torch.bool, device=DEVICE)
+    others[NEVER] = False
+    assert all(torch.equal(a[others], b[others]) for a, b in zip(got, kept, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(kept, answer(case, head), strict=True))
+
+
+def test_rows_are_computed_again_where_they_must_and_nowhere_else() -> None:
+    case = far_case(200.0)
+    assert case.hidden is not None
+    assert case.weight is not None
+    at = case.bias, case.target, START, PLAIN
+    offset = BACKEND.row_offset(case.hidden, case.weight, *at)
+    statistics = Statistics.empty(40, torch.float32)._replace(maximum=offset.clone())
+    BACKEND.linear_fold(case.hidden, case.weight, *at, *statistics)
+    again = (statistics.maximum != offset).nonzero()[:, 0].tolist()
+    assert again == [*range(40)[FAR], *range(40)[BESIDE]]
+
+
+@pytest.mark.parametrize("sharpness", [1.0, 4.0, 16.0])
+def test_gradients_from_row_offsets_are_within_plain_pytorchs_at_every_sharpness(sharpness: float) -> None:
+    case = make_case(200, 507, False, torch.bfloat16, hidden_size=67, spread=sharpness)
+    check_within_budget(answer(case, PLAIN), case, PLAIN, torch.bfloat16, floor=0.5)
+
+
 # Broken on purpose: the budget must notice.
 
 
@@ -509,9 +599,9 @@ class DropsLastColumn(TritonBackend):
         super().fold(tile[:, :-1], None if bias is None else bias[:-1], *rest)
 
     def linear_fold(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> None:
-        *at, tile, offsets = rest
-        columns = weight.shape[0] - 1
-        super().linear_fold(hidden, weight[:-1], None if bias is None else bias[:-1], *at, tile[:, :columns], offsets)
+        *at, tile, offsets = rest if len(rest) == 8 else (*rest, None, None)[:8]
+        tile = None if tile is None else tile[:, : weight.shape[0] - 1]
+        super().linear_fold(hidden, weight[:-1], None if bias is None else bias[:-1], *at, tile, offsets)
 
 
 class ForgetsTheSoftcapsSlope(TritonBackend):
@@ -524,6 +614,9 @@ class ForgetsTheSoftcapsSlope(TritonBackend):
         target, start, head, *folded = rest
         super().exponential_gradient_(tile, offsets, target, start, head._replace(softcap=None), *folded)
 
+    def mark_target_(self, tile: Tensor, target: Tensor, start: int, head: Head, *rest: Any) -> None:
+        super().mark_target_(tile, target, start, head._replace(softcap=None), *rest)
+
 
 class ShiftsLogSumExp(TritonBackend):
     def gradient_(self, *rest: Any) -> None:
@@ -534,6 +627,10 @@ class ShiftsLogSumExp(TritonBackend):
         *at, lse, logprob, coefficient = rest
         super().exponential_gradient_(*at, lse + 0.1, logprob, coefficient)
 
+    def mark_target_(self, *rest: Any) -> None:
+        *at, lse, logprob, scale = rest
+        super().mark_target_(*at, lse + 0.1, logprob, scale)
+
 
 class MixesUpOffsets(TritonBackend):
     def gradient_(self, tile: Tensor, *rest: Any) -> None:
@@ -543,16 +640,21 @@ class MixesUpOffsets(TritonBackend):
     def exponential_gradient_(self, tile: Tensor, offsets: Tensor, *rest: Any) -> None:
         super().exponential_gradient_(tile, offsets.roll(1, 0), *rest)
 
+    def mark_target_(self, *rest: Any) -> None:
+        super().mark_target_(*rest)
+        rest[-1].copy_(rest[-1].roll(1))
+
 
 @in_blocks(256)
 @pytest.mark.usefixtures("small_blocks")
-@pytest.mark.parametrize("hidden_size", [0, 67], ids=["tile", "exponentials"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=["tile", "fp16", "bf16"])
 @pytest.mark.parametrize(
     "broken", [DropsLastColumn, ForgetsTheSoftcapsSlope, ShiftsLogSumExp, MixesUpOffsets], ids=lambda b: b.__name__
 )
-def test_negative_control_a_broken_kernel_exceeds_the_budget(broken: type[TritonBackend], hidden_size: int) -> None:
-    dtype = torch.bfloat16 if hidden_size else torch.float32
-    case = make_case(17, 450, True, dtype, hidden_size)  # dropping the last column leaves as many blocks
+def test_negative_control_a_broken_kernel_exceeds_the_budget(broken: type[TritonBackend], dtype: torch.dtype) -> None:
+    case = make_case(
+        17, 450, True, dtype, 0 if dtype == torch.float32 else 67
+    )  # dropping the last column leaves as many blocks
     case.bias[-1] = 3.0  # type: ignore[index]
     with pytest.raises(AssertionError, match=r"error .* against fp64"):
         check_within_budget(answer(case, EVERYTHING, backend=broken()), case, EVERYTHING, dtype, floor=1.0)

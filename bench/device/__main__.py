@@ -5,8 +5,8 @@ section that fails is recorded and the next still runs. Exit code 0: none failed
 machine.
 
 A slice is a choice of sections that fits a card borrowed for minutes, and is of use alone: ``smoke`` (does it work, and
-what bounds it), ``full`` (every test, and the head beside every peer), ``step`` (whole training steps). docs/gpu.md
-says what each decides.
+what bounds it), ``compare`` (does it work, and the head beside every peer), ``full`` (every test, and the same),
+``step`` (whole training steps). docs/gpu.md says what each decides.
 """
 
 from __future__ import annotations
@@ -52,7 +52,10 @@ class Slice(NamedTuple):
 
 
 SLICES = {
-    "smoke": Slice(190.0, {"tests": (70.0, {"stages": ("parity",), "workers": 12}), "probe": (120.0, {})}),
+    "smoke": Slice(
+        190.0, {"tests": (60.0, {"stages": ("parity",), "workers": 12}), "tune": (60.0, {}), "probe": (70.0, {})}
+    ),
+    "compare": Slice(140.0, {"tests": (60.0, {"stages": ("parity",), "workers": 12}), "time": (80.0, {"most": 4})}),
     "full": Slice(280.0, {"tests": (150.0, {"workers": 12, "build": True}), "time": (130.0, {"most": 4})}),
     "step": Slice(180.0, {"step": (1.0, {})}),
 }

@@ -1,9 +1,9 @@
 """Section "probe": a minute of figures that decide the design of the GPU path.
 
 What the device reaches (ceilings), what each product of a chunk costs at the rows that buffers of 256, 512 and 1024 MiB
-give, whole calls at these buffers beside the bare products, the pass over a tile, the last scale of dweight, and
-variants of linear_fold (:mod:`bench.device.fold_variants`). Each piece gives one figure, a dictionary with a ``piece``;
-times are medians of rounds in which all calls of a piece take turns (:func:`bench.device.timing.take_turns`).
+give, whole calls at these buffers beside the bare products, the kernels of a chunk, and the last scale of dweight. Each
+piece gives one figure, a dictionary with a ``piece``; times are medians of rounds in which all calls of a piece take
+turns (:func:`bench.device.timing.take_turns`).
 
 Runs as a child too: ``python -m bench.device.probing PLAN``.
 """
@@ -60,7 +60,7 @@ SIZES = {
             *(Shape(v, 8192, trained) for trained in (True, False) for v in (51200, 128256)),
             *(Shape(v, n, True) for v, n in ((51200, 4096), (51200, 32768), (128256, 32768))),
         ),
-        folds=((2048, 51200), (512, 128256)),
+        folds=((4096, 51200), (4096, 128256)),
         rounds=8,
     ),
     "cpu": Sizes(
@@ -89,37 +89,25 @@ class Probe:
     def __init__(self, device: str) -> None:
         self.device, self.sizes = device, SIZES[device]
         self.pieces: dict[str, Callable[[], dict[str, Any]]] = {"ceilings": self.ceilings}
-        first, *others = self.sizes.shapes
-        self._add_calls(first)
+        # What decides most comes first.
+        for shape in self.sizes.shapes[:4]:
+            self._add_calls(shape)
+        # They need Triton, on the CPU its interpreter.
+        for rows, vocabulary in self.sizes.folds if backends.availability().get("triton", "") is None else ():
+            self.pieces[f"kernels R {rows} V {vocabulary}"] = functools.partial(self.kernels, rows, vocabulary)
+        for vocabulary in self.sizes.vocabularies:
+            self.pieces[f"last scale V {vocabulary}"] = functools.partial(self.last_scale, vocabulary)
+        for shape in self.sizes.shapes[4:]:
+            self._add_calls(shape)
         chunks = sorted(
             {(chunk_rows(v, self.sizes.hidden, mib), v) for v in self.sizes.vocabularies for mib in BUFFERS_MIB}
         )
         for rows, vocabulary in chunks if device == "cuda" else [(96, 512)]:
             self.pieces[f"stages R {rows} V {vocabulary}"] = functools.partial(self.stages, rows, vocabulary)
-        for rows, vocabulary in self.sizes.folds:
-            self.pieces[f"pass over a tile R {rows} V {vocabulary}"] = functools.partial(self.tile, rows, vocabulary)
-        for vocabulary in self.sizes.vocabularies:
-            self.pieces[f"last scale V {vocabulary}"] = functools.partial(self.last_scale, vocabulary)
-        self._add_folds()
-        for shape in others:
-            self._add_calls(shape)
 
     def _add_calls(self, shape: Shape) -> None:
         for mib in BUFFERS_MIB:
             self.pieces[f"call {shape.name}, {mib} MiB"] = functools.partial(self.call, shape, mib)
-
-    def _add_folds(self) -> None:
-        # Needs Triton, on the CPU its interpreter.
-        if backends.availability().get("triton", "") is not None:
-            return
-        from bench.device.fold_variants import SMALL_VARIANTS, VARIANTS
-
-        variants = VARIANTS if self.device == "cuda" else SMALL_VARIANTS
-        for rows, vocabulary in self.sizes.folds:
-            for variant in variants:
-                for store in (True, False):
-                    name = f"fold R {rows} V {vocabulary}: {variant.name}{', stored' if store else ''}"
-                    self.pieces[name] = functools.partial(self.fold, variant, rows, vocabulary, store)
 
     def normal(self, *shape: int) -> Tensor:
         return torch.randn(*shape, device=self.device).mul_(self.sizes.hidden**-0.25).bfloat16()
@@ -186,64 +174,39 @@ class Probe:
         flop = 2 * rows * vocabulary * self.sizes.hidden
         return {"TFLOPs": {name: flop / ms / 1e9 for name, ms in self.medians(calls).items()}}
 
-    def tile(self, rows: int, vocabulary: int) -> dict[str, Any]:
-        """The pass that turns exponentials into the gradient, in place."""
-        backend = backends.tile_backend("triton" if self.device == "cuda" else "torch")
+    def kernels(self, rows: int, vocabulary: int) -> dict[str, Any]:
+        """What a chunk runs besides its two products, one after the other."""
+        backend = backends.tile_backend("triton")
+        hidden, weight = self.normal(rows, self.sizes.hidden), self.normal(vocabulary, self.sizes.hidden)
         target = torch.randint(0, vocabulary, (rows,), device=self.device)
-        logsumexp = torch.full((rows,), 11.0, device=self.device, dtype=torch.float64)
-        g = torch.rand(rows, device=self.device)
-        if backend.fuses(torch.bfloat16):
-            tile = torch.rand(rows, vocabulary, device=self.device).bfloat16()
-            offsets = torch.zeros(backend.offset_blocks(vocabulary), rows, device=self.device)
-            given = (tile, offsets, target, 0, HEAD, logsumexp, -g, g)
-            call = functools.partial(backend.exponential_gradient_, *given)
-        else:
-            tile = torch.rand(rows, vocabulary, device=self.device)
-            call = functools.partial(backend.gradient_, tile, None, target, 0, HEAD, logsumexp, g)
-        ms = self.medians({"pass": call})["pass"]
-        return {"ms": ms, "TB_s": 2 * tile.nbytes / ms / 1e9}
+        tile, scale = hidden.new_empty(rows, vocabulary), torch.empty(rows, device=self.device)
+        row = torch.zeros(rows, device=self.device)
+        at = (hidden, weight, None, target, 0, HEAD)
+        offset = backend.row_offset(*at)
+        marked = (tile, target, 0, HEAD, offset, offset.double(), -row, scale)
+        calls: dict[str, Callable[[], Any]] = {
+            "product": lambda: torch.mm(hidden, weight.T, out=tile),
+            "row_offset": lambda: backend.row_offset(*at),
+            "linear_fold, stored": lambda: backend.linear_fold(*at, offset, row.zero_(), row, tile),
+            "linear_fold": lambda: backend.linear_fold(*at, offset, row.zero_(), row),
+            "mark_target": lambda: backend.mark_target_(*marked),
+            "scale hidden": lambda: backend.scaled(hidden, scale[:, None], hidden.dtype),
+        }
+        ms = self.medians(calls)
+        return {"ms": ms, "over the product": {name: value / ms["product"] for name, value in ms.items()}}
 
     def last_scale(self, vocabulary: int) -> dict[str, Any]:
-        """The scale and cast that end dweight, in two passes and in one."""
+        """The scale and cast that end dweight, in two passes and in one, by torch and by the backend."""
         gradient = torch.rand(vocabulary, self.sizes.hidden, device=self.device)
         factor = torch.ones((), device=self.device)
         half = torch.empty(*gradient.shape, dtype=torch.bfloat16, device=self.device)
+        own = backends.tile_backend("triton" if self.device == "cuda" else "torch")
         calls = {
             "two": lambda: gradient.mul_(factor).to(torch.bfloat16),
             "one": lambda: torch.mul(gradient, factor, out=half),
+            "own": lambda: own.scaled(gradient, factor, torch.bfloat16),
         }
         return {"ms": self.medians(calls)}
-
-    def fold(self, variant: Any, rows: int, vocabulary: int, store: bool) -> dict[str, Any]:
-        """A variant beside the BLAS library's product of the same size, and whether its numbers are right."""
-        from bench.device.fold_variants import Fold
-
-        torch.manual_seed(0)
-        hidden, weight = self.normal(rows, self.sizes.hidden), self.normal(vocabulary, self.sizes.hidden)
-        target = torch.randint(0, vocabulary, (rows,), device=self.device)
-        logits = torch.empty(rows, vocabulary, device=self.device)
-        torch_product_(logits, hidden, weight.T, False, 1.0)
-        expected, picked = logits.logsumexp(dim=1), logits.gather(1, target[:, None])[:, 0]
-        del logits
-        tile = torch.full((rows, vocabulary), torch.nan, dtype=torch.bfloat16, device=self.device)
-        product = torch.empty_like(tile)
-        fold = Fold(variant, hidden, weight, target, expected.clone(), tile if store else None)
-        fold()
-        errors = [(fold.logsumexp() - expected).abs().max(), (fold.picked - picked).abs().max()]
-        if store:
-            # Probabilities of a row sum to 1, from what was stored alone.
-            offset = (
-                fold.known[:, None]
-                if variant.offset == "known"
-                else fold.offsets.T.repeat_interleave(variant.block_v, dim=1)
-            )
-            summed = (tile.float() * (offset - expected[:, None]).exp()).sum(dim=1)
-            errors.append((summed - 1).abs().max())
-        error = max(e.item() for e in errors)
-        if not error < LSE_ERROR:
-            raise ValueError(f"off by {error:.2g}: not timed")
-        ms = self.medians({"product": lambda: torch.mm(hidden, weight.T, out=product), "fold": fold})
-        return {"ms": ms["fold"], "product_ms": ms["product"], "ratio": ms["fold"] / ms["product"], "error": error}
 
 
 def line(figure: dict[str, Any]) -> str:
@@ -286,11 +249,7 @@ def run(section: Section) -> None:
     found = {figure["piece"] for figure in figures}
     section.data["not_reached"] = [name for name in names if name not in found | section.data["failed"].keys()]
     for name, why in section.data["failed"].items():
-        # Variants are candidates: one that does not run has lost, and nothing has failed.
-        if name.startswith("fold"):
-            print(f"  {name}: {why}"[:200], flush=True)
-        else:
-            section.failures.append(f"{name}: {why}")
+        section.failures.append(f"{name}: {why}")
     if not figures:
         section.failures.append("no figure was found")
 

@@ -74,7 +74,7 @@ def tiles(backend: TileBackend, device: str) -> None:
 
 
 def fused(backend: TileBackend, device: str) -> None:
-    """linear_fold and exponential_gradient_."""
+    """linear_fold, and what turns its exponentials into the gradient."""
     head = Head(None, 1.0, 1.0)
     for (rows, columns, hidden), dtype in itertools.product(
         ((1, 1, 8), (130, 263, 40), (33, 520, 64)), (torch.bfloat16, torch.float16)
@@ -87,18 +87,24 @@ def fused(backend: TileBackend, device: str) -> None:
         statistics = [torch.full((rows,), -torch.inf), torch.zeros(rows), torch.zeros(rows)]
         maximum, total, picked = (_there(t, device) for t in statistics)
         exponentials = torch.empty(rows, columns + 5, dtype=dtype, device=device)[:, :columns]
-        offsets = torch.empty(blocks, rows, device=device)
-        at = _there(target, device)
-        backend.linear_fold(
-            _there(h, device), _there(w, device), None, at, 0, head, maximum, total, picked, exponentials, offsets
-        )
-        logsumexp = maximum.double() + total.double().log()
-        logprob = (picked - logsumexp).float()
-        backend.exponential_gradient_(exponentials, offsets, at, 0, head, logsumexp, logprob, None)
+        factors = (_there(h, device), _there(w, device), None, _there(target, device), 0, head)
+        at = factors[3:]
+        if backend.row_offsets(dtype):
+            maximum = backend.row_offset(*factors)
+            backend.linear_fold(*factors, maximum, total, picked, exponentials)
+            logsumexp = maximum.double() + total.double().log()
+            scale = torch.empty(rows, device=device)
+            backend.mark_target_(exponentials, *at, maximum, logsumexp, (picked - logsumexp).float(), scale)
+            exponentials = backend.scaled(exponentials, scale[:, None], torch.float32)
+        else:
+            offsets = torch.empty(blocks, rows, device=device)
+            backend.linear_fold(*factors, maximum, total, picked, exponentials, offsets)
+            logsumexp = maximum.double() + total.double().log()
+            backend.exponential_gradient_(exponentials, offsets, *at, logsumexp, (picked - logsumexp).float(), None)
         z = (h.float() @ w.float().T).log_softmax(dim=1)
         onehot = torch.zeros_like(z).scatter_(1, target.clamp(min=0)[:, None], 1.0)
         expected = (onehot - z.exp()).masked_fill((target < 0)[:, None], 0.0)
-        _close("exponential_gradient_", exponentials, expected, 0.02)
+        _close("gradient", exponentials, expected, 0.02)
 
 
 def sequences(backend: TileBackend, device: str) -> None:

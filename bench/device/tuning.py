@@ -25,9 +25,9 @@ from bench.device.record import Section, first_line
 from mopo_kernels.backends import Head
 
 HEAD = Head(None, 1.0, 1.0)
-# Rows, vocabulary, hidden size, with exponentials stored: what the buffer of 256 MiB holds of a policy's rows, and a
+# Rows, vocabulary, hidden size, with exponentials stored: what the default buffer holds of a policy's rows, and a
 # reference's rows, of which nothing is kept.
-SIZES = ((2048, 51200, 2048, True), (832, 128256, 2048, True), (8192, 51200, 2048, False))
+SIZES = ((4096, 51200, 2048, True), (4096, 128256, 2048, True), (8192, 51200, 2048, False))
 SMALL_SIZES = ((64, 192, 64, True),)
 # block_r, block_v, block_h, num_warps, num_stages
 BLOCKS = (
@@ -99,20 +99,21 @@ class Case:
         self.hidden, self.weight = normal(rows, hidden), normal(self.columns, hidden)
         self.target = torch.randint(0, self.columns, (rows,), generator=g, device=device)
         self.tile = torch.empty(rows, self.columns, dtype=torch.bfloat16, device=device)
+        from mopo_kernels.kernels.row_offset import row_offset
+
+        self.offset = row_offset(self.hidden, self.weight, None, self.target, 0, HEAD)
 
     def product(self) -> Tensor:
         return torch.mm(self.hidden, self.weight.T, out=self.tile)
 
     def fold(self) -> tuple[Tensor, Tensor, Tensor]:
         """linear_fold under the configuration of the moment."""
-        from mopo_kernels.kernels.linear_fold import linear_fold, offset_blocks
+        from mopo_kernels.kernels.linear_fold import linear_fold
 
-        rows = self.hidden.shape[0]
-        maximum = torch.full((rows,), -torch.inf, device=self.hidden.device)
-        total, picked = torch.zeros_like(maximum), torch.zeros_like(maximum)
-        kept = (self.tile, maximum.new_empty(offset_blocks(self.columns), rows)) if self.store else ()
-        linear_fold(self.hidden, self.weight, None, self.target, 0, HEAD, maximum, total, picked, *kept)
-        return maximum, total, picked
+        total, picked = torch.zeros_like(self.offset), torch.zeros_like(self.offset)
+        at = (self.hidden, self.weight, None, self.target, 0, HEAD, self.offset, total, picked)
+        linear_fold(*at, self.tile if self.store else None)
+        return self.offset, total, picked
 
 
 def milliseconds(call: Callable[[], Any], device: str, repeats: int = 5) -> float:

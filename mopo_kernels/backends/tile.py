@@ -88,8 +88,21 @@ class TileBackend:
         """Whether :meth:`linear_fold` and :meth:`exponential_gradient_` take input of this dtype."""
         return False
 
+    def row_offsets(self, dtype: torch.dtype) -> bool:
+        """Whether a fused tile of this dtype has one offset a row, which :meth:`row_offset` chooses, and is turned into
+        its gradient by :meth:`mark_target_`; otherwise each block of it has its own, and
+        :meth:`exponential_gradient_` follows."""
+        return False
+
     def offset_blocks(self, columns: int) -> int:
         """Blocks of the vocabulary, each with its own offset, in a fused tile of that many columns."""
+        raise NotImplementedError
+
+    def row_offset(
+        self, hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, start: int, head: Head
+    ) -> Tensor:
+        """(R,) fp32, finite, and near the log-sum-exp of each row of ``hidden (R, H) @ weight (W, H).T``: the target's
+        logit, or that of a row of the weight where the target lies elsewhere."""
         raise NotImplementedError
 
     def linear_fold(
@@ -107,8 +120,35 @@ class TileBackend:
         offsets: Tensor | None = None,
     ) -> None:
         """:meth:`fold` of ``hidden (R, H) @ weight (W, H).T`` without the products ever being stored. With
-        ``exponentials`` (R, W) in the input's dtype and ``offsets`` (blocks, R) fp32, ``exp(z - offset)`` is left in
-        them: a logit rounded to bf16 is off by up to 1/256 of itself, its exponential so stored by 1/256 of itself."""
+        ``exponentials`` (R, W) in the input's dtype ``exp(z - offset)`` is left in them: a logit rounded to bf16 is off
+        by up to 1/256 of itself, its exponential so stored by 1/256 of itself.
+
+        With :meth:`row_offsets` the offsets are ``maximum``, from :meth:`row_offset` before the first call, and no
+        maxima: only where a total would be too large or too small for them, a row takes the maximum after all.
+        Exponentials are then 0 where the token is not scored. Otherwise they are ``offsets`` (blocks, R) fp32,
+        written."""
+        raise NotImplementedError
+
+    def row_statistics(self, maximum: Tensor, total: Tensor, picked: Tensor) -> tuple[Tensor, Tensor]:
+        """(R,) each: the targets' log-probabilities, and the log-sum-exp in fp64, since its rounding would tilt the
+        gradient of the whole row."""
+        # Not picked - logsumexp: the difference to the maximum is small, so it rounds less.
+        return (picked - maximum) - torch.log(total), maximum.double() + torch.log(total.double())
+
+    def mark_target_(
+        self,
+        exponentials: Tensor,
+        target: Tensor,
+        start: int,
+        head: Head,
+        offset: Tensor,
+        logsumexp: Tensor,
+        logprob: Tensor,
+        scale: Tensor,
+    ) -> None:
+        """Write to what :meth:`linear_fold` left relative to offsets (R,) the elements at the targets, and ``scale``
+        (R,), so that ``scale * exponentials`` is ``d logprob / d product``; with a softcap every element changes. See
+        eq. (38) of docs/method.md."""
         raise NotImplementedError
 
     def exponential_gradient_(
@@ -122,9 +162,14 @@ class TileBackend:
         logprob: Tensor,
         coefficient: Tensor | None,
     ) -> None:
-        """:meth:`gradient_` of what :meth:`linear_fold` left, in place; ``logprob`` is the target's, in fp32.
-        See eq. (38) of docs/method.md."""
+        """:meth:`gradient_` of what :meth:`linear_fold` left relative to ``offsets`` (blocks, R), in place; ``logprob``
+        is the target's, in fp32. See eq. (38) of docs/method.md."""
         raise NotImplementedError
+
+    def scaled(self, x: Tensor, factor: Tensor, dtype: torch.dtype, overwrite: bool = False) -> Tensor:
+        """``x * factor`` in ``dtype``, for x (R, C) and factor () or (R, 1), or x (R,) and factor (); with
+        ``overwrite`` nobody looks at x any more."""
+        return (x.mul_(factor) if overwrite else x * factor).to(dtype)
 
     def segment_sum(self, value: Tensor, cu_seqlens: Tensor) -> Tensor:
         """Sums over packed sequences, in a fixed order: (N,), (S + 1,) -> (S,)."""

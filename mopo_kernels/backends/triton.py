@@ -85,6 +85,19 @@ class TritonBackend(TileBackend):
     def fuses(self, dtype: torch.dtype) -> bool:
         return dtype in (torch.bfloat16, torch.float16)
 
+    def row_offsets(self, dtype: torch.dtype) -> bool:
+        from mopo_kernels.kernels.linear_fold import row_offsets
+
+        return row_offsets(dtype)
+
+    def row_offset(
+        self, hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, start: int, head: Head
+    ) -> Tensor:
+        from mopo_kernels.kernels.row_offset import row_offset
+
+        with _on_device(hidden):
+            return row_offset(hidden, weight, bias, target, start, head)
+
     def offset_blocks(self, columns: int) -> int:
         from mopo_kernels.kernels.linear_fold import offset_blocks
 
@@ -109,6 +122,30 @@ class TritonBackend(TileBackend):
         with _on_device(hidden):
             linear_fold(hidden, weight, bias, target, start, head, maximum, total, picked, exponentials, offsets)
 
+    def row_statistics(self, maximum: Tensor, total: Tensor, picked: Tensor) -> tuple[Tensor, Tensor]:
+        from mopo_kernels.kernels.row_statistics import row_statistics
+
+        if maximum.dtype != torch.float32:
+            return super().row_statistics(maximum, total, picked)
+        with _on_device(maximum):
+            return row_statistics(maximum, total, picked)
+
+    def mark_target_(
+        self,
+        exponentials: Tensor,
+        target: Tensor,
+        start: int,
+        head: Head,
+        offset: Tensor,
+        logsumexp: Tensor,
+        logprob: Tensor,
+        scale: Tensor,
+    ) -> None:
+        from mopo_kernels.kernels.mark_target import mark_target_
+
+        with _on_device(exponentials):
+            mark_target_(exponentials, target, start, head, offset, logsumexp, logprob, scale)
+
     def exponential_gradient_(
         self,
         exponentials: Tensor,
@@ -124,6 +161,15 @@ class TritonBackend(TileBackend):
 
         with _on_device(exponentials):
             exponential_gradient_(exponentials, offsets, target, start, head, logsumexp, logprob, coefficient)
+
+    def scaled(self, x: Tensor, factor: Tensor, dtype: torch.dtype, overwrite: bool = False) -> Tensor:
+        from mopo_kernels.kernels.scale_rows import scale_rows
+
+        rows = x if x.dim() == 2 else x[None]
+        if rows.stride(1) != 1 or (overwrite and dtype == x.dtype):
+            return super().scaled(x, factor, dtype, overwrite)
+        with _on_device(x):
+            return scale_rows(rows, factor.reshape(-1).squeeze(0), dtype).view(x.shape)
 
     def segment_sum(self, value: Tensor, cu_seqlens: Tensor) -> Tensor:
         from mopo_kernels.kernels.segment_sum import segment_sum

@@ -1,8 +1,13 @@
 """Multiplies hidden and weight and folds the product's logits without storing them.
 
-``linear_fold_kernel``: one program a block of rows and a block of the vocabulary; it leaves the maximum and the sum of
-each row over its block, the target's logit and, if asked to, the exponentials. ``merge_kernel`` folds those maxima and
-sums into the rows' running ones, in a fixed order.
+``linear_fold_kernel``: one program a block of rows and a block of the vocabulary. It leaves the sum of each row's
+exponentials over its block, the target's logit and, if asked to, the exponentials themselves, all relative to an offset
+of the row:
+
+* bf16, with the exponents of fp32: any number within some tens of nats of the log-sum-exp, so that it is chosen before
+  the product (:mod:`mopo_kernels.kernels.row_offset`) and is the same for every block. ``merge_sums_kernel`` adds the
+  blocks' sums up in a fixed order, and computes again the rows whose offset turns out to lie too far away.
+* fp16: the maximum of the block. ``merge_kernel`` folds maxima and sums into the rows' running ones, in a fixed order.
 """
 
 from __future__ import annotations
@@ -31,14 +36,15 @@ class Configuration(NamedTuple):
     num_stages: int
 
 
-# By compute capability, for 2-byte elements. None of these was chosen by measurement yet: bench/compile_report.py shows
-# what a change costs in registers and shared memory. Two programs of 128 x 128 share a multiprocessor, so that one's
-# products hide the other's exponentials; on 9.0 the wider block keeps the tensor cores fed from shared memory. 0 is the
+# By compute capability, for 2-byte elements. That of 9.0 is the fastest of 18 on an H100 (bench.device's "tune"): to
+# read operands by the tensor memory accelerator was slower there, and warps that Triton 3.6 specializes gave no result.
+# The others were not measured: bench/compile_report.py shows what a change costs in registers and shared memory. Two
+# programs of 128 x 128 share a multiprocessor, so that one's products hide the other's exponentials. 0 is the
 # interpreter, where small blocks let small tests cross their edges.
 CONFIGURATIONS = {
     0: Configuration(32, 64, 32, 2, 4, 1),
     80: Configuration(128, 128, 32, 16, 4, 4),
-    90: Configuration(128, 256, 64, 16, 8, 3),
+    90: Configuration(128, 256, 64, 4, 8, 4),
     100: Configuration(128, 128, 64, 16, 4, 3),
     103: Configuration(128, 128, 64, 16, 4, 3),
 }
@@ -50,6 +56,12 @@ NARROW_EDGE = {"block_r": 32, "block_h": 32, "num_warps": 4}
 NARROW = {"block_r": 32, "block_h": 16, "num_warps": 4}
 # Blocks of the vocabulary and rows that a program of the merge takes at a time.
 MERGE_BLOCKS, MERGE_ROWS = 128, 16
+# The same of merge_sums_kernel, and the columns and components of its products. These are for the rare row, and take
+# any shape and alignment.
+SUMS_BLOCKS, SUMS_ROWS, AGAIN_V, AGAIN_H = 64, 16, 64, 32
+# A row whose sum of exponentials is larger is computed again: what its tokens count for would be too small a number.
+LARGEST_SUM = tl.constexpr(2.0**64)
+LOG2_E = tl.constexpr(1.4426950408889634)
 
 
 def configuration() -> Configuration:
@@ -83,6 +95,11 @@ def _launches(columns: int, matrices: tuple[Tensor | None, ...]) -> list[Launch]
     if columns % 16 == 0:
         return [Launch(0, blocks, rest == 0, main)]
     return [Launch(0, whole, True, main)] * (whole > 0) + [Launch(whole, 1, False, main._replace(**NARROW_EDGE))]
+
+
+def row_offsets(dtype: torch.dtype) -> bool:
+    """Whether exponentials of this dtype have one offset a row."""
+    return dtype == torch.bfloat16
 
 
 @triton.jit
@@ -140,6 +157,7 @@ def linear_fold_kernel(
     CAPPED: tl.constexpr,
     SCALED: tl.constexpr,
     STORE: tl.constexpr,
+    ROW_OFFSETS: tl.constexpr,
     EVEN_H: tl.constexpr,
     EVEN_V: tl.constexpr,
     BLOCK_R: tl.constexpr,
@@ -147,6 +165,7 @@ def linear_fold_kernel(
     BLOCK_H: tl.constexpr,
     GROUP_R: tl.constexpr,
 ) -> None:
+    """``offsets``: (R,), read, with ROW_OFFSETS, else (blocks, R), written."""
     r_block, v_block = _blocks(rows, blocks, BLOCK_R, GROUP_R)
     v_block += first_block
     r = r_block * BLOCK_R + tl.arange(0, BLOCK_R)
@@ -155,13 +174,22 @@ def linear_fold_kernel(
     wanted = tl.load(target + r, mask=r < rows, other=-1)
     scored = wanted >= 0
     statistic = v_block.to(tl.int64) * rows + r
+    width = BLOCK_V if EVEN_V else tl.minimum(columns - v_block * BLOCK_V, BLOCK_V)
+    if STORE:
+        corner = exponentials + r_block.to(tl.int64) * BLOCK_R * exponentials_stride + v_block * BLOCK_V
+        at = tl.arange(0, BLOCK_R)[:, None] * exponentials_stride.to(tl.int32) + tl.arange(0, BLOCK_V)[None, :]
+        inside = r[:, None] < rows
+        if not EVEN_V:
+            inside &= v[None, :] < columns
     if tl.max(scored.to(tl.int32), axis=0) == 0:
         # The statistics of rows that are not scored only have to be finite.
-        tl.store(offsets + statistic, tl.zeros((BLOCK_R,), tl.float32), mask=r < rows)
         tl.store(sums + statistic, tl.full((BLOCK_R,), 1.0, tl.float32), mask=r < rows)
+        if not ROW_OFFSETS:
+            tl.store(offsets + statistic, tl.zeros((BLOCK_R,), tl.float32), mask=r < rows)
+        elif STORE:
+            tl.store(corner + at, tl.zeros((BLOCK_R, BLOCK_V), exponentials.dtype.element_ty), mask=inside)
         return
     column = wanted - start - v_block * BLOCK_V
-    width = BLOCK_V if EVEN_V else tl.minimum(columns - v_block * BLOCK_V, BLOCK_V)
     here = (column >= 0) & (column < width)
     column = tl.where(here, column, -1).to(tl.int32)
 
@@ -193,19 +221,122 @@ def linear_fold_kernel(
 
     if not EVEN_V:
         z = tl.where(v[None, :] < columns, z, -float("inf"))
-    maximum = tl.max(z, axis=1)
-    # While every logit is -inf, exp(z - 0) = 0 where exp(z - maximum) would be NaN.
-    e = tl.exp(z - tl.where(maximum == -float("inf"), 0.0, maximum)[:, None])
+    if ROW_OFFSETS:
+        offset = tl.load(offsets + r, mask=r < rows, other=0.0) * LOG2_E
+        e = tl.where(scored[:, None], tl.exp2(z * LOG2_E - offset[:, None]), 0.0)
+    else:
+        maximum = tl.max(z, axis=1)
+        # While every logit is -inf, exp(z - 0) = 0 where exp(z - maximum) would be NaN.
+        e = tl.exp(z - tl.where(maximum == -float("inf"), 0.0, maximum)[:, None])
+        tl.store(offsets + statistic, tl.where(scored, maximum, 0.0), mask=r < rows)
     # What a row that is not scored leaves does not depend on the rows beside it.
-    tl.store(offsets + statistic, tl.where(scored, maximum, 0.0), mask=r < rows)
     tl.store(sums + statistic, tl.where(scored, tl.sum(e, axis=1), 1.0), mask=r < rows)
     if STORE:
-        corner = exponentials + r_block.to(tl.int64) * BLOCK_R * exponentials_stride + v_block * BLOCK_V
-        at = tl.arange(0, BLOCK_R)[:, None] * exponentials_stride.to(tl.int32) + tl.arange(0, BLOCK_V)[None, :]
-        inside = r[:, None] < rows
-        if not EVEN_V:
-            inside &= v[None, :] < columns
         tl.store(corner + at, e.to(exponentials.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _products(
+    hidden: tl.tensor,
+    weight: tl.tensor,
+    bias: tl.tensor,
+    r: tl.tensor,
+    v: tl.tensor,
+    rows: tl.int32,
+    columns: tl.int32,
+    hidden_size: tl.int32,
+    hidden_stride: tl.int64,
+    weight_stride: tl.int64,
+    HAS_BIAS: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+) -> tl.tensor:
+    """Products plus bias of any rows and columns, fp32; beyond the last, those of the last."""
+    h = tl.arange(0, BLOCK_H)
+    a = hidden + tl.minimum(r, rows - 1).to(tl.int64)[:, None] * hidden_stride + h[None, :]
+    b = weight + tl.minimum(v, columns - 1).to(tl.int64)[None, :] * weight_stride + h[:, None]
+    z = tl.zeros((r.shape[0], v.shape[0]), tl.float32)
+    if HAS_BIAS:
+        z += tl.load(bias + v, mask=v < columns, other=0.0)[None, :]
+    for first in range(0, hidden_size, BLOCK_H):
+        left = hidden_size - first
+        a_block = tl.load(a + first, mask=h[None, :] < left, other=0.0)
+        z = tl.dot(a_block, tl.load(b + first, mask=h[:, None] < left, other=0.0), z)
+    return z
+
+
+@triton.jit(do_not_specialize=["bias", "target", "sums", "maximum", "total", "rows", "blocks"])
+def merge_sums_kernel(
+    hidden: tl.tensor,
+    weight: tl.tensor,
+    bias: tl.tensor,
+    target: tl.tensor,
+    exponentials: tl.tensor,
+    sums: tl.tensor,
+    maximum: tl.tensor,
+    total: tl.tensor,
+    rows: tl.int32,
+    columns: tl.int32,
+    hidden_size: tl.int32,
+    blocks: tl.int32,
+    hidden_stride: tl.int64,
+    weight_stride: tl.int64,
+    exponentials_stride: tl.int64,
+    inner: tl.float64,
+    outer: tl.float64,
+    slope: tl.float64,
+    HAS_BIAS: tl.constexpr,
+    CAPPED: tl.constexpr,
+    SCALED: tl.constexpr,
+    STORE: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+) -> None:
+    """Adds the blocks' sums to the total. A row whose total is then 0, not finite or very large is computed again from
+    its products, relative to their maximum, which becomes its offset."""
+    r = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
+    scored = tl.load(target + r, mask=r < rows, other=-1) >= 0
+    offset = tl.load(maximum + r, mask=r < rows, other=0.0)
+    before = tl.load(total + r, mask=r < rows, other=0.0)
+    b = tl.arange(0, BLOCK_B)
+    summed = before
+    for first in range(0, blocks, BLOCK_B):
+        at = (first + b).to(tl.int64)[:, None] * rows + r[None, :]
+        part = tl.load(sums + at, mask=((first + b)[:, None] < blocks) & (r[None, :] < rows), other=0.0)
+        summed += tl.sum(part, axis=0)
+    # NaN is neither.
+    good = ((summed > 0.0) & (summed < LARGEST_SUM)) | (scored == 0)
+    if tl.min(good.to(tl.int32), axis=0) == 0:
+        v = tl.arange(0, BLOCK_V)
+        top = tl.where(before > 0.0, offset, -float("inf"))
+        for first in range(0, columns, BLOCK_V):
+            z = _products(
+                hidden, weight, bias, r, first + v, rows, columns, hidden_size, hidden_stride, weight_stride,
+                HAS_BIAS, BLOCK_H,
+            )  # fmt: skip
+            z = _logit(z, inner, outer, slope, CAPPED, SCALED)
+            z = tl.where((first + v)[None, :] < columns, z, -float("inf"))
+            top = tl.maximum(top, tl.max(z, axis=1))
+        # While every logit is -inf, exp(z - 0) = 0 where exp(z - top) would be NaN.
+        shift = tl.where(top == -float("inf"), 0.0, top)
+        again = tl.where(before > 0.0, before * tl.exp(offset - shift), 0.0)
+        for first in range(0, columns, BLOCK_V):
+            z = _products(
+                hidden, weight, bias, r, first + v, rows, columns, hidden_size, hidden_stride, weight_stride,
+                HAS_BIAS, BLOCK_H,
+            )  # fmt: skip
+            z = _logit(z, inner, outer, slope, CAPPED, SCALED)
+            z = tl.where((first + v)[None, :] < columns, z, -float("inf"))
+            e = tl.exp2(z * LOG2_E - (shift * LOG2_E)[:, None])
+            again += tl.sum(e, axis=1)
+            if STORE:
+                into = exponentials + r.to(tl.int64)[:, None] * exponentials_stride + (first + v)[None, :]
+                inside = (r < rows)[:, None] & ((first + v)[None, :] < columns) & (good == 0)[:, None]
+                tl.store(into, e.to(exponentials.dtype.element_ty), mask=inside)
+        summed = tl.where(good, summed, again)
+        tl.store(maximum + r, top, mask=(r < rows) & (good == 0))
+    tl.store(total + r, tl.where(scored, summed, 1.0), mask=r < rows)
 
 
 @triton.jit(do_not_specialize=["offsets", "sums", "maximum", "total", "rows"])
@@ -249,16 +380,19 @@ def linear_fold(
     offsets: Tensor | None = None,
 ) -> None:
     """:meth:`mopo_kernels.backends.tile.TileBackend.linear_fold` for bf16 or fp16: hidden (R, H), weight (W, H). Takes
-    4 bytes a row and block of the vocabulary for the sums, and as many for the offsets if they are not given."""
+    4 bytes a row and block of the vocabulary for the sums, and in fp16 as many for the offsets if they are not
+    given."""
     (rows, hidden_size), columns = hidden.shape, weight.shape[0]
     if rows == 0:
         return
     blocks = offset_blocks(columns)
-    checks.expect((exponentials is None) == (offsets is None), "offsets", "come with exponentials", offsets)
-    if offsets is None:
-        offsets = maximum.new_empty(blocks, rows)
-    checks.shape("offsets", offsets, (blocks, rows), "(blocks, R)")
-    sums = torch.empty_like(offsets)
+    by_row = row_offsets(hidden.dtype)
+    if not by_row:
+        checks.expect((exponentials is None) == (offsets is None), "offsets", "come with exponentials", offsets)
+        if offsets is None:
+            offsets = maximum.new_empty(blocks, rows)
+        checks.shape("offsets", offsets, (blocks, rows), "(blocks, R)")
+    sums = maximum.new_empty(blocks, rows)
     for launch in _launches(columns, (hidden, weight, exponentials)):
         c = launch.configuration
         linear_fold_kernel[(triton.cdiv(rows, c.block_r) * launch.blocks,)](
@@ -267,7 +401,7 @@ def linear_fold(
             bias,
             target,
             exponentials,
-            offsets,
+            maximum if by_row else offsets,
             sums,
             picked,
             rows,
@@ -281,6 +415,7 @@ def linear_fold(
             0 if exponentials is None else exponentials.stride(0),
             HAS_BIAS=bias is not None,
             STORE=exponentials is not None,
+            ROW_OFFSETS=by_row,
             EVEN_H=hidden_size % c.block_h == 0,
             EVEN_V=launch.even,
             BLOCK_R=c.block_r,
@@ -292,15 +427,44 @@ def linear_fold(
             **head_arguments(head),
             **OPTIONS,
         )
-    merge_kernel[(triton.cdiv(rows, MERGE_ROWS),)](
-        offsets,
+    if not by_row:
+        merge_kernel[(triton.cdiv(rows, MERGE_ROWS),)](
+            offsets,
+            sums,
+            maximum,
+            total,
+            rows,
+            blocks,
+            BLOCK_B=MERGE_BLOCKS,
+            BLOCK_R=MERGE_ROWS,
+            num_warps=4,
+            **OPTIONS,
+        )
+        return
+    merge_sums_kernel[(triton.cdiv(rows, SUMS_ROWS),)](
+        hidden,
+        weight,
+        bias,
+        target,
+        exponentials,
         sums,
         maximum,
         total,
         rows,
+        columns,
+        hidden_size,
         blocks,
-        BLOCK_B=MERGE_BLOCKS,
-        BLOCK_R=MERGE_ROWS,
+        hidden.stride(0),
+        weight.stride(0),
+        0 if exponentials is None else exponentials.stride(0),
+        HAS_BIAS=bias is not None,
+        STORE=exponentials is not None,
+        BLOCK_B=SUMS_BLOCKS,
+        BLOCK_R=SUMS_ROWS,
+        BLOCK_V=AGAIN_V,
+        BLOCK_H=AGAIN_H,
         num_warps=4,
+        num_stages=2,
+        **head_arguments(head),
         **OPTIONS,
     )

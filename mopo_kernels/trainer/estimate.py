@@ -39,7 +39,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from mopo_kernels import backends
-from mopo_kernels.functional import DEFAULT_BUFFER_BYTES
+from mopo_kernels.functional import default_buffer_bytes
 from mopo_kernels.head import accumulation_dtype, layout_of
 from mopo_kernels.trainer.config import MOPOConfig
 from mopo_kernels.trainer.head import is_peft, last_hidden_state, output_head
@@ -115,7 +115,7 @@ def optimizer_step_bytes(optim: str, parameters: Iterable[Tensor]) -> int:
 def loss_buffer_bytes(rows: int, weight: Tensor, args: MOPOConfig, frozen: bool) -> int:
     """Working memory of the fused loss: what its plan needs for so many rows, at most ``max_buffer_bytes``."""
     name = backends.resolve(args.backend, weight.device)
-    limit = args.max_buffer_bytes or DEFAULT_BUFFER_BYTES
+    limit = args.max_buffer_bytes or default_buffer_bytes(weight)
     if name == "reference":
         return rows * weight.shape[0] * 4
     layout = layout_of(weight, backends.tile_backend(name), limit, streamed=frozen)
