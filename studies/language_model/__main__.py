@@ -1,4 +1,16 @@
-"""``python -m studies.language_model {explore,study,report}``."""
+"""The study's command.
+
+    python -m studies.language_model explore            # what limits a policy; validation prompts only
+    python -m studies.language_model study              # MOPO and its rivals: tuned on validation, judged on test
+    python -m studies.language_model study --small      # about three hours on 2 CPU cores
+    python -m studies.language_model report             # README, tables and pictures, from the bundle of results
+
+Everything goes on where it was stopped: a result that is there is not made again. `--device cuda` puts several
+processes on one GPU, which take turns on it, so that few of them are as quick as many. On a machine that is lent for
+minutes give `--deadline SECONDS` and `--bundle FOLDER`: all results are written there in one file while they come.
+Nothing is downloaded; beside the package's requirements for training, the judges need vaderSentiment and the report
+matplotlib and moocore.
+"""
 
 from __future__ import annotations
 
@@ -59,7 +71,9 @@ def shown(words: list[str]) -> list[str]:
 
 
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m studies.language_model", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m studies.language_model", description=(__doc__ or "").splitlines()[0]
+    )
     parser.add_argument("command", choices=("explore", "study", "report"))
     parser.add_argument("--model", type=Path, default=ROOT / "runs/demo/model", help="folder of the model")
     parser.add_argument("--data", type=Path, default=DATA, help="preference file of the training prompts")

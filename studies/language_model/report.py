@@ -96,6 +96,7 @@ class Row:
         volume_behind: what MOPO has more of it.
         kl: mean over the vectors, nats.
         seeds: fewest of any vector.
+        candidates: that were judged on validation, where a deadline may have cut some off.
     """
 
     method: str
@@ -109,6 +110,7 @@ class Row:
     volume_behind: Estimate | None
     kl: float | None
     seeds: int
+    candidates: int
 
 
 def _key(thresholds: Mapping[str, float]) -> tuple[float, ...]:
@@ -168,6 +170,7 @@ def rows(found: Sequence[Tested]) -> list[Row]:
                 None if rival is None or volume is None or method == "mopo" else _interval(volume - rival),
                 float(np.mean(kl)) if kl else None,
                 min(policy.seeds for policy in theirs),
+                theirs[0].choice.among,
             )
         )
     return made
@@ -205,6 +208,7 @@ def main_table(made: Sequence[Row]) -> list[str]:
         "KL",
         "hypervolume x 1000",
         "MOPO minus it",
+        "candidates",
         "seeds",
     ]
 
@@ -227,6 +231,7 @@ def main_table(made: Sequence[Row]) -> list[str]:
                 "-" if row.kl is None else f"{row.kl:.2f}",
                 thousand(row.volume),
                 thousand(row.volume_behind, signed=True),
+                str(row.candidates),
                 str(row.seeds),
             ]
             for row in made
