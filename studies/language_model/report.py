@@ -273,7 +273,11 @@ def sentences(made: Sequence[Row]) -> list[str]:
 
     def names(some: Sequence[Row]) -> str:
         return listed(
-            [f"{METHODS[row.method]} ({_signed(row.behind)}; {row.missed} of {row.vectors} missed)" for row in some]
+            [
+                f"{METHODS[row.method]} ({row.behind.mean:+.3f}, misses {row.missed})"
+                for row in some
+                if row.behind is not None
+            ]
         )
 
     first = (
@@ -402,8 +406,7 @@ def plot_vectors(found: Sequence[Tested], thresholds: Sequence[Mapping[str, floa
                 )
                 shown = True
     axes.axhline(0.5, color="black", linewidth=0.6, linestyle=":")
-    axes.set_xticks(range(len(thresholds)), [", ".join(f"{n} {b:g}" for n, b in t.items()) for t in thresholds])
-    axes.tick_params(axis="x", labelsize=8)
+    axes.set_xticks(range(len(thresholds)), ["\n".join(f"{n} {b:g}" for n, b in t.items()) for t in thresholds])
     axes.set_ylabel(f"{PRIMARY}: win rate over the base")
     axes.spines[["top", "right"]].set_visible(False)
     figure.legend(loc="outside right center", frameon=False, fontsize=8, title="hollow: misses a threshold")
@@ -452,7 +455,8 @@ def _conditions(results: Mapping[str, Any]) -> list[str]:
         f"keeps each threshold by {results['margin']:g} standard errors on validation and has the highest {PRIMARY} "
         f"there. Test: {results['scale']['test_samples']} answers a prompt, seeds "
         f"{listed([str(seed) for seed in settings['seeds']])}; the base model's "
-        f"{results['scale']['base_samples']} answers a prompt are the same for all. Intervals resample prompts; KL is "
+        f"{results['scale']['base_samples']} answers a prompt are the same for all. Intervals are of new prompts: they resample "
+        "prompts, and neither seeds nor the choice. KL is "
         "of the policy's own answers, nats an answer; hypervolume is of "
         f"{listed(OBJECTIVES)} above {REFERENCE_POINT:g} each.",
         "",
