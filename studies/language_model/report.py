@@ -455,8 +455,8 @@ def _conditions(results: Mapping[str, Any]) -> list[str]:
         f"keeps each threshold by {results['margin']:g} standard errors on validation and has the highest {PRIMARY} "
         f"there. Test: {results['scale']['test_samples']} answers a prompt, seeds "
         f"{listed([str(seed) for seed in settings['seeds']])}; the base model's "
-        f"{results['scale']['base_samples']} answers a prompt are the same for all. Intervals are of new prompts: they resample "
-        "prompts, and neither seeds nor the choice. KL is "
+        f"{results['scale']['base_samples']} answers a prompt are the same for all. Intervals are of new "
+        "prompts: they resample prompts, and neither seeds nor the choice. KL is "
         "of the policy's own answers, nats an answer; hypervolume is of "
         f"{listed(OBJECTIVES)} above {REFERENCE_POINT:g} each.",
         "",
