@@ -303,7 +303,15 @@ def test_a_mixture_of_logits_samples_from_the_weighted_sum_of_log_probabilities(
     ids = torch.tensor([[1] * (width - len(prompt)) + prompt for prompt in prompts])
     mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
     options: dict[str, Any] = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0, "eos_token_id": [1]}
-    found = mixture.generate(input_ids=ids, attention_mask=mask, **options)[:, width:]
+    seen: list[torch.Tensor] = []
+
+    def processor(input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """What draws the token may be a processor, which must come after the mixture."""
+        seen.append(scores)
+        return scores
+
+    found = mixture.generate(input_ids=ids, attention_mask=mask, logits_processor=[processor], **options)[:, width:]
+    assert seen[0].argmax(-1).tolist() == found[:, 0].tolist()
     alone = models[0].generate(input_ids=ids, attention_mask=mask, **options)[:, width:]
     assert not torch.equal(found, alone)
     for prompt, tokens in zip(prompts, found.tolist(), strict=True):

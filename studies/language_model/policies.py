@@ -154,10 +154,11 @@ class Mixture:
         attention_mask: Tensor,
         past_key_values: None = None,
         return_dict_in_generate: bool = False,
+        logits_processor: Sequence[LogitsProcessor] = (),
         **options: Any,
     ) -> Any:
         """As ``transformers`` does it for one model; of several there is no one cache that could be asked for and
-        continued."""
+        continued. Processors that are given see the mixed log-probabilities."""
         if return_dict_in_generate:
             return SimpleNamespace(past_key_values=None)
         others = list(zip(self.models[1:], self.weights[1:], strict=True))
@@ -168,7 +169,7 @@ class Mixture:
             return first.generate(
                 input_ids=input_ids,
                 attention_mask=attention_mask,
-                logits_processor=LogitsProcessorList([mixed]),
+                logits_processor=LogitsProcessorList([mixed, *logits_processor]),
                 **options,
             )
         finally:
