@@ -1,0 +1,153 @@
+"""Runs that tell apart why a policy falls short of its labels, and show whether control lasts; validation prompts only.
+
+The list is in order of importance, as a deadline may cut it; the longest run comes first, since nothing else would end
+after it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from studies.language_model.jobs import Scale, base_job, judge_job, labels_job, parity, train_job
+from studies.language_model.problem import HELD, OBJECTIVES, PRIMARY
+from studies.language_model.runs import Run
+from studies.language_model.scheduler import Job
+from studies.language_model.statistics import estimate, keeps, rates
+
+# The centre that factors are varied about, one at a time.
+CENTRE: dict[str, Any] = {"tau": 0.15, "learning_rate": 2e-4, "lora_rank": 16}
+CENTRE_EPOCHS = 2
+# What is held at 0.5 is asked for at 0.5 here: how well control aims is one of the questions.
+THRESHOLDS = parity()
+SCALES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.7)
+SEEDS = (0, 1, 2)
+
+
+def explore_jobs(multipliers: Mapping[str, float], scale: Scale) -> list[Job]:
+    """All jobs of the exploration.
+
+    Args:
+        multipliers: the labels' solution at ``THRESHOLDS`` and the centre's tau, for the runs with fixed ones.
+        scale: see ``Scale``.
+    """
+    runs: list[tuple[Run, Sequence[float]]] = []
+
+    def add(name: str, epochs: float, at: Sequence[float] = (), **fields: Any) -> Run:
+        """A run, judged at its end and after the epochs ``at``."""
+        run = scale.run(name, epochs, checkpoints=at, **{**CENTRE, **fields})
+        runs.append((run, [*at, epochs]))
+        return run
+
+    held: dict[str, Any] = {"thresholds": THRESHOLDS}
+    fixed: dict[str, Any] = {"multipliers": dict(multipliers), "method": "fixed"}
+    free: dict[str, Any] = {"method": "unconstrained"}
+    lengths: list[tuple[float, Sequence[float]]] = [(1, ()), (3, (1, 2))]
+    scaled: list[Job] = []
+
+    def turned_down(run: Run) -> None:
+        scaled.extend(
+            judge_job(f"{run.name}.x{factor:g}", {run.name: factor}, "validation", scale) for factor in SCALES
+        )
+
+    # Item 1, one seed: how long control lasts.
+    add("constrained-10-s0", 10, (1, 3, 6), **held)
+    for epochs, at in lengths:
+        add(f"constrained-{epochs}-s0", epochs, at, **held)
+        turned_down(add(f"unconstrained-{epochs}-s0", epochs, at, **free))
+        add(f"fixed-{epochs}-s0", epochs, at, **fixed)
+    # Item 2, one factor at a time.
+    turned_down(add("unconstrained-2", CENTRE_EPOCHS, **free))
+    add("centre", CENTRE_EPOCHS, **held)
+    for rate in (5e-4, 1e-3, 1e-4):
+        add(f"rate-{rate:g}", CENTRE_EPOCHS, learning_rate=rate, **held)
+    for tau in (0.1, 0.05, 0.3):
+        add(f"tau-{tau:g}", CENTRE_EPOCHS, tau=tau, **held)
+    add("judged-1-s0", 1, judged=True, **held)
+    for rank in (64, 8):
+        add(f"rank-{rank}", CENTRE_EPOCHS, lora_rank=rank, **held)
+    # As many epochs over fewer prompts are fewer steps: as many steps, so that nothing else differs.
+    for prompts in (350, 180):
+        add(f"prompts-{prompts}", CENTRE_EPOCHS, prompts=prompts, **held)
+    add("loss-sigmoid", CENTRE_EPOCHS, loss_type="sigmoid", **held)
+    add("estimator-pair", CENTRE_EPOCHS, estimator="pair", **held)
+    add("epochs-4", 4, (1, 2, 3), **held)
+    # Item 1, the other seeds, and fresh answers in place of the dual data's labels.
+    for seed in SEEDS[1:]:
+        for epochs, at in lengths:
+            add(f"constrained-{epochs}-s{seed}", epochs, at, seed=seed, **held)
+    add("judged-3-s0", 3, (1, 2), judged=True, **held)
+    add("unconstrained-10-s0", 10, (1, 3, 6), **free)
+    add("fixed-10-s0", 10, (1, 3, 6), **fixed)
+    for seed in SEEDS[1:]:
+        add(f"unconstrained-1-s{seed}", 1, seed=seed, **free)
+        add(f"fixed-1-s{seed}", 1, seed=seed, **fixed)
+        add(f"judged-1-s{seed}", 1, seed=seed, judged=True, **held)
+    for seed in SEEDS[1:]:
+        add(f"unconstrained-3-s{seed}", 3, seed=seed, **free)
+        add(f"fixed-3-s{seed}", 3, seed=seed, **fixed)
+        add(f"judged-3-s{seed}", 3, seed=seed, judged=True, **held)
+
+    jobs = [base_job("validation", scale)]
+    jobs += [labels_job(f"tau-{tau:g}", THRESHOLDS, tau, scale.training_prompts) for tau in (0.05, 0.1, 0.15, 0.3)]
+    for run, judged_at in runs:
+        jobs.append(train_job(run))
+        for epochs in judged_at:
+            name = run.name if epochs == judged_at[-1] else f"{run.name}.epoch-{epochs:g}"
+            jobs.append(judge_job(name, {scale.checkpoint(run, epochs): 1.0}, "validation", scale))
+        jobs += [job for job in scaled if run.name in job.spec["weights"]]
+    return jobs
+
+
+def explore_table(found: Mapping[str, Mapping[str, Any]]) -> str:
+    """Win rates over the base of every judged policy, and what the labels hold, as text."""
+    base = found["base.validation"]["result"]["scores"]
+    lines = [f"{'policy':32s} " + " ".join(f"{name:^22s}" for name in OBJECTIVES) + f"  {HELD} >= 0.5?"]
+    for name, record in found.items():
+        result = record.get("result")
+        if record["kind"] == "labels" and result:
+            for kind in ("constrained", "turned_down", "unconstrained"):
+                value = result[kind]["satisfaction"]
+                cells = " ".join(f"{value[objective]:^22.3f}" for objective in OBJECTIVES)
+                lines.append(f"{name + ' ' + kind:32s} {cells}  KL {result[kind]['kl']:.2f}")
+        elif record["kind"] == "evaluate" and result and name != "base.validation":
+            by_prompt = rates(result["scores"], base)
+            cells = " ".join(f"{estimate(by_prompt[objective])!s:^22s}" for objective in OBJECTIVES)
+            lines.append(f"{name.removesuffix('.validation'):32s} {cells}  {keeps(by_prompt, THRESHOLDS)}")
+    for name, record in found.items():
+        if record["kind"] == "train" and (result := record.get("result")):
+            multipliers = ", ".join(f"{key} {value:.2f}" for key, value in result["multiplier"].items())
+            lines.append(
+                f"{name:32s} {result['steps']} steps in {result['seconds']:.0f} s; {multipliers or 'no multipliers'}"
+            )
+        if "error" in record:
+            lines.append(f"{name:32s} FAILED: {record['error'].strip().splitlines()[-1]}")
+    return "\n".join(lines)
+
+
+def best_constrained(found: Mapping[str, Mapping[str, Any]], margin: float = 0.0) -> str | None:
+    """The judged policy with the highest primary among those that keep ``THRESHOLDS`` on validation."""
+    base = found["base.validation"]["result"]["scores"]
+    best: tuple[float, str] | None = None
+    for name, record in found.items():
+        if record["kind"] != "evaluate" or not record.get("result") or name == "base.validation":
+            continue
+        by_prompt = rates(record["result"]["scores"], base)
+        if keeps(by_prompt, THRESHOLDS, margin):
+            best = max(best or (-np.inf, ""), (float(by_prompt[PRIMARY].mean()), name))
+    return None if best is None else best[1]
+
+
+def explore_multipliers(data: Path, scale: Scale) -> dict[str, float]:
+    """The labels' solution at the centre, for the runs with fixed multipliers."""
+    from mopo_kernels import load_preferences
+    from studies.language_model.labels import label_solutions
+    from studies.language_model.problem import some_prompts
+
+    loaded = load_preferences(data)
+    part = some_prompts(loaded, scale.training_prompts)
+    found = label_solutions(part, PRIMARY, THRESHOLDS, CENTRE["tau"], loaded.objectives)
+    return {name: round(value, 4) for name, value in found["multiplier"].items()}
