@@ -1,299 +1,65 @@
 """The demo's prompts: short requests whose answers can vary in detail and in warmth, written for this demo.
 
-`train_prompts()` feed make_data.py, `heldout_prompts()` are kept for judging the tuned policies. Both splits take the
-same share of every topic, so they differ in nothing but the prompts themselves.
+`data/prompts.jsonl` has one request and its topic a line. Every topic is split into training, validation and test
+prompts in the same shares, by hashes of the requests: neither the order of the file nor another topic moves a prompt,
+so the splits differ in nothing but the prompts themselves. Training prompts feed make_data.py, validation prompts are
+for choosing settings, and test prompts for judging the policies then chosen.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
 INSTRUCTION = "Answer in one short sentence."
 """Added to every request; without it few of the model's answers end within 48 tokens."""
 
-HELDOUT_EVERY = 4
-"""Every fourth prompt of a topic is held out."""
+FILE = Path(__file__).parent / "data" / "prompts.jsonl"
 
-TOPICS: dict[str, tuple[str, ...]] = {
-    "comfort": (
-        "I had a bad day at work.",
-        "My dog is ill and I am worried.",
-        "I failed my driving test today.",
-        "I feel lonely in my new city.",
-        "My best friend moved to another country.",
-        "I can't sleep because of my exams.",
-        "I made a mistake in front of my whole team.",
-        "My plans for the weekend fell through.",
-        "I am nervous about my first day at school.",
-        "I lost my favourite scarf on the train.",
-        "Nobody came to my concert last night.",
-        "I am tired of the rain.",
-        "My sister and I had an argument.",
-        "I did not get the job I wanted.",
-        "My garden was ruined by the storm.",
-        "I am afraid of flying next week.",
-        "I burned the dinner for my guests.",
-        "My knee hurts and I cannot run.",
-        "I feel like I never have enough time.",
-        "My grandfather is in hospital.",
-        "I forgot my partner's birthday.",
-        "My phone fell into the lake.",
-        "I am homesick for my family.",
-        "My team lost the final by one point.",
-    ),
-    "cheer": (
-        "I passed my final exam!",
-        "We are getting a puppy on Saturday!",
-        "I ran my first five kilometres today.",
-        "My daughter took her first steps.",
-        "I finished writing my first short story.",
-        "We just moved into our first home.",
-        "I learned to swim this summer.",
-        "My tomatoes are finally ripe.",
-        "I got a part in the school play!",
-        "My brother is coming home tomorrow.",
-        "I baked bread for the first time.",
-        "I have not smoked for a month.",
-        "Our team won the quiz night.",
-        "I saw a rainbow on my way to work.",
-        "I start my new job on Monday.",
-        "My painting will hang in the library.",
-        "I finally fixed my old bicycle.",
-        "We are going to the sea next week.",
-        "My grandmother turns ninety today.",
-        "I made a new friend at the gym.",
-        "I paid back my student loan.",
-        "My son read a whole book by himself.",
-        "I was promoted this morning.",
-        "We planted twenty trees today.",
-    ),
-    "message": (
-        "Write a birthday message for my grandmother.",
-        "Write a thank-you note to my teacher.",
-        "Write a note to my neighbour about loud music.",
-        "Write a get-well message for a colleague.",
-        "Write a wedding wish for my cousin.",
-        "Write a message to tell my boss I am ill.",
-        "Write a caption for a photo of a sunset.",
-        "Write a welcome note for a new classmate.",
-        "Write an apology for being late to dinner.",
-        "Write a goodbye message to my coworkers.",
-        "Write a line for a Mother's Day card.",
-        "Write a reminder to water the plants.",
-        "Write a message to ask a friend for help with moving.",
-        "Write an invitation to a picnic in the park.",
-        "Write a note for my child's lunch box.",
-        "Write a text to cancel a dentist appointment.",
-        "Write a New Year's wish for my family.",
-        "Write a message to cheer up my roommate.",
-        "Write a note to thank the postman.",
-        "Write a message to a friend I have not seen for years.",
-        "Write a toast for my parents' anniversary.",
-        "Write a sign for a lost cat.",
-        "Write a message to congratulate a new father.",
-        "Write a polite answer to a party invitation I must decline.",
-    ),
-    "advice": (
-        "How do I make new friends in a new town?",
-        "How can I stop worrying so much?",
-        "How do I say no without being rude?",
-        "How can I get up earlier in the morning?",
-        "How should I prepare for a job interview?",
-        "How can I save a little money each month?",
-        "How do I start running?",
-        "How do I deal with a rude neighbour?",
-        "How can I read more books?",
-        "How do I ask for a pay rise?",
-        "How can I spend less time on my phone?",
-        "How do I help a friend who is sad?",
-        "How can I be more patient with my children?",
-        "How do I give a good speech?",
-        "How can I remember people's names?",
-        "How do I choose a present for my mother?",
-        "How can I stay calm before an exam?",
-        "How do I start a conversation at a party?",
-        "How can I eat more vegetables?",
-        "How do I apologise to my brother?",
-        "How can I feel less tired at work?",
-        "How do I keep a diary?",
-        "How can I make my mornings less stressful?",
-        "How do I learn to trust people again?",
-    ),
-    "howto": (
-        "How do I boil an egg?",
-        "How do I keep my cat from waking me up?",
-        "How do I remove a coffee stain?",
-        "How do I grow basil on a balcony?",
-        "How do I clean a window without streaks?",
-        "How do I make a cup of good tea?",
-        "How do I tie a tie?",
-        "How do I keep bread fresh?",
-        "How do I take a good photo at night?",
-        "How do I sharpen a kitchen knife?",
-        "How do I teach a dog to sit?",
-        "How do I wrap a round present?",
-        "How do I make a paper boat?",
-        "How do I pack a small suitcase?",
-        "How do I fix a squeaky door?",
-        "How do I cook rice?",
-        "How do I stay warm while camping?",
-        "How do I get rid of fruit flies?",
-        "How do I draw a simple tree?",
-        "How do I learn ten new words a day?",
-        "How do I wash a wool sweater?",
-        "How do I choose a ripe melon?",
-        "How do I stop a drawer from sticking?",
-        "How do I look after a cactus?",
-    ),
-    "explain": (
-        "Why is the sky blue?",
-        "Why do leaves change colour in autumn?",
-        "What is a rainbow?",
-        "Why do we dream?",
-        "What does a bank do?",
-        "Why does bread rise?",
-        "What is a volcano?",
-        "Why do cats purr?",
-        "What is the moon made of?",
-        "How do bees make honey?",
-        "Why is the sea salty?",
-        "What is gravity?",
-        "Why do we yawn?",
-        "What is an orchestra?",
-        "How does a bicycle stay upright?",
-        "Why do onions make us cry?",
-        "What is a computer program?",
-        "Why do birds fly south in winter?",
-        "What is a poem?",
-        "How does soap work?",
-        "Why do we have seasons?",
-        "What is a vaccine?",
-        "Why is sleep important?",
-        "What does a nurse do?",
-    ),
-    "recommend": (
-        "What should I cook for dinner tonight?",
-        "What should I do on a rainy Sunday?",
-        "What is a good hobby for a shy person?",
-        "What pet is good for a small flat?",
-        "What should I bring to a picnic?",
-        "What is a nice present for a teacher?",
-        "What should I wear to a wedding?",
-        "What book should I read on holiday?",
-        "What is a healthy snack for work?",
-        "What game can I play with my children?",
-        "What should I see in a big city?",
-        "What music is good for studying?",
-        "What is an easy dessert for friends?",
-        "What sport should I try this year?",
-        "What should I plant in my garden?",
-        "What can I do for my parents' anniversary?",
-        "What should I drink on a hot day?",
-        "What is a good first instrument?",
-        "What film is good for a family evening?",
-        "What should I draw today?",
-        "What language should I learn?",
-        "What is a good name for a kitten?",
-        "What should I do with old clothes?",
-        "What is a good way to end the day?",
-    ),
-    "smalltalk": (
-        "Good morning! How are you?",
-        "What do you like about winter?",
-        "Tell me something nice.",
-        "Do you like music?",
-        "What makes a good friend?",
-        "Tell me about the sea.",
-        "What is your favourite season?",
-        "Say something about coffee.",
-        "What do you think of Mondays?",
-        "Tell me about a perfect day.",
-        "Do you prefer cats or dogs?",
-        "What is fun about cooking?",
-        "Say hello to my class.",
-        "What do you think about old books?",
-        "Tell me why people like to travel.",
-        "What makes you laugh?",
-        "Tell me about a small village.",
-        "What is good about getting older?",
-        "Do you like the mountains?",
-        "Say good night to my little brother.",
-        "What is the best part of a holiday?",
-        "Tell me about your favourite food.",
-        "What do people love about gardens?",
-        "Say something kind to a stranger.",
-    ),
-    "describe": (
-        "Describe a busy market.",
-        "Describe my grandmother's kitchen.",
-        "Describe a good teacher.",
-        "Describe the smell of rain.",
-        "Describe an old bridge.",
-        "Describe a happy dog.",
-        "Describe a train station at night.",
-        "Describe the taste of a lemon.",
-        "Describe a walk in the forest.",
-        "Describe a cold morning.",
-        "Describe a birthday party.",
-        "Describe a quiet library.",
-        "Describe a storm at sea.",
-        "Describe a good neighbour.",
-        "Describe a small bakery.",
-        "Describe the first day of spring.",
-        "Describe a long journey by bus.",
-        "Describe a football match.",
-        "Describe an empty house.",
-        "Describe a street musician.",
-        "Describe a bowl of hot soup.",
-        "Describe a lighthouse.",
-        "Describe a family dinner.",
-        "Describe a child with a kite.",
-    ),
-    "opinion": (
-        "Is it good to work from home?",
-        "Should children have homework?",
-        "Is it better to live in a city or a village?",
-        "Are video games good for us?",
-        "Is it worth learning to cook?",
-        "Should people eat less meat?",
-        "Is it fine to be alone?",
-        "Are long holidays better than short ones?",
-        "Should I tell my friend the truth?",
-        "Is a walk as good as a run?",
-        "Are expensive presents better?",
-        "Should shops be open on Sundays?",
-        "Is it important to be on time?",
-        "Should I buy a car or a bicycle?",
-        "Are small schools better than big ones?",
-        "Is it good to have many friends?",
-        "Should we keep animals in zoos?",
-        "Is failure useful?",
-        "Are handwritten letters still nice?",
-        "Should I keep my old toys?",
-        "Is money important for happiness?",
-        "Should I learn to dance?",
-        "Is it ever too late to start again?",
-        "Are rules important in a family?",
-    ),
-}
+VALIDATION_PERCENT = 15
+TEST_PERCENT = 15
+"""Share of each topic's requests, rounded down; the rest are for training."""
 
 
-def _with_instruction(request: str) -> str:
-    return f"{request} {INSTRUCTION}"
+def requests() -> dict[str, list[str]]:
+    """Topic -> its requests, without the instruction, in the order of the file."""
+    topics: dict[str, list[str]] = {}
+    for line in FILE.read_text(encoding="utf-8").splitlines():
+        row = json.loads(line)
+        topics.setdefault(row["topic"], []).append(row["request"])
+    return topics
 
 
 def train_prompts() -> list[str]:
-    """The 180 prompts whose sampled responses make the preference data, instruction included."""
+    """The 700 prompts whose sampled responses make the preference data, instruction included."""
+    return _split(VALIDATION_PERCENT + TEST_PERCENT, 100)
+
+
+def validation_prompts() -> list[str]:
+    """The 150 prompts on which settings are chosen, instruction included; no training step sees them."""
+    return _split(TEST_PERCENT, VALIDATION_PERCENT + TEST_PERCENT)
+
+
+def test_prompts() -> list[str]:
+    """The 150 prompts kept for the final judging, instruction included; neither training nor a choice sees them."""
+    return _split(0, TEST_PERCENT)
+
+
+def split_digest(prompts: Sequence[str]) -> str:
+    """SHA-256, in hex, of the prompts joined by newlines: what a protocol file records of a split."""
+    return _sha256("\n".join(prompts))
+
+
+def _split(start: int, stop: int) -> list[str]:
+    """Prompts between two percentages of each topic, in order of hash; topics in alphabetical order."""
     return [
-        _with_instruction(request)
-        for requests in TOPICS.values()
-        for index, request in enumerate(requests)
-        if index % HELDOUT_EVERY != HELDOUT_EVERY - 1
+        f"{request} {INSTRUCTION}"
+        for _, group in sorted(requests().items())
+        for request in sorted(group, key=_sha256)[len(group) * start // 100 : len(group) * stop // 100]
     ]
 
 
-def heldout_prompts() -> list[str]:
-    """The 60 prompts that no training step sees, instruction included."""
-    return [
-        _with_instruction(request)
-        for requests in TOPICS.values()
-        for request in requests[HELDOUT_EVERY - 1 :: HELDOUT_EVERY]
-    ]
+def _sha256(text: str) -> str:
+    return hashlib.sha256(text.encode("utf-8")).hexdigest()
