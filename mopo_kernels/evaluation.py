@@ -131,6 +131,7 @@ class _Weights:
         self.model = model
         self.tokenizer = tokenizer
         self.adapters: dict[str, str] = {}  # folder or hub name -> name inside the PeftModel
+        self._scaling: dict[str, list[tuple[dict[str, float], float]]] = {}
 
     def add_adapter(self, folder: str) -> str:
         """Load the adapter once and return its name inside the PeftModel."""
@@ -145,17 +146,38 @@ class _Weights:
             self.adapters[folder] = name
         return self.adapters[folder]
 
+    def scaling(self, adapter: str) -> list[tuple[dict[str, float], float]]:
+        """Of every layer: the mapping that holds the adapter's factor, by its name inside the PeftModel, and that
+        factor as it was saved."""
+        if adapter not in self._scaling:
+            layers = [module.scaling for module in self.model.modules() if isinstance(module, _lora_layer())]
+            self._scaling[adapter] = [(layer, float(layer[adapter])) for layer in layers if adapter in layer]
+        return self._scaling[adapter]
+
+
+def _switch_on(model: Any, names: list[str]) -> None:
+    if len(names) == 1:
+        model.set_adapter(names[0])
+    else:
+        model.base_model.set_adapter(names)  # the PeftModel around it takes one name only
+
+
+def _lora_layer() -> Any:
+    _import("peft")
+    return importlib.import_module("peft.tuners.lora").LoraLayer
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Policy:
-    """A causal language model, or one peft adapter on it; several policies may share one set of base weights.
+    """A causal language model, or a weighted sum of peft adapters on it; several policies may share one set of base
+    weights.
 
-    name: for tables and plots. adapter: the adapter's name inside the shared PeftModel; None is the base model, sampled
-    with every adapter switched off.
+    name: for tables and plots. adapters: by the adapter's name inside the shared PeftModel, the factor of its update of
+    the weights; empty is the base model, sampled with every adapter switched off.
     """
 
     name: str
-    adapter: str | None
+    adapters: Mapping[str, float]
     _weights: _Weights = dataclasses.field(repr=False)
 
     @classmethod
@@ -164,7 +186,7 @@ class Policy:
         known = list(getattr(model, "peft_config", {}))
         if adapter is not None and adapter not in known:
             raise ValueError(f"adapter must be one of the model's adapters {known}, got {adapter!r}")
-        return cls(name, adapter, _Weights(name, model, tokenizer))
+        return cls(name, {} if adapter is None else {adapter: 1.0}, _Weights(name, model, tokenizer))
 
     @property
     def tokenizer(self) -> Any:
@@ -177,27 +199,47 @@ class Policy:
 
     def base(self, name: str = "base") -> Policy:
         """The same weights with every adapter switched off."""
-        return Policy(name, None, self._weights)
+        return Policy(name, {}, self._weights)
 
     @contextlib.contextmanager
     def active(self) -> Iterator[Any]:
-        """The model with this policy's adapter, and no other, switched on; undone on leaving."""
+        """The model with this policy's adapters, and no others, switched on; undone on leaving."""
         model = self._weights.model
         if not hasattr(model, "peft_config"):
             yield model
-        elif self.adapter is None:
+        elif not self.adapters:
             with model.disable_adapter():
                 yield model
         else:
-            before = model.active_adapter
-            if before == self.adapter:
+            with self._scaled(), self._switched_on(model):
                 yield model
-                return
-            model.set_adapter(self.adapter)
-            try:
-                yield model
-            finally:
-                model.set_adapter(before)
+
+    @contextlib.contextmanager
+    def _switched_on(self, model: Any) -> Iterator[None]:
+        before, own = list(model.active_adapters), list(self.adapters)
+        if before == own:
+            yield
+            return
+        _switch_on(model, own)
+        try:
+            yield
+        finally:
+            _switch_on(model, before)
+
+    @contextlib.contextmanager
+    def _scaled(self) -> Iterator[None]:
+        """Every layer's factor times this policy's, whatever another policy that is active around it has made of it."""
+        changes: list[tuple[dict[str, float], str, float]] = []
+        for adapter, factor in self.adapters.items():
+            for layer, saved in self._weights.scaling(adapter):
+                if layer[adapter] != factor * saved:
+                    changes.append((layer, adapter, layer[adapter]))
+                    layer[adapter] = factor * saved
+        try:
+            yield
+        finally:
+            for layer, adapter, before in changes:
+                layer[adapter] = before
 
 
 def _import(package: str) -> Any:
@@ -209,36 +251,65 @@ def _import(package: str) -> Any:
 
 def load_policy(
     model: str | Path,
-    adapter: str | Path | None = None,
+    adapter: str | Path | Mapping[str, float] | None = None,
     *,
     device: str | torch.device | None = None,
     dtype: str | torch.dtype | None = None,
     share: Policy | None = None,
+    scale: float = 1.0,
 ) -> Policy:
     """Load a policy for sampling.
 
     model: folder or hub name of a causal language model, or of a peft adapter, whose configuration then names the
-        model. adapter: folder or hub name of a peft adapter to put on it.
+        model. adapter: folder or hub name of a peft adapter to put on it; or several of them, each with a weight: the
+        policy whose weights are the model's plus the weighted sum of the adapters' updates (for weights that sum to 1
+        the rewarded soup of the policies, arXiv 2306.04488). The sum is of the products B A themselves, not of the
+        factors. Any finite weight will do, also below 0 or above 1.
     device: default the first CUDA device, else the CPU. dtype: default the one stored in the checkpoint, but float32
         on the CPU, where half precision is slower.
-    share: a policy loaded before; if it stands on the same model, its weights are used again, not loaded twice.
-    Raises ValueError for a folder that is missing or is neither, OSError where the checkpoint can't be read.
+    share: a policy loaded before; if it stands on the same model, its weights are used again, not loaded twice. An
+        adapter that is there already is not loaded again, whatever its scale.
+    scale: factor of the update, and of every weight of several: 0 is the model alone, 1 the adapter as it was saved.
+    Raises ValueError for a folder that is missing or is neither, for a scale without an adapter, and for a factor other
+        than 1 of an adapter whose update is more than a product of LoRA factors (DoRA, trained biases, modules saved
+        whole, another method); OSError where the checkpoint can't be read.
     """
     source = str(model)
     _check_place("model", source)
-    if adapter is not None:
-        _check_place("adapter", str(adapter))
+    if not np.isfinite(scale):
+        raise ValueError(f"scale must be a finite number, got {scale}")
+    wanted: dict[str, float] = {}
+    if isinstance(adapter, Mapping):
+        wanted = {str(folder): float(weight) for folder, weight in adapter.items()}
+    elif adapter is not None:
+        wanted = {str(adapter): 1.0}
+    if adapter is not None and not wanted:
+        raise ValueError("adapter must name at least one folder, got an empty mapping")
+    for folder, weight in wanted.items():
+        _check_place("adapter", folder)
+        if not np.isfinite(weight):
+            raise ValueError(f"adapter must have finite weights, got {weight} for {folder}")
     if is_adapter(source):
         if adapter is not None:
             raise ValueError(f"model {source} is itself an adapter, so adapter must be None, got {adapter}")
-        adapter, source = source, _adapter_base(source)
+        wanted, source = {source: 1.0}, _adapter_base(source)
     elif Path(source).exists() and not (Path(source) / "config.json").is_file():
         raise ValueError(
             f"model must be a model folder (config.json) or an adapter folder (adapter_config.json), got {source}"
         )
-    if adapter is not None and Path(adapter).exists() and not (Path(adapter) / "adapter_config.json").is_file():
-        raise ValueError(f"adapter must be a folder with an adapter_config.json, got {adapter}")
-    name = Path(str(adapter if adapter is not None else source)).name
+    elif scale != 1.0 and not wanted:
+        raise ValueError(f"scale must be 1 without an adapter, got {scale}")
+    for folder in wanted:
+        if Path(folder).exists() and not (Path(folder) / "adapter_config.json").is_file():
+            raise ValueError(f"adapter must be a folder with an adapter_config.json, got {folder}")
+    factors = {folder: scale * weight for folder, weight in wanted.items()}
+    name = _policy_name(factors) if factors else Path(source).name
+    for folder, factor in factors.items():
+        if (factor != 1.0 or len(factors) > 1) and (reason := _not_scalable(folder)):
+            raise ValueError(
+                f"scale and weights must be 1 for an adapter that {reason}, and it the only one, got {factor:g} for "
+                f"{folder}"
+            )
 
     if share is not None and _same_source(share._weights.source, source):
         weights = share._weights
@@ -251,7 +322,31 @@ def load_policy(
         except OSError as error:
             raise OSError(f"model {source} could not be loaded: {error}") from error
         weights = _Weights(source, loaded, transformers.AutoTokenizer.from_pretrained(source))
-    return Policy(name, None if adapter is None else weights.add_adapter(str(adapter)), weights)
+    return Policy(name, {weights.add_adapter(folder): factor for folder, factor in factors.items() if factor}, weights)
+
+
+def _policy_name(factors: Mapping[str, float]) -> str:
+    """Of its adapters, each with its factor where that is not 1."""
+    return " + ".join(
+        Path(folder).name if factor == 1.0 else f"{factor:g} {Path(folder).name}" for folder, factor in factors.items()
+    )
+
+
+def _not_scalable(adapter: str) -> str | None:
+    """Why an adapter's update is not a factor times what its layers add, or None."""
+    peft = _import("peft")
+    config = peft.PeftConfig.from_pretrained(adapter)
+    if str(getattr(config.peft_type, "value", config.peft_type)) != "LORA":
+        return f"is no LoRA but {getattr(config.peft_type, 'value', config.peft_type)}"
+    for option, reason in (
+        ("use_dora", "is a DoRA"),
+        ("modules_to_save", "has modules saved whole"),
+        ("trainable_token_indices", "has trained tokens"),
+        ("alora_invocation_tokens", "acts after its invocation only"),
+    ):
+        if getattr(config, option, None):
+            return reason
+    return "has trained biases" if getattr(config, "bias", "none") != "none" else None
 
 
 def is_adapter(folder: str | Path) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from importlib import metadata
@@ -325,6 +326,42 @@ def test_eval_of_an_adapter_gives_the_same_report_however_the_two_policies_are_n
         assert cli.main(eval_arguments(workspace, *places, "--output", str(out))) == 0
         reports.append(json.loads(out.read_text(encoding="utf-8"))["samples"])
     assert reports[0] == reports[1] == reports[2]
+
+
+def test_eval_of_scaled_adapters_is_that_of_the_policies_they_make(workspace, tmp_path):
+    """Half an adapter twice over is the adapter; at 0 it is the model; the report says what was put together."""
+    shutil.copytree(workspace / "adapter", tmp_path / "copy")
+    adapter, copy = str(workspace / "adapter"), str(tmp_path / "copy")
+    model = ["--policy", str(workspace / "model"), "--baseline", str(workspace / "model")]
+    found = {}
+    for name, options in {
+        "whole": ["--policy-adapter", adapter],
+        "halves": ["--policy-adapter", f"{adapter}=0.5", "--policy-adapter", f"{copy}=0.5"],
+        "scaled": ["--policy-adapter", f"{adapter}=0.5", "--policy-scale", "2"],
+        "none": ["--policy-adapter", adapter, "--policy-scale", "0"],
+        "half": ["--policy-adapter", f"{adapter}=0.5"],
+        "both": ["--policy-adapter", adapter, "--baseline-adapter", adapter, "--baseline-scale", "0.5"],
+    }.items():
+        out = tmp_path / f"{name}.json"
+        assert cli.main(eval_arguments(workspace, *model, *options, "--output", str(out))) == 0
+        found[name] = json.loads(out.read_text(encoding="utf-8"))
+    drawn = {name: [sample["candidate"] for sample in report["samples"]] for name, report in found.items()}
+    assert drawn["whole"] == drawn["halves"] == drawn["scaled"] == drawn["both"]
+    assert drawn["none"] != drawn["whole"] != drawn["half"]
+    against = {name: [sample["baseline"] for sample in report["samples"]] for name, report in found.items()}
+    assert against["both"] != against["whole"]
+    assert found["halves"]["settings"]["policy_adapter"] == {adapter: 0.5, copy: 0.5}
+    assert found["scaled"]["settings"]["policy_scale"] == 2.0
+
+
+def test_eval_refuses_weights_that_are_no_numbers(workspace, capsys):
+    for options, message in (
+        (["--policy-adapter", "runs/a=half"], "--policy-adapter must be ADAPTER or ADAPTER=WEIGHT, got 'runs/a=half'"),
+        (["--policy-adapter", "runs/a=1", "--policy-adapter", "runs/a"], "--policy-adapter: 'runs/a' is given twice"),
+        (["--baseline-scale", "0.5"], "--baseline-scale must be 1 without --baseline or --baseline-adapter, got 0.5"),
+    ):
+        assert cli.main(eval_arguments(workspace, *options)) == 2
+        assert message in capsys.readouterr().err
 
 
 def test_eval_limits_the_prompts_and_draws_the_plane(workspace, tmp_path):

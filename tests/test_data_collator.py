@@ -160,6 +160,15 @@ def test_reference_log_probabilities_appear_when_every_example_has_them() -> Non
     assert "ref_logprob" not in collator([one, example()])
 
 
+def test_margins_follow_the_pairs_and_are_0_where_there_is_none() -> None:
+    collator = PreferenceCollator(byte_level(), ["a"])
+    assert "margin" not in collator(BATCH)
+    batch = collator([example(pairs=[(0, 1, {"a": 1.0}, 0.25), (1, 0, {"a": 1.0})]), *BATCH])
+    assert batch["margin"].tolist() == [0.25, 0.0, 0.0, 0.0, 0.0]
+    assert batch["margin"].dtype == torch.float32
+    assert collator([example(pairs=[(0, 1, {"a": 1.0}, 0.0)])])["margin"].tolist() == [0.0]
+
+
 def test_dicts_and_examples_give_the_same_batch() -> None:
     collator = PreferenceCollator(byte_level(), ["a", "b"])
     one, two = collator(BATCH), collator([item.to_dict() for item in BATCH])

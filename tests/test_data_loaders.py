@@ -476,6 +476,17 @@ class TestSources:
         assert again.objectives == data.objectives == ("a", "b")
         assert [path.name for path in tmp_path.iterdir()] == [f"out{suffix}"]
 
+    @pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
+    def test_margins_are_kept_and_a_pair_without_one_has_none(self, tmp_path: Path, suffix: str) -> None:
+        row = canonical(k=1.0)
+        row["pairs"][0]["margin"] = -0.75
+        data = load_preferences([row, canonical(k=0.0) | {"prompt": "another"}])
+        data.save(tmp_path / f"data.{suffix}")
+        again = load_preferences(tmp_path / f"data.{suffix}")
+        assert [pair.margin for example in again for pair in example.pairs] == [-0.75, None]
+        assert list(again) == list(data)
+        assert again.has_margins
+
     def test_a_save_that_fails_leaves_the_old_file(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         path = write(tmp_path / "out.jsonl", ["old"])
         data = load_preferences([canonical()])
@@ -677,6 +688,14 @@ class TestMerge:
     def test_repeated_judgements_are_averaged_in_one_orientation(self) -> None:
         rows = [canonical(responses=["a", "b"], k=1.0), canonical(responses=["b", "a"], k=1.0), canonical(k=1.0)]
         assert labels(only(load_preferences(rows, group=True)))[0, 1] == {"k": pytest.approx(2 / 3)}
+
+    def test_margins_are_joined_in_the_orientation_of_the_labels(self) -> None:
+        first, second = canonical(responses=["a", "b"], k=1.0), canonical(responses=["b", "a"], k=0.0)
+        first["pairs"][0]["margin"], second["pairs"][0]["margin"] = 1.0, -2.0
+        (pair,) = only(load_preferences([first, second], group=True)).pairs
+        assert (pair.i, pair.j, pair.margin) == (0, 1, 1.5)
+        (pair,) = only(load_preferences([canonical(responses=["a", "b"], k=1.0), second], group=True)).pairs
+        assert pair.margin == 2.0
 
     def test_copies_of_a_text_stay_apart_and_join_copy_by_copy(self) -> None:
         row = {"prompt": "p", "responses": ["a", "a", "b"], "pairs": [{"i": 1, "j": 2, "preference": {"k": 1.0}}]}

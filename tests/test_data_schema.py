@@ -36,8 +36,9 @@ CHAT = [{"role": "system", "content": ""}, {"role": "user", "content": "Name a r
         record(responses=["The Nile.", "The Nile."]),
         record(pairs=[pair(preference={"helpful": 0.5, "brief": 0.25})]),
         record(ref_logprob=[-3.0, -5.5]),
+        record(pairs=[pair(margin=-1.5), pair(i=1, j=0)]),
     ],
-    ids=["plain", "id-weight", "messages", "response-messages", "equal-texts", "soft", "ref_logprob"],
+    ids=["plain", "id-weight", "messages", "response-messages", "equal-texts", "soft", "ref_logprob", "margin"],
 )
 def test_valid_rows_survive_the_round_trip(row: dict[str, Any]) -> None:
     example = PreferenceExample.from_dict(row)
@@ -105,6 +106,8 @@ BAD = {
     "blank-objective": (record(pairs=[pair(preference={"": 1.0})]), "pairs[0].preference", "objective name"),
     "preference-huge": (record(pairs=[pair(preference={"helpful": 10**400})]), "pairs[0].preference.helpful", "number"),
     "half-surrogate": (record(responses=["a", "b\ud83d"]), "responses[1]", "surrogate pair at character 1"),
+    "margin-text": (record(pairs=[pair(margin="1")]), "pairs[0].margin", "finite number of nats, got '1'"),
+    "margin-nan": (record(pairs=[pair(margin=float("nan"))]), "pairs[0].margin", "finite number of nats"),
     "weight-zero": (record(weight=0), "weight", "positive number"),
     "weight-text": (record(weight="2"), "weight", "positive number"),
     "weight-infinite": (record(weight=float("inf")), "weight", "positive number"),

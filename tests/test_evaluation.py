@@ -287,6 +287,122 @@ def test_a_model_in_memory_is_a_policy_and_its_adapter_can_be_switched_off(folde
         evaluation.Policy.from_model(model, loaded.tokenizer, adapter="other")
 
 
+@pytest.fixture(scope="module")
+def unlike(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A LoRA adapter of another rank, scaling and choice of layers than those of `adapters`."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(7)
+    lora = LoraConfig(
+        r=3, lora_alpha=12, use_rslora=True, target_modules=["q_proj", "embed_tokens"], init_lora_weights=False
+    )
+    place = tmp_path_factory.mktemp("unlike")
+    get_peft_model(AutoModelForCausalLM.from_pretrained(folder), lora).save_pretrained(place)
+    return place
+
+
+def logits(policy: evaluation.Policy) -> torch.Tensor:
+    with policy.active() as model, torch.no_grad():
+        return model(input_ids=torch.tensor([[6, 7, 8, 9, 20]])).logits.double()
+
+
+def merged_logits(folder: Path, weights: dict[Path, float]) -> torch.Tensor:
+    """Of a plain model whose weights are the base's plus the weighted sum of what each adapter, merged, changes."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    def load():
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64)
+
+    total, base = load(), dict(load().named_parameters())
+    for adapter, weight in weights.items():
+        merged = dict(PeftModel.from_pretrained(load(), adapter).merge_and_unload().named_parameters())
+        with torch.no_grad():
+            for name, parameter in total.named_parameters():
+                parameter += weight * (merged[name] - base[name])
+    with torch.no_grad():
+        return total(input_ids=torch.tensor([[6, 7, 8, 9, 20]])).logits
+
+
+@pytest.mark.parametrize(
+    "weights", [(0.5, 0.5), (0.3, 0.7), (1.0, 1.0), (1.5, -0.5), (0.25, 0.0)], ids=lambda pair: f"{pair[0]}_{pair[1]}"
+)
+def test_a_weighted_sum_of_adapters_is_that_of_their_merged_updates(folder, adapters, unlike, weights):
+    mixture = dict(zip((adapters[0], unlike), weights, strict=True))
+    mixed = evaluation.load_policy(folder, mixture, device="cpu", dtype=torch.float64)
+    torch.testing.assert_close(logits(mixed), merged_logits(folder, mixture), rtol=1e-10, atol=1e-10)
+    doubled = evaluation.load_policy(folder, mixture, share=mixed, scale=2.0)
+    expected = merged_logits(folder, {place: 2 * weight for place, weight in mixture.items()})
+    torch.testing.assert_close(logits(doubled), expected, rtol=1e-10, atol=1e-10)
+
+
+def test_scales_of_one_adapter_stand_side_by_side_on_one_model(folder, adapters):
+    """Each is exact whatever is active around it, nothing is loaded twice, and 1 and 0 are the plain policies."""
+    whole = evaluation.load_policy(folder, adapters[0], device="cpu", dtype=torch.float64)
+    scaled = {
+        scale: evaluation.load_policy(folder, adapters[0], share=whole, scale=scale) for scale in (0, 0.3, 0.5, 1, -1)
+    }
+    sizes = sum(parameter.numel() for parameter in whole._weights.model.parameters())
+    alone = evaluation.load_policy(folder, adapters[0], device="cpu", scale=0.3)
+    assert sizes == sum(parameter.numel() for parameter in alone._weights.model.parameters())
+    assert all(policy._weights is whole._weights for policy in scaled.values())
+    expected = {scale: merged_logits(folder, {adapters[0]: scale}) for scale in scaled}
+    assert (expected[0.3] - expected[0.5]).abs().max() > 1e-3
+    for scale, policy in [*scaled.items(), *reversed(scaled.items())]:
+        torch.testing.assert_close(logits(policy), expected[scale], rtol=1e-10, atol=1e-10)
+        assert torch.equal(logits(whole), logits(scaled[1]))
+        assert torch.equal(logits(whole.base()), logits(scaled[0]))
+    with scaled[0.3].active():
+        torch.testing.assert_close(logits(scaled[-1]), expected[-1], rtol=1e-10, atol=1e-10)
+        torch.testing.assert_close(logits(whole), expected[1], rtol=1e-10, atol=1e-10)
+        torch.testing.assert_close(logits(scaled[0.3]), expected[0.3], rtol=1e-10, atol=1e-10)
+    assert evaluation.load_policy(adapters[0], device="cpu", scale=0.5).name == f"0.5 {adapters[0].name}"
+
+
+def test_several_policies_on_one_model_leave_each_other_alone(folder, adapters, unlike):
+    first = evaluation.load_policy(folder, adapters[0], device="cpu", dtype=torch.float64)
+    mixture = {adapters[0]: 0.5, unlike: 2.0}
+    mixed = evaluation.load_policy(folder, mixture, share=first)
+    before = logits(first)
+    with mixed.active():
+        assert torch.equal(logits(first), before)
+        torch.testing.assert_close(logits(mixed), merged_logits(folder, mixture), rtol=1e-10, atol=1e-10)
+    assert torch.equal(logits(first), before)
+    assert first._weights.model.active_adapters == ["policy_0"]
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"use_dora": True}, "is a DoRA"),
+        ({"bias": "lora_only"}, "has trained biases"),
+        ({"modules_to_save": ["lm_head"]}, "has modules saved whole"),
+    ],
+    ids=["dora", "bias", "saved_whole"],
+)
+def test_an_adapter_that_cannot_be_scaled_is_refused_unless_taken_as_it_is(tmp_path, folder, options, reason):
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    lora = LoraConfig(r=2, target_modules=["q_proj"], **options)
+    get_peft_model(AutoModelForCausalLM.from_pretrained(folder), lora).save_pretrained(tmp_path)
+    evaluation.load_policy(folder, tmp_path, device="cpu")
+    with pytest.raises(ValueError, match=f"scale and weights must be 1 for an adapter that {reason}"):
+        evaluation.load_policy(folder, tmp_path, device="cpu", scale=0.5)
+
+
+def test_scales_and_weights_that_make_no_sense_are_named(folder, adapters):
+    with pytest.raises(ValueError, match=r"scale must be 1 without an adapter, got 0\.5"):
+        evaluation.load_policy(folder, scale=0.5)
+    with pytest.raises(ValueError, match="scale must be a finite number, got nan"):
+        evaluation.load_policy(folder, adapters[0], scale=math.nan)
+    with pytest.raises(ValueError, match="adapter must have finite weights, got inf"):
+        evaluation.load_policy(folder, {adapters[0]: math.inf})
+    with pytest.raises(ValueError, match="adapter must name at least one folder"):
+        evaluation.load_policy(folder, {})
+
+
 def test_folders_that_hold_no_policy_are_named(tmp_path, folder, adapters):
     with pytest.raises(ValueError, match="model must be a model folder"):
         evaluation.load_policy(tmp_path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -102,6 +103,91 @@ def test_accumulated_micro_batches_give_the_gradient_of_the_whole_batch(loss_typ
         ):
             assert lines[0][key] == pytest.approx(lines[1][key], rel=1e-6), key
     assert whole.multipliers[0]["brief"] != whole.multipliers[1]["brief"] != 0.3
+
+
+def with_margins(data, kept=lambda place: True):
+    """Every pair with a margin of its own, exact in fp32, or those that are kept."""
+    rows, place = [], 0
+    for example in data:
+        pairs = []
+        for pair in example.pairs:
+            place += 1
+            pairs.append(replace(pair, margin=(place % 7 - 3) / 4) if kept(place) else pair)
+        rows.append(replace(example, pairs=tuple(pairs)))
+    return PreferenceData.from_examples(rows, data.objectives)
+
+
+@pytest.mark.parametrize(("layout", "error"), [("never", 1e-12), ("always", 2e-7)], ids=["padded", "shared"])
+def test_a_step_with_margins_has_the_oracles_loss_and_gradient(layout, error, tmp_path):
+    """MODPO: one weight, tau over that weight, and the others' rewards as margins; in fp64, by the model's logits.
+
+    Llama's norms are in fp32 whatever the model's dtype, which shows where the rows are others than the oracle's.
+    """
+    data = with_margins(make_data(4), kept=lambda place: place % 3)
+    batch_size = {"per_device_train_batch_size": 4, "train_sampling_strategy": "sequential", "shared_prompts": layout}
+    settings = {"loss_type": "sigmoid", "thresholds": None, "reference": "model", "max_grad_norm": 0.0, **batch_size}
+
+    def step(data):
+        trainer = make_trainer(tmp_path, make_model(dtype=DOUBLE), data, max_steps=1, learning_rate=1e-3, **settings)
+        return record(trainer).gradients[0], trainer.state.log_history[0]["loss"]
+
+    found, loss = step(data)
+    model = make_model(dtype=DOUBLE)
+    rows = PreferenceCollator(make_tokenizer(), data.objectives)(list(data))
+    logits = model(input_ids=rows["input_ids"], attention_mask=rows["attention_mask"]).logits[:, :-1]
+    labels = rows["labels"][:, 1:]
+    token = torch.log_softmax(logits, -1).gather(-1, labels.clamp(min=0)[..., None])[..., 0]
+    logprob = (token * (labels != -100)).sum(1)
+    expected = reference.mopo_loss(
+        logprob,
+        logprob.detach(),
+        torch.tensor([[offset + index for index in (pair.i, pair.j)] for offset, pair in placed(data)]),
+        rows["preference"].double(),
+        torch.tensor([1.0, 0.0], dtype=DOUBLE),
+        tau=0.5,
+        loss_type="sigmoid",
+        pair_weight=rows["pair_weight"].double(),
+        margin=torch.tensor([pair.margin or 0.0 for _, pair in placed(data)], dtype=DOUBLE),
+    ).loss
+    assert loss == pytest.approx(float(expected.detach()), rel=1e-6)
+    expected.backward()
+    gradients = {name: p.grad for name, p in model.named_parameters()}
+    scale = max(float(value.abs().max()) for value in gradients.values())
+    for name, value in gradients.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-9, atol=error * scale, msg=name)
+    without, _ = step(make_data(4))
+    assert max(float((without[name] - value).abs().max()) for name, value in found.items()) > 1e-3 * scale
+    swapped = PreferenceData.from_examples(
+        [replace(example, pairs=tuple(map(the_other_way_round, example.pairs))) for example in data], data.objectives
+    )
+    for name, value in step(swapped)[0].items():
+        torch.testing.assert_close(value, found[name], rtol=1e-9, atol=error * scale, msg=name)
+
+
+def placed(data):
+    """Every pair, with where its example's responses begin among all."""
+    offset = 0
+    for example in data:
+        yield from ((offset, pair) for pair in example.pairs)
+        offset += len(example.responses)
+
+
+def the_other_way_round(pair):
+    preference = {name: None if value is None else 1 - value for name, value in pair.preference.items()}
+    return PreferencePair(pair.j, pair.i, preference, None if pair.margin is None else -pair.margin)
+
+
+@pytest.mark.parametrize("loss_type", ["regression", "cloning"])
+def test_margins_are_refused_where_the_loss_ignores_them(loss_type, tmp_path):
+    data = with_margins(make_data(4))
+    message = f"dataset: expected pairs without a margin, which only .* got some with one and loss_type '{loss_type}'"
+    with pytest.raises(ValueError, match=f"^train_{message}"):
+        make_trainer(tmp_path, data=data, loss_type=loss_type)
+    with pytest.raises(ValueError, match=f"^eval_{message}"):
+        make_trainer(tmp_path, eval_dataset={"held": data}, loss_type=loss_type)
+    bare = with_margins(make_data(4), kept=lambda place: place == 1)
+    assert (bare.has_margins, bare.select([1, 2]).has_margins, make_data(4).has_margins) == (True, False, False)
+    make_trainer(tmp_path, data=bare.select([1, 2]), loss_type=loss_type)
 
 
 def test_a_step_short_of_micro_batches_is_normalised_by_what_it_has(tmp_path):
@@ -560,6 +646,35 @@ def test_several_held_out_sets_are_told_apart(tmp_path):
     assert metrics["eval_one_satisfaction/brief"] != metrics["eval_two_satisfaction/brief"]
 
 
+def test_fixed_multipliers_weigh_the_loss_of_every_prompt_and_never_move(tmp_path):
+    """Bit for bit the run whose multipliers start there and stand, for want of dual data; nothing is held out."""
+    fixed = make_trainer(
+        tmp_path / "fixed", thresholds=None, fixed_multipliers="brief=0.375", max_steps=6, reference="model"
+    )
+    assert fixed.dual_dataset is None
+    assert len(fixed.train_dataset) == len(make_data())
+    assert fixed.objective_weight.tolist() == [1.0, 0.375]
+    fixed.train()
+    standing = make_trainer(
+        tmp_path / "standing", dual_data=0.0, initial_multiplier={"brief": 0.375}, max_steps=6, reference="model"
+    )
+    standing.train()
+    other = make_trainer(tmp_path / "other", thresholds=None, max_steps=6, reference="model")
+    other.train()
+    weights = [trainer.model.state_dict() for trainer in (fixed, standing, other)]
+    assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
+    assert not all(torch.equal(value, weights[2][name]) for name, value in weights[0].items())
+    lines = [line for line in fixed.state.log_history if "loss" in line]
+    assert len(lines) == 6
+    assert {line["multiplier/brief"] for line in lines} == {0.375}
+    assert not any(key.startswith(("dual/", "threshold/")) for line in fixed.state.log_history for key in line)
+    assert fixed.evaluate(make_dual_data())["eval_multiplier/brief"] == 0.375
+    fixed.save_model()
+    card = (tmp_path / "fixed" / "README.md").read_text(encoding="utf-8")
+    assert "| brief | weighted |  | 0.3750 |" in card
+    assert "the multipliers below being fixed weights; no threshold was set." in card
+
+
 def test_an_unconstrained_third_objective_is_measured_and_does_not_act(tmp_path):
     trainer = make_trainer(tmp_path, thresholds=None)
     trainer.train()
@@ -686,6 +801,9 @@ def test_a_diverged_policy_is_told_with_its_step(tmp_path):
         ({"thresholds": "brief=high"}, "thresholds: .*got 'high' for 'brief'"),
         ({"thresholds": [0.4]}, r"thresholds: .*got \[0\.4\]"),
         ({"thresholds": {"brief": math.nan}}, r"thresholds\['brief'\]: expected a finite number"),
+        ({"fixed_multipliers": "brief=0.2"}, "fixed_multipliers: expected no thresholds .*got thresholds for brief$"),
+        ({"fixed_multipliers": "brief=-1", "thresholds": None}, r"fixed_multipliers\['brief'\]: .*got -1\.0"),
+        ({"fixed_multipliers": "brief:1", "thresholds": None}, r"fixed_multipliers: expected a mapping"),
         ({"initial_multiplier": "brief=-1"}, r"initial_multiplier\['brief'\]: .*got -1\.0"),
         ({"initial_multiplier": {"brief": 11}}, r"from 0 to dual_max \(10\.0\); got 11\.0"),
         ({"label_rate": {"brief": 0.0}}, r"label_rate\['brief'\]: expected a share in \(0, 1\]"),
@@ -714,6 +832,14 @@ def test_bad_settings_are_refused_by_name(changes, message, tmp_path):
         ({"primary": "kind"}, "primary: expected one of helpful, brief; got 'kind'"),
         ({"thresholds": {"kind": 0.4}}, "thresholds: expected objectives among helpful, brief; got 'kind'"),
         ({"thresholds": {"helpful": 0.4}}, "must not include the primary objective 'helpful'"),
+        (
+            {"fixed_multipliers": {"kind": 1}, "thresholds": None},
+            "fixed_multipliers: expected objectives among helpful",
+        ),
+        (
+            {"fixed_multipliers": {"helpful": 1}, "thresholds": None},
+            "fixed_multipliers: .* whose weight is 1; got 'helpf",
+        ),
         ({"objectives": ["helpful", "kind"]}, "objectives: expected names among the data's helpful, brief; got kind"),
     ],
 )
@@ -757,4 +883,6 @@ def test_over_long_examples_are_refused_with_their_name(tmp_path):
 
 def test_thresholds_come_as_mapping_text_or_json(tmp_path):
     for value in ({"a": 0.25, "b": 0.5}, "a=0.25, b=0.5", '{"a": 0.25, "b": 0.5}'):
-        assert MOPOConfig(output_dir=str(tmp_path), use_cpu=True, thresholds=value).thresholds == {"a": 0.25, "b": 0.5}
+        for name in ("thresholds", "fixed_multipliers"):
+            config = MOPOConfig(output_dir=str(tmp_path), use_cpu=True, **{name: value})
+            assert getattr(config, name) == {"a": 0.25, "b": 0.5}

@@ -530,6 +530,17 @@ def test_a_dry_run_counts_the_dual_data_apart(files, tmp_path, capsys):
     assert json.loads((tmp_path / "training_summary.json").read_text())["steps"] == 9
 
 
+def test_fixed_multipliers_come_from_the_command_line(files, tmp_path, capsys):
+    more = ["--thresholds", "", "--fixed_multipliers", "brief=0.39", "--output_dir", str(tmp_path)]
+    train(arguments(files, *more, "--dry_run"))
+    assert "none; helpful is maximised, with fixed multipliers brief 0.39" in capsys.readouterr().out
+    train(arguments(files, *more))
+    summary = json.loads((tmp_path / "training_summary.json").read_text())
+    assert (summary["multiplier"], summary["threshold"], summary["dual"]) == ({"brief": 0.39}, {}, None)
+    with pytest.raises(ValueError, match="fixed_multipliers: expected no thresholds"):
+        train(arguments(files, "--thresholds", "brief=0.4", *more[2:]))
+
+
 def test_a_dry_run_names_thresholds_that_the_labels_rule_out(files, tmp_path, capsys):
     assert cli.main(["train", *arguments(files, "--thresholds", "brief=0.99", "--dry_run"), "--output_dir", "x"]) == 0
     assert (

@@ -244,6 +244,10 @@ def test_thresholds_that_the_run_itself_moved_are_kept_on_resume(tmp_path, caplo
         ({"reference_update_steps": 2}, "^reference_update_steps: expected None, with which .* got 2"),
         ({"length_normalize": True}, "^length_normalize: expected False, with which .* got True"),
         ({"label_rate": "auto"}, "^label_rate: expected None, with which .* got 'auto'"),
+        (
+            {"fixed_multipliers": {"brief": 0.2}, "thresholds": None},
+            r"^fixed_multipliers: expected \{\}, with which .* got \{'brief': 0\.2\}",
+        ),
         ({"primary": "brief", "thresholds": None}, "^primary: expected 'helpful', with which .* got 'brief'"),
         ({"objectives": ["brief", "helpful"]}, r"^objectives: expected \['helpful', 'brief'\], with which"),
         ({"dual_dataset": make_dual_data()}, r"^dual_data: expected 'none', with which .* got '8 prompts \("),
@@ -256,6 +260,17 @@ def test_a_checkpoint_of_another_problem_is_refused(changes, message, saved, tmp
     trainer = make_trainer(folder, lora(make_model()), **{"max_steps": 6, "reference": "model", **changes})
     with pytest.raises(ValueError, match=message):
         trainer.train(resume_from_checkpoint=True)
+
+
+def test_a_run_goes_on_with_the_fixed_multipliers_it_began_with_only(tmp_path):
+    settings = {"thresholds": None, "reference": "model", "save_strategy": "steps", "save_steps": 2}
+    make_trainer(tmp_path, max_steps=2, fixed_multipliers={"brief": 0.2}, **settings).train()
+    other = make_trainer(tmp_path, max_steps=3, fixed_multipliers={"brief": 0.3}, **settings)
+    with pytest.raises(ValueError, match=r"^fixed_multipliers: expected \{'brief': 0\.2\}, .* got \{'brief': 0\.3\}"):
+        other.train(resume_from_checkpoint=True)
+    same = make_trainer(tmp_path, max_steps=3, fixed_multipliers={"brief": 0.2}, **settings)
+    same.train(resume_from_checkpoint=True)
+    assert same.state.global_step == 3
 
 
 def test_a_checkpoint_of_a_version_without_settings_and_identities_is_resumed_from(saved, tmp_path):

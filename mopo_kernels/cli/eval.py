@@ -29,7 +29,14 @@ from mopo_kernels.evaluation import (
 )
 from mopo_kernels.mappings import parse_mapping
 
-Adapter = Annotated[str | None, typer.Option(help="A peft adapter (folder or hub name) to put on it.")]
+Adapter = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="ADAPTER[=WEIGHT]",
+        help="A peft adapter (folder or hub name) to put on it; repeat for the weighted sum of several.",
+    ),
+]
+Scale = Annotated[float, typer.Option(help="Factor of the update by its adapter, or adapters; 0 is the model alone.")]
 
 
 def evaluate(
@@ -39,11 +46,13 @@ def evaluate(
     prompts: Annotated[Path, typer.Option(help='Held-out prompts: .jsonl with a "prompt" field, or .txt.')],
     judges: Annotated[str, typer.Option(help="package.module:ATTR or file.py:ATTR, a dict of objective -> judge.")],
     policy_adapter: Adapter = None,
+    policy_scale: Scale = 1.0,
     baseline: Annotated[
         str | None,
         typer.Option(help="Model or adapter to compare with. Default: the policy's base model, its adapter off."),
     ] = None,
     baseline_adapter: Adapter = None,
+    baseline_scale: Scale = 1.0,
     samples: Annotated[int, typer.Option(min=1, help="Responses drawn for each prompt from each policy.")] = 4,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest response, tokens.")] = 48,
     temperature: Annotated[float, typer.Option(min=0.0, help="Of sampling; 0 is greedy.")] = 1.0,
@@ -72,9 +81,12 @@ def evaluate(
     across = [] if x is None else [x]
     sweep = read_sweep(policy) if is_sweep(policy) else None
     compared = [name for name in judge_of if sweep is not None and name in sweep["compared"]] or list(judge_of)
-    if sweep is not None and policy_adapter is not None:
+    ours_on = adapters("--policy-adapter", policy_adapter)
+    theirs_on = adapters("--baseline-adapter", baseline_adapter)
+    if sweep is not None and (ours_on is not None or policy_scale != 1.0):
         raise ValueError(
-            f"--policy-adapter must not be given with a sweep, whose adapters are known, got {policy_adapter}"
+            "--policy-adapter must not be given with a sweep, whose adapters are known, nor --policy-scale, "
+            f"got {', '.join(ours_on or [str(policy_scale)])}"
         )
     held_out = load_prompts(prompts)[:limit]
     if len(held_out) < 2:
@@ -98,15 +110,21 @@ def evaluate(
     if sweep is not None:
         _nondominated(np.empty((0, 1)))  # a missing package shows before the work, not after it
         candidates = load_sweep_policies(policy, device=device)
-    elif baseline is None and policy_adapter is None and not is_adapter(policy):
+    elif baseline is None and ours_on is None and not is_adapter(policy):
         raise ValueError("--baseline is needed: the policy has no adapter, so no base model to be compared with")
     else:
-        candidates = [load_policy(policy, policy_adapter, device=device)]
+        candidates = [load_policy(policy, ours_on, device=device, scale=policy_scale)]
     candidate = candidates[0]
-    if baseline is None and baseline_adapter is None:
+    if baseline is None and theirs_on is None:
+        if baseline_scale != 1.0:
+            raise ValueError(
+                f"--baseline-scale must be 1 without --baseline or --baseline-adapter, got {baseline_scale}"
+            )
         reference = candidate.base()
     else:
-        reference = load_policy(baseline or candidate.source, baseline_adapter, device=device, share=candidate)
+        reference = load_policy(
+            baseline or candidate.source, theirs_on, device=device, share=candidate, scale=baseline_scale
+        )
 
     ours, theirs = candidate.name, reference.name
     if ours == theirs:
@@ -131,9 +149,11 @@ def evaluate(
     if output is not None:
         settings = {
             "policy": policy,
-            "policy_adapter": policy_adapter,
+            "policy_adapter": ours_on,
+            "policy_scale": policy_scale,
             "baseline": baseline,
-            "baseline_adapter": baseline_adapter,
+            "baseline_adapter": theirs_on,
+            "baseline_scale": baseline_scale,
             "prompts": str(prompts),
             "judges": judges,
             "samples": samples,
@@ -178,6 +198,23 @@ def evaluate(
         show(_table(comparison, ours, theirs, thresholds))
     else:
         show(_sweep_table(points, theirs, thresholds, compared, front))
+
+
+def adapters(option: str, values: Sequence[str] | None) -> dict[str, float] | None:
+    """ADAPTER or ADAPTER=WEIGHT, each once, as a mapping; a folder's own name may hold "="."""
+    found: dict[str, float] = {}
+    for value in values or ():
+        folder, equals, weight = value.rpartition("=")
+        if Path(value).exists() or not equals:
+            folder, weight = value, "1"
+        try:
+            number = float(weight)
+        except ValueError:
+            raise ValueError(f"{option} must be ADAPTER or ADAPTER=WEIGHT, got {value!r}") from None
+        if folder in found:
+            raise ValueError(f"{option}: {folder!r} is given twice")
+        found[folder] = number
+    return found or None
 
 
 def _front(points: Mapping[str, Comparison], objectives: Sequence[str]) -> list[str]:

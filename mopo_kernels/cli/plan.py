@@ -158,6 +158,10 @@ def _shares(model: Any, config: MOPOConfig) -> tuple[bool, str | None]:
 
 def _thresholds(config: MOPOConfig, objectives: Sequence[str], primary: str, data: PreferenceData) -> str:
     assert isinstance(config.thresholds, dict)
+    assert isinstance(config.fixed_multipliers, dict)
+    if config.fixed_multipliers:
+        fixed = ", ".join(f"{name} {value:g}" for name, value in config.fixed_multipliers.items())
+        return f"none; {primary} is maximised, with fixed multipliers {fixed}"
     if not config.thresholds:
         return f"none; {primary} is maximised, the others are watched"
     wanted = f"{primary} maximised, " + ", ".join(f"{name} >= {bound:g}" for name, bound in config.thresholds.items())

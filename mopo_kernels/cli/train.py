@@ -424,7 +424,7 @@ def save_results(trainer: MOPOTrainer, output: TrainOutput, model_name: str) -> 
         "objectives": list(trainer.objectives),
         "primary": trainer.primary,
         "steps": output.global_step,
-        "multiplier": trainer.dual.multiplier,
+        "multiplier": trainer.multiplier,
         "threshold": trainer.dual.threshold,
         "in_sample": trainer.in_sample,
         "dual": None if trainer.measurement is None else asdict(trainer.measurement),

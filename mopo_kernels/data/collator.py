@@ -71,6 +71,7 @@ class PreferenceCollator:
     pairs               (P, 2)      int64     row indices
     preference          (P, K)      float32   P(first beats second), NaN where unlabelled
     pair_weight         (P,)        float32   the example's weight
+    margin              (P,)        float32   nats, 0 where a pair has none; only when some pair has one
     prompt_index        (B,)        int64     which example of the batch the row belongs to
     ref_logprob         (B,)        float32   nats; only when every example has it
     ==================  ==========  ========  ==================================================================
@@ -179,7 +180,7 @@ class PreferenceCollator:
         ]
         tokenized = self.tokenize(batch)
         tensors = self._shared(tokenized) if self.shared_prompts else self._padded(tokenized)
-        pairs, preference, weight = [], [], []
+        pairs, preference, weight, margin = [], [], [], []
         prompt_index: list[int] = []
         for position, example in enumerate(batch):
             offset = len(prompt_index)
@@ -189,12 +190,15 @@ class PreferenceCollator:
                 values = [pair.preference.get(name) for name in self.objectives]
                 preference.append([float("nan") if value is None else value for value in values])
                 weight.append(example.weight)
+                margin.append(pair.margin)
         tensors |= {
             "pairs": torch.tensor(pairs),
             "preference": torch.tensor(preference, dtype=torch.float32),
             "pair_weight": torch.tensor(weight, dtype=torch.float32),
             "prompt_index": torch.tensor(prompt_index),
         }
+        if any(value is not None for value in margin):
+            tensors["margin"] = torch.tensor([value or 0.0 for value in margin], dtype=torch.float32)
         if all(example.ref_logprob is not None for example in batch):
             reference = [value for example in batch for value in example.ref_logprob or ()]
             tensors["ref_logprob"] = torch.tensor(reference, dtype=torch.float32)

@@ -46,16 +46,17 @@ def _to_table(examples: Sequence[PreferenceExample], objectives: Sequence[str]) 
     # chat template a string is one user turn anyway, and without one messages cannot be used at all.
     chat_prompts = any(not isinstance(example.prompt, str) for example in examples)
     chat_responses = any(not isinstance(response, str) for example in examples for response in example.responses)
+    pair_features = {
+        "i": datasets.Value("int64"),
+        "j": datasets.Value("int64"),
+        "preference": {name: datasets.Value("float64") for name in objectives},
+    }
+    if any(pair.margin is not None for example in examples for pair in example.pairs):
+        pair_features["margin"] = datasets.Value("float64")
     features: dict[str, Any] = {
         "prompt": message if chat_prompts else text,
         "responses": [message] if chat_responses else [text],
-        "pairs": [
-            {
-                "i": datasets.Value("int64"),
-                "j": datasets.Value("int64"),
-                "preference": {name: datasets.Value("float64") for name in objectives},
-            }
-        ],
+        "pairs": [pair_features],
         "id": text,
         "weight": datasets.Value("float64"),
     }
@@ -70,6 +71,8 @@ def _to_table(examples: Sequence[PreferenceExample], objectives: Sequence[str]) 
             row["responses"] = [[{"role": "assistant", "content": response_text(r)}] for r in example.responses]
         for pair in row["pairs"]:
             pair["preference"] = {name: pair["preference"].get(name) for name in objectives}
+            if "margin" in pair_features:
+                pair.setdefault("margin", None)
         if "ref_logprob" in features:
             row.setdefault("ref_logprob", None)
         rows.append(row)
@@ -125,6 +128,16 @@ class PreferenceData:
 
     def __iter__(self) -> Iterator[PreferenceExample]:
         return (PreferenceExample.from_dict(row) for row in self.dataset)
+
+    @property
+    def has_margins(self) -> bool:
+        """Whether any pair has a ``margin``."""
+        pairs: Any = self.dataset.features.arrow_schema.field("pairs").type.value_type
+        if pairs.get_field_index("margin") < 0:
+            return False
+        return any(
+            pair["margin"] is not None for row in self.dataset.select_columns(["pairs"]) for pair in row["pairs"]
+        )
 
     def select(self, indices: Iterable[int]) -> PreferenceData:
         """The examples at ``indices``, in that order."""
@@ -231,7 +244,8 @@ def merge_preferences(parts: Sequence[PreferenceData]) -> PreferenceData:
     example stay apart, and the n-th copy joins the n-th copy). A pair that several parts judge for different objectives
     carries all of those labels, whichever way round each part had it; a pair that only one part has stays unlabelled
     for the other objectives. Where the same pair is judged for the same objective more than once, the labels are
-    averaged. ``ref_logprob`` survives when every joined example has it; the id is the first's.
+    averaged, and so are its margins, a reversed pair's with the other sign. ``ref_logprob`` survives when every joined
+    example has it; the id is the first's.
 
     Raises:
         ValueError: no part.
@@ -261,6 +275,7 @@ def _join(examples: Sequence[PreferenceExample]) -> PreferenceExample:
     place: dict[tuple[str, int], int] = {}
     reference: dict[int, float] = {}
     labels: dict[tuple[int, int], dict[str, list[float]]] = {}
+    margins: dict[tuple[int, int], list[float]] = {}
     for example in examples:
         seen: dict[str, int] = {}
         position = []
@@ -281,11 +296,18 @@ def _join(examples: Sequence[PreferenceExample]) -> PreferenceExample:
             for name, value in pair.preference.items():
                 if value is not None:
                     slot.setdefault(name, []).append(1 - value if flip else value)
+            if pair.margin is not None:
+                margins.setdefault((j, i) if flip else (i, j), []).append(-pair.margin if flip else pair.margin)
     return PreferenceExample(
         prompt=first.prompt,
         responses=tuple(responses),
         pairs=tuple(
-            PreferencePair(i, j, {name: sum(values) / len(values) for name, values in slot.items()})
+            PreferencePair(
+                i,
+                j,
+                {name: sum(values) / len(values) for name, values in slot.items()},
+                sum(margins[i, j]) / len(margins[i, j]) if (i, j) in margins else None,
+            )
             for (i, j), slot in labels.items()
         ),
         id=first.id,

@@ -139,11 +139,15 @@ class PreferencePair:
         j: index of the second response, not equal to ``i``.
         preference: objective name to P(responses[i] beats responses[j]) in [0, 1]; 0.5 is a tie, which is information,
             ``None`` (or absence) is an objective nobody judged.
+        margin: what is taken off the pair's log-odds in the sigmoid loss, ``u = tau h - margin`` in eq. (25) of
+            docs/method.md, nats: as MODPO takes the other objectives' rewards, those of ``responses[i]`` minus those of
+            ``responses[j]``. The pair the other way round has its negative. ``None`` is 0.
     """
 
     i: int
     j: int
     preference: dict[str, float | None]
+    margin: float | None = None
 
     def __post_init__(self) -> None:
         for name in ("i", "j"):
@@ -166,6 +170,8 @@ class PreferencePair:
                 )
             if not 0 <= value <= 1:
                 raise DataError(f"expected a number in [0, 1], got {_shown(value)}", field=here)
+        if self.margin is not None and not is_number(self.margin):
+            raise DataError(f"expected a finite number of nats, got {_shown(self.margin)}", field="margin")
 
     @classmethod
     def from_dict(cls, record: Mapping[str, Any]) -> PreferencePair:
@@ -175,20 +181,25 @@ class PreferencePair:
         missing = [key for key in ("i", "j", "preference") if key not in record]
         if missing:
             raise DataError("is missing", field=missing[0])
-        unknown = sorted(set(record) - {"i", "j", "preference"})
+        unknown = sorted(set(record) - {"i", "j", "preference", "margin"})
         if unknown:
-            raise DataError("unknown key: a pair has i, j and preference (weights belong to the row)", field=unknown[0])
+            raise DataError(
+                "unknown key: a pair has i, j, preference and perhaps margin (weights belong to the row)",
+                field=unknown[0],
+            )
         preference = record["preference"]
         if isinstance(preference, Mapping):
             preference = {
                 name: float(value) if value is not None and is_number(value) else value
                 for name, value in preference.items()
             }
-        return cls(record["i"], record["j"], preference)
+        margin: Any = record.get("margin")
+        return cls(record["i"], record["j"], preference, float(margin) if is_number(margin) else margin)
 
     def to_dict(self) -> dict[str, Any]:
-        """The JSON form."""
-        return {"i": self.i, "j": self.j, "preference": dict(self.preference)}
+        """The JSON form; ``margin`` only when there is one."""
+        record = {"i": self.i, "j": self.j, "preference": dict(self.preference)}
+        return record if self.margin is None else record | {"margin": self.margin}
 
 
 @dataclass(frozen=True)

@@ -47,6 +47,9 @@ class MOPOConfig(TrainingArguments):
         thresholds: objective -> lower bound on its satisfaction, as a dict, JSON or ``"name=0.45,other=0.5"``. On the
             scale of ``estimator``. An objective other than the primary without a threshold has weight 0: it is
             measured, and does not act.
+        fixed_multipliers: in place of thresholds, objective -> multiplier (at least 0) that never moves, in the same
+            forms: a scalarisation of known weights, 1 for the primary. The loss fits every training prompt; there are
+            no dual data and no dual steps. An objective other than the primary that is not named has weight 0.
         tau: KL weight of the regression and cloning losses, beta of ``sigmoid``. Positive.
         loss_type: ``regression``, ``cloning`` or ``sigmoid`` (see ``mopo_kernels.mopo_loss``).
         estimator: how satisfaction is measured: ``pair`` (0.5 at the reference; not the win rate), ``snis`` or
@@ -131,6 +134,9 @@ class MOPOConfig(TrainingArguments):
     primary: str | None = field(default=None, metadata={"help": "The maximised objective; default: the first."})
     thresholds: dict | str | None = field(
         default=None, metadata={"help": "Lower bounds, as name=0.45,other=0.5 or a mapping."}
+    )
+    fixed_multipliers: dict | str | None = field(
+        default=None, metadata={"help": "Multipliers that never move, as name=0.39,other=0.08, instead of thresholds."}
     )
     tau: float = field(default=0.1, metadata={"help": "KL weight (beta of the sigmoid loss)."})
     loss_type: str = field(default="regression", metadata={"help": f"One of {', '.join(LOSS_TYPES)}."})
@@ -219,6 +225,15 @@ class MOPOConfig(TrainingArguments):
             self.dataloader_pin_memory = False
         self.objectives = parse_names("objectives", self.objectives)
         self.thresholds = parse_mapping("thresholds", self.thresholds)
+        self.fixed_multipliers = parse_mapping("fixed_multipliers", self.fixed_multipliers)
+        if self.fixed_multipliers and self.thresholds:
+            raise ValueError(
+                "fixed_multipliers: expected no thresholds with them, as multipliers that follow thresholds move; got "
+                f"thresholds for {', '.join(self.thresholds)}"
+            )
+        for name, value in self.fixed_multipliers.items():
+            if value < 0:
+                raise ValueError(f"fixed_multipliers[{name!r}]: expected a number of at least 0; got {value}")
         if self.initial_multiplier is None:
             self.initial_multiplier = "labels"
         if self.initial_multiplier not in ("labels", "zero"):

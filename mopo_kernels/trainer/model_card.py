@@ -76,7 +76,7 @@ def model_card(trainer: MOPOTrainer, base_model: str | None = None, merged: bool
             "",
             "Trained by constrained preference optimisation "
             f"(MOPO, [arXiv 2505.10892](https://arxiv.org/abs/2505.10892)) to maximise {trainer.primary}"
-            + (", each threshold below being a lower bound." if trainer.dual.threshold else "; no threshold was set."),
+            + (", each threshold below being a lower bound." if trainer.dual.threshold else _weights(trainer)),
             "",
             "| objective | | threshold | multiplier | dual data | slack | held out | slack |",
             "|---|---|---|---|---|---|---|---|",
@@ -99,19 +99,28 @@ def _row(trainer: MOPOTrainer, name: str, found: dict[str, float]) -> str:
     dual = trainer.measurement
     satisfaction = None if dual is None else dual.satisfaction.get(name)
     error = None if dual is None else dual.standard_error.get(name)
-    role = "maximised" if name == trainer.primary else "watched" if threshold is None else "held"
+    multiplier = trainer.multiplier.get(name)
+    role = "maximised"
+    if name != trainer.primary:
+        role = "held" if threshold is not None else "watched" if multiplier is None else "weighted"
     held_out = found.get(f"eval_satisfaction/{name}")
     cells = [
         name,
         role,
         "" if threshold is None else f"{threshold:.4g}",
-        _number(trainer.dual.multiplier.get(name)) if threshold is not None else "",
+        "" if multiplier is None else _number(multiplier),
         _number(satisfaction) + _error(error),
         _slack(satisfaction, threshold),
         _number(held_out) + _error(found.get(f"eval_standard_error/{name}")),
         _slack(held_out, found.get(f"eval_threshold/{name}", threshold)),
     ]
     return f"| {' | '.join(cells)} |"
+
+
+def _weights(trainer: MOPOTrainer) -> str:
+    if not trainer.multiplier:
+        return "; no threshold was set."
+    return ", the multipliers below being fixed weights; no threshold was set."
 
 
 def _number(value: float | None, form: str = "{:.4f}") -> str:

@@ -220,6 +220,8 @@ class Sweep:
                     f"{', '.join(name for name in objectives if name != self.primary)}; got one for "
                     f"{', '.join(unknown)} in point {point.name}"
                 )
+        if args.fixed_multipliers:
+            raise ValueError(f"fixed_multipliers: expected none in a sweep of thresholds; got {args.fixed_multipliers}")
         nondominated(np.empty((0, 1)))  # a missing package shows before the work, not after it
         self.points = list(points)
         self.model = model

@@ -90,6 +90,7 @@ _PROBLEM = (
     "label_rate",
     "max_ratio",
     "length_normalize",
+    "fixed_multipliers",
 )
 
 
@@ -152,9 +153,10 @@ class MOPOTrainer(Trainer):
             steps. Every objective with a threshold needs one.
 
     Attributes:
+        multiplier: by objective with a threshold or a fixed multiplier.
         train_dataset, dual_dataset: what the loss fits, and the dual data, or None.
         given_dataset: the training data as given, before a share became the dual data.
-        dual: the ``DualAscent`` that holds the multipliers.
+        dual: the ``DualAscent`` that holds the multipliers of objectives with a threshold.
         measurement: what the last dual step was made on (``control.Measurement``), or None.
         label_solution: what the exact solve on the training labels found, or None.
         already_finished: whether the last ``train`` resumed from a checkpoint that had every step, and so took none.
@@ -214,6 +216,9 @@ class MOPOTrainer(Trainer):
             eval_dataset = {name: as_preference_data(part, "eval_dataset") for name, part in eval_dataset.items()}
         elif eval_dataset is not None:
             eval_dataset = as_preference_data(eval_dataset, "eval_dataset")
+        _check_margins(args, train_dataset, "train_dataset")
+        for part in eval_dataset.values() if isinstance(eval_dataset, dict) else (eval_dataset,):
+            _check_margins(args, part, "eval_dataset")
         self.objectives, self.primary = resolve_objectives(args, train_dataset, eval_dataset)
         if data_collator is None:
             if processing_class is None:
@@ -382,6 +387,21 @@ class MOPOTrainer(Trainer):
         it."""
         return self._in_sample.value
 
+    @property
+    def multiplier(self) -> dict[str, float]:
+        """Of every objective with a threshold, as it is now, or with a fixed multiplier."""
+        assert isinstance(self.args.fixed_multipliers, dict)
+        return self.dual.multiplier | self.args.fixed_multipliers
+
+    @property
+    def objective_weight(self) -> Tensor:
+        """(K,) fp32: 1 for the primary, ``multiplier`` for those that have one, 0 for the others."""
+        multiplier = self.multiplier
+        return torch.tensor(
+            [1.0 if name == self.primary else multiplier.get(name, 0.0) for name in self.objectives],
+            dtype=torch.float32,
+        )
+
     def _dual_steps(self) -> int:
         if self.args.dual_steps is not None:
             return self.args.dual_steps
@@ -395,7 +415,7 @@ class MOPOTrainer(Trainer):
         if controller.judges is not None:
             measurement = controller.from_win_rates(step, self._judged(part))
         else:
-            measurement = controller.from_log_ratios(step, self._log_ratios(part), self.dual.weight)
+            measurement = controller.from_log_ratios(step, self._log_ratios(part), self.objective_weight)
         warmup = _WARMUP_EPOCHS * self._steps_an_epoch if args.dual_warmup_steps is None else args.dual_warmup_steps
         logs, refused = controller.move(
             self.dual,
@@ -414,8 +434,7 @@ class MOPOTrainer(Trainer):
                 f"{measurement.effective_prompts[name]:.1f} prompts{coverage}; asked for are dual_effective_prompts "
                 f"{args.dual_effective_prompts:g} and dual_coverage {args.dual_coverage:g} (this is said once)",
             )
-        for name, multiplier in self.dual.multiplier.items():
-            logs |= {f"multiplier/{name}": multiplier, f"threshold/{name}": self.dual.threshold[name]}
+        logs |= self._multiplier_metrics()
         # A callback's answer to a log line takes back that one is due.
         due = control.should_log
         self.log(logs)
@@ -750,7 +769,7 @@ class MOPOTrainer(Trainer):
         device = self.args.device
         if isinstance(normalizer, Tensor):
             normalizer = to_device(normalizer, device) if device.type != "mps" else float(normalizer)
-        return {"objective_weight": to_device(self.dual.weight, device), "normalizer": normalizer}
+        return {"objective_weight": to_device(self.objective_weight, device), "normalizer": normalizer}
 
     def compute_loss(
         self,
@@ -852,8 +871,7 @@ class MOPOTrainer(Trainer):
         summary.pop("effective_sample_size", None)
         # The policy fits these pairs: by its name no one should take a figure of theirs for a measure of it.
         result = {f"in_sample/{key}" if "/" in key else key: value for key, value in summary.items()}
-        for name, multiplier in self.dual.multiplier.items():
-            result |= {f"multiplier/{name}": multiplier, f"threshold/{name}": self.dual.threshold[name]}
+        result |= self._multiplier_metrics()
         if self._window_sizes:
             result["effective_sample_size"] = sum(self._window_sizes) / len(self._window_sizes)
         seconds = max(self._window_seconds, 1e-9)
@@ -863,14 +881,16 @@ class MOPOTrainer(Trainer):
         return result
 
     def _control_metrics(self, summary: dict[str, float]) -> dict[str, float]:
-        """A summary with multiplier, threshold and slack of every constrained objective."""
-        result = dict(summary)
-        for name, multiplier in self.dual.multiplier.items():
-            result[f"multiplier/{name}"] = multiplier
-            result[f"threshold/{name}"] = self.dual.threshold[name]
+        """A summary with the multipliers, and threshold and slack of every constrained objective."""
+        result = summary | self._multiplier_metrics()
+        for name, bound in self.dual.threshold.items():
             if f"satisfaction/{name}" in summary:
-                result[f"slack/{name}"] = summary[f"satisfaction/{name}"] - self.dual.threshold[name]
+                result[f"slack/{name}"] = summary[f"satisfaction/{name}"] - bound
         return result
+
+    def _multiplier_metrics(self) -> dict[str, float]:
+        found = {f"multiplier/{name}": value for name, value in self.multiplier.items()}
+        return found | {f"threshold/{name}": bound for name, bound in self.dual.threshold.items()}
 
     # ------------------------------------------------------------------------------------------------- evaluation
 
@@ -1091,12 +1111,24 @@ def resolve_objectives(args: MOPOConfig, train: PreferenceData | None, evaluatio
     primary = objectives[0] if args.primary is None else args.primary
     if primary not in objectives:
         raise ValueError(f"primary: expected one of {', '.join(objectives)}; got {primary!r}")
-    for argument in ("thresholds", "initial_multiplier", "label_rate"):
+    for argument in ("thresholds", "fixed_multipliers", "initial_multiplier", "label_rate"):
         value = getattr(args, argument)
         for name in value if isinstance(value, Mapping) else ():
             if name not in objectives:
                 raise ValueError(f"{argument}: expected objectives among {', '.join(objectives)}; got {name!r}")
+    if primary in (args.fixed_multipliers or ()):
+        raise ValueError(
+            f"fixed_multipliers: expected none for the primary objective, whose weight is 1; got {primary!r}"
+        )
     return objectives, primary
+
+
+def _check_margins(args: MOPOConfig, data: PreferenceData | None, argument: str) -> None:
+    if data is not None and args.loss_type != "sigmoid" and data.has_margins:
+        raise ValueError(
+            f"{argument}: expected pairs without a margin, which only loss_type 'sigmoid' takes; got some with one and "
+            f"loss_type {args.loss_type!r}"
+        )
 
 
 def _check_judges(args: MOPOConfig, judges: Mapping[str, Judge], objectives: Sequence[str]) -> None:
@@ -1219,7 +1251,8 @@ def _warn_of_missing_labels(
     if data is None or args.label_rate is not None or args.loss_type != "regression" or args.process_index != 0:
         return
     assert isinstance(args.thresholds, dict)
-    acting = [name for name in objectives if name == primary or name in args.thresholds]
+    assert isinstance(args.fixed_multipliers, dict)
+    acting = [name for name in objectives if name in (primary, *args.thresholds, *args.fixed_multipliers)]
     if missing := {name: share for name, share in _coverage(data, acting).items() if share < 1}:
         logger.warning(
             "labels are missing (pairs that have one: %s): regression draws the margin of a pair without a label to 0, "
