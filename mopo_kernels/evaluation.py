@@ -497,7 +497,7 @@ def _sample_batch(model: Any, prompts: Sequence[Sequence[int]], options: Mapping
         steps = left if cache is None else min(left, _STEPS_BETWEEN_LEAVING)
         length = tokens.shape[1]
         tokens = model.generate(
-            input_ids=tokens, attention_mask=mask, past_key_values=cache, **(options | {"max_new_tokens": steps})
+            input_ids=tokens, attention_mask=mask, past_key_values=cache, **{**options, "max_new_tokens": steps}
         )
         new = tokens[:, length:]
         for place, row in zip(places.tolist(), new.tolist(), strict=True):
