@@ -477,6 +477,36 @@ def _plain_sampling(model: Any) -> Iterator[None]:
         model.train(training)
 
 
+def _draws(temperature: float, top_p: float) -> Any:
+    """Logits processors after which only the token drawn is left; at temperature 0 none.
+
+    From the distribution as it is, no token cut off but by top_p.
+    """
+    from transformers import LogitsProcessorList
+    from transformers.generation import TemperatureLogitsWarper, TopPLogitsWarper
+
+    processors: list[Any] = []
+    if temperature > 0.0:
+        processors += [TemperatureLogitsWarper(temperature)] if temperature != 1.0 else []
+        processors += [TopPLogitsWarper(top_p)] if top_p < 1.0 else []
+        processors.append(_draw_token)
+    return LogitsProcessorList(processors)
+
+
+def _draw_token(input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+    """0 at one token a row, drawn from the softmax of the scores, and -inf elsewhere.
+
+    By inverting the distribution function, one random number a row: torch.multinomial draws one a token of the
+    vocabulary, on a CPU in one thread, which can take as long as the model does.
+    """
+    cumulative = scores.float().softmax(-1).cumsum(-1)
+    total = cumulative[:, -1:]
+    # Below the total, which rounding may leave a little off 1: a token of probability 0 at the end is not drawn.
+    at = torch.rand_like(total) * total
+    token = torch.searchsorted(cumulative, torch.minimum(at, total.nextafter(torch.zeros_like(total))), right=True)
+    return torch.full_like(scores, -torch.inf).scatter_(1, token, 0.0)
+
+
 def _sample_batch(model: Any, prompts: Sequence[Sequence[int]], options: Mapping[str, Any]) -> list[list[int]]:
     """Token ids sampled after each prompt, with the pad token after the end.
 
@@ -592,11 +622,8 @@ def sample_responses(
     pad = next((p for p in (tokenizer.pad_token_id, tokenizer.eos_token_id, *sorted(stops)) if p is not None), 0)
     options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "pad_token_id": pad, "use_cache": True}
     options |= {"eos_token_id": sorted(stops)} if stops else {}
-    if temperature > 0.0:
-        # top_k=0: left out, transformers would keep the 50 likeliest tokens only.
-        options |= {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
-    else:
-        options |= {"do_sample": False}
+    # The token is drawn by the last processor, which leaves one: generate takes the likeliest.
+    options |= {"do_sample": False, "logits_processor": _draws(temperature, top_p)}
 
     # Longest first: neighbours need little padding, and a batch that does not fit in memory fails at the start.
     by_length = sorted(range(len(encoded)), key=lambda index: -len(encoded[index]))

@@ -232,13 +232,13 @@ def test_draw_is_kept_only_when_it_ended_and_training_would_score_the_same_token
 def test_sampling_resumes_after_a_line_cut_short(tmp_path, monkeypatch):
     calls: list[int] = []
 
-    def sample(model, tokenizer, batch, draws, seed):
+    def sample(model, tokenizer, batch, draws, seed, device):
         calls.append(seed)
         return [[make_data.Draw(f"{prompt} {seed} {index}", 3, "kept") for index in range(draws)] for prompt in batch]
 
     monkeypatch.setattr(make_data, "sample_batch", sample)
     monkeypatch.setattr(make_data.AutoTokenizer, "from_pretrained", lambda folder: lambda text: {"input_ids": text})
-    monkeypatch.setattr(make_data.AutoModelForCausalLM, "from_pretrained", lambda folder: _Model())
+    monkeypatch.setattr(make_data.AutoModelForCausalLM, "from_pretrained", lambda folder, dtype: _Model())
     cache = tmp_path / "samples.jsonl"
     whole = make_data.sample_all(tmp_path, cache)
     batches = len(calls)
@@ -280,6 +280,9 @@ class _Policy:
 
 
 class _Model:
+    def to(self, device):
+        return self
+
     def eval(self):
         return self
 
