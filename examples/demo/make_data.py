@@ -100,7 +100,8 @@ def sample_all(
 ) -> dict[str, list[Draw]]:
     """Every draw for every training prompt, in order; batches already in `cache` are read, not sampled again."""
     tokenizer = AutoTokenizer.from_pretrained(model_folder)
-    model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32).to(device).eval()
+    loaded: Any = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32)
+    model = loaded.to(device).eval()
     done = _read_cache(cache)
     draws: dict[str, list[Draw]] = {prompt: [] for prompt in train_prompts()}
     cache.parent.mkdir(parents=True, exist_ok=True)
