@@ -527,10 +527,9 @@ def main() -> int:
 
     console.print(table(protocol, comparisons, scale))
     for claim, holds in claims.items():
-        console.print(f"{'[green]holds[/] ' if holds else '[red]FAILS[/] '} {claim}", highlight=False)
-    console.print(
-        f"{run.out / 'report.json'}, {', '.join(str(p) for p in plots)}; {report['seconds']['total'] / 60:.1f} minutes"
-    )
+        console.print(f"{'[green]holds[/] ' if holds else '[red]FAILS[/] '} {claim}", highlight=False, soft_wrap=True)
+    written = ", ".join(str(path) for path in (run.out / "report.json", *plots))
+    console.print(f"{written}; {report['seconds']['total'] / 60:.1f} minutes", highlight=False, soft_wrap=True)
     return 0 if all(claims.values()) else 1
 
 
