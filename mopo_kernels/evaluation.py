@@ -446,7 +446,8 @@ def prompt_text(prompt: Prompt) -> str:
     return users[-1]
 
 
-def _progress(enabled: bool) -> Progress:
+def progress_bar(enabled: bool) -> Progress:
+    """On stderr; shows nothing unless enabled."""
     return Progress(
         TextColumn("{task.description}", markup=False),
         BarColumn(),
@@ -631,7 +632,7 @@ def sample_responses(
     responses: list[list[str]] = [[] for _ in encoded]
     device = model.device
     devices = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices), torch.no_grad(), _plain_sampling(model), _progress(progress) as bar:
+    with torch.random.fork_rng(devices), torch.no_grad(), _plain_sampling(model), progress_bar(progress) as bar:
         torch.manual_seed(seed)
         task = bar.add_task(description, total=len(rows))
         for start in range(0, len(rows), batch_size):
@@ -745,7 +746,7 @@ def judge_responses(
     if len(prompts) != len(responses):
         raise ValueError(f"responses must have one list a prompt: expected {len(prompts)}, got {len(responses)}")
     scores: dict[str, list[list[float]]] = {name: [] for name in judges}
-    with _progress(progress) as bar:
+    with progress_bar(progress) as bar:
         task = bar.add_task(description, total=len(prompts))
         for index, (prompt, drawn) in enumerate(zip(prompts, responses, strict=True)):
             text = prompt_text(prompt)
@@ -767,6 +768,36 @@ def _check_bootstrap(prompts: int, n_boot: int, confidence: float) -> None:
         raise ValueError(f"confidence must be in (0, 1), got {confidence}")
 
 
+def win_rate_by_prompt(
+    candidate_scores: Sequence[Sequence[float]] | NDArray[np.floating],
+    baseline_scores: Sequence[Sequence[float]] | NDArray[np.floating],
+    *,
+    name: str = "candidate_scores",
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Win rate of the candidate over the baseline on each prompt, and the share of ties, both (X,).
+
+    candidate_scores, baseline_scores: [prompt][sample], as for `win_rate`. name: of the candidate's scores, in
+    messages. Raises ValueError as `win_rate` does.
+    """
+    if len(candidate_scores) != len(baseline_scores):
+        raise ValueError(
+            f"baseline_scores must have as many prompts as {name}, {len(candidate_scores)}, got {len(baseline_scores)}"
+        )
+    by_prompt, tied = np.empty(len(candidate_scores)), np.empty(len(candidate_scores))
+    for index in range(len(candidate_scores)):
+        candidate = np.asarray(candidate_scores[index], dtype=np.float64)
+        baseline = np.asarray(baseline_scores[index], dtype=np.float64)
+        for argument, scores in ((name, candidate), ("baseline_scores", baseline)):
+            if scores.ndim != 1 or scores.size == 0 or not np.isfinite(scores).all():
+                raise ValueError(
+                    f"{argument}[{index}] must be a non-empty list of finite numbers, got {scores.tolist()}"
+                )
+        sign = np.sign(candidate[:, None] - baseline[None, :])
+        by_prompt[index] = (1.0 + sign.mean()) / 2.0
+        tied[index] = (sign == 0.0).mean()
+    return by_prompt, tied
+
+
 def win_rate(
     candidate_scores: Sequence[Sequence[float]] | NDArray[np.floating],
     baseline_scores: Sequence[Sequence[float]] | NDArray[np.floating],
@@ -785,14 +816,9 @@ def win_rate(
     has no width when every prompt has the same win rate.
     Raises ValueError for fewer than 2 prompts, which allow no interval, and for unequal numbers of prompts.
     """
-    if len(candidate_scores) != len(baseline_scores):
-        raise ValueError(
-            f"baseline_scores must have as many prompts as candidate_scores, {len(candidate_scores)}, "
-            f"got {len(baseline_scores)}"
-        )
-    prompts = len(candidate_scores)
+    by_prompt, tied = win_rate_by_prompt(candidate_scores, baseline_scores)
+    prompts = len(by_prompt)
     _check_bootstrap(prompts, n_boot, confidence)
-    by_prompt, tied = _by_prompt("candidate_scores", candidate_scores, baseline_scores)
     low, high = _interval(by_prompt, n_boot, confidence, seed)
     return WinRate(
         objective=objective,
@@ -828,24 +854,10 @@ def win_rate_difference(
     for name, scores in (("candidate_scores", candidate_scores), ("rival_scores", rival_scores)):
         if len(scores) != prompts:
             raise ValueError(f"{name} must have as many prompts as baseline_scores, {prompts}, got {len(scores)}")
-        rows.append(_by_prompt(name, scores, baseline_scores)[0])
+        rows.append(win_rate_by_prompt(scores, baseline_scores, name=name)[0])
     _check_bootstrap(prompts, n_boot, confidence)
     low, high = _interval(rows[0] - rows[1], n_boot, confidence, seed)
     return Difference(objective, float((rows[0] - rows[1]).mean()), low, high, prompts, confidence)
-
-
-def _by_prompt(name: str, scores: Any, baseline_scores: Any) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Per prompt the win rate over the baseline and the share of ties; `name` is that of the scores, for errors."""
-    rate, tied = np.empty(len(scores)), np.empty(len(scores))
-    for index, rows in enumerate(zip(scores, baseline_scores, strict=True)):
-        first, second = (np.asarray(row, dtype=np.float64) for row in rows)
-        for argument, row in ((name, first), ("baseline_scores", second)):
-            if row.ndim != 1 or row.size == 0 or not np.isfinite(row).all():
-                raise ValueError(f"{argument}[{index}] must be a non-empty list of finite numbers, got {row.tolist()}")
-        sign = np.sign(first[:, None] - second[None, :])
-        rate[index] = (1.0 + sign.mean()) / 2.0
-        tied[index] = (sign == 0.0).mean()
-    return rate, tied
 
 
 def _interval(by_prompt: NDArray[np.float64], n_boot: int, confidence: float, seed: int) -> tuple[float, float]:

@@ -6,6 +6,7 @@ import ast
 import importlib
 import inspect
 import itertools
+import json
 import math
 import re
 from collections.abc import Callable
@@ -16,12 +17,16 @@ from statistics import NormalDist
 import numpy as np
 import pytest
 import torch
+from certify_samples import CASES
 from numpy.typing import NDArray
+from scipy import stats
 from scipy.optimize import brentq
 from torch import Tensor
 
+from bench.certify import AIMS, RESPONSES
 from mopo_kernels import mopo_loss, reference
 from mopo_kernels.backends.tile import Head
+from mopo_kernels.certify import certificate
 from mopo_kernels.head import FP16_SCALE
 from mopo_kernels.tabular import TabularProblem, robust_value, solve
 from mopo_kernels.trainer.control import gain
@@ -680,6 +685,68 @@ def control_figures() -> list[str]:
     ]
 
 
+def largest_deviation(value: Array, total: Array, rng: np.random.Generator) -> Array:
+    """(K,) lower bounds by the largest studentised deviation over the objectives in 500 resamples of the prompts."""
+    mean, error, _ = (np.asarray(part) for part in estimate(value, total))
+    count = len(value)
+    times = rng.multinomial(count, np.full(count, 1 / count), size=500).astype(np.float64)
+    drawn = times @ value / (times @ total)
+    square = times @ value**2 - 2 * drawn * (times @ (value * total)) + drawn**2 * (times @ total**2)
+    spread = np.sqrt(square.clip(1e-12) * count / (count - 1)) / (times @ total)
+    return np.asarray(mean - np.quantile(((drawn - mean) / spread).max(1), 0.95) * error)
+
+
+def estimate(value: Array, total: Array) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    return reference.ratio_estimate(reference.ratio_moments(torch.from_numpy(value), torch.from_numpy(total)))
+
+
+def certificate_figures() -> list[str]:
+    rows = []
+    for case, draw in CASES.items():
+        rng = np.random.default_rng(0)
+        wrong, room = np.zeros(4), []
+        for _ in range(600):
+            sums, truth = draw(rng)
+            mean, error, effective = (np.asarray(part) for part in estimate(sums.value, sums.total))
+            bounds = [
+                mean - stats.norm.ppf(0.975) * error,
+                mean - stats.t.ppf(0.975, effective - 1) * error,
+                largest_deviation(sums.value, sums.total, rng),
+                np.array([bound.lower for bound in certificate(sums, dict.fromkeys(sums.objectives, 0.5)).bounds]),
+            ]
+            wrong += [bool((bound > np.array(truth)).any()) for bound in bounds]
+            room.append([float(np.mean(np.array(truth) - bounds[index])) for index in (1, 3)])
+        cells = [*(f"{share:.1%}".replace("%", "") for share in wrong / 600), *(f"{x:.3f}" for x in np.mean(room, 0))]
+        rows.append(f"| {case} | " + " | ".join(cells) + " |")
+    return rows
+
+
+def certified_structures() -> list[str]:
+    """What the records of `python -m bench.certify` say; that they were made with what the text says."""
+    lines = []
+    for name, prompts in (("certify", 1000), ("certify_200", 200)):
+        record = json.loads((ROOT / "bench/results" / f"{name}.json").read_text(encoding="utf-8"))
+        expected = {"instances": 200, "pairs": 5000, "prompts": prompts, "confidence": 0.95}
+        assert {key: record["settings"][key] for key in expected} == expected
+        found = dict(record["results"])
+        shifted = found.pop("shifted_reference")
+        assert len(found) == 12
+        assert all(each["wrong"] <= record["allowed"] for each in found.values())
+        assert not any(each["false"] for each in (*found.values(), shifted))
+        wrong, certified, careless = ([each[key] for each in found.values()] for key in ("wrong", "certified", "naive"))
+        cells = [
+            f"{prompts:,}",
+            f"{min(wrong):.1%} to {max(wrong):.1%}",
+            f"{shifted['wrong']:.1%}",
+            f"0 of {len(record['results']) * record['settings']['instances']:,}",
+            f"{min(careless):.1%} to {max(careless):.1%}",
+            f"{min(certified):.1%} to {max(certified):.1%}, median {np.median(certified):.1%}",
+        ]
+        lines.append(f"| {' | '.join(cells)} |".replace("%", " %"))
+    lines.append(f"{max(AIMS):.2f} above them; held-out prompts have {RESPONSES} responses each")
+    return [*lines, f"two standard errors ({record['allowed']:.1%})".replace("%", " %")]
+
+
 # ---- all figures
 
 # Settings of the examples, and figures that are quoted.
@@ -688,7 +755,16 @@ GIVEN = {
     *("0.6", "0.4", "0.45", "0.40", "0.95"),
 }
 
-COMPUTED = (robust_figures, lag_figures, cycle_figures, cloning_figures, estimator_figures, control_figures)
+COMPUTED = (
+    robust_figures,
+    lag_figures,
+    cycle_figures,
+    cloning_figures,
+    estimator_figures,
+    control_figures,
+    certificate_figures,
+    certified_structures,
+)
 FIGURES = [cache(f) for f in COMPUTED]
 
 

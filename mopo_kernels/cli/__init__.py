@@ -1,4 +1,4 @@
-"""The command line, installed as `mopo`: train, pareto, data, eval, bench, doctor.
+"""The command line, installed as `mopo`: train, pareto, data, eval, certify, bench, doctor.
 
 Errors of the user's making end in one line on stderr: exit code 2 for bad arguments, values and files, 1 for a missing
 package, 130 for Ctrl-C. `mopo --debug ...` or MOPO_TRACEBACK=1 shows the traceback instead.

@@ -11,6 +11,7 @@ import typer
 
 import mopo_kernels
 from mopo_kernels.cli import TRACEBACK
+from mopo_kernels.cli.certify import certify_policies
 from mopo_kernels.cli.doctor import diagnose
 from mopo_kernels.cli.eval import evaluate
 from mopo_kernels.cli.pareto import exact_front
@@ -31,6 +32,7 @@ app = typer.Typer(
 )
 app.command("pareto")(exact_front)
 app.command("eval")(evaluate)
+app.command("certify")(certify_policies)
 app.command("doctor")(diagnose)
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import ModelCard, ModelCardData
@@ -13,6 +15,7 @@ if TYPE_CHECKING:
     from mopo_kernels.trainer.trainer import MOPOTrainer
 
 NOT_MEASURED = "not measured"
+_CERTIFICATE = "## Certificate"
 
 
 def installed_version(package: str) -> str:
@@ -92,6 +95,49 @@ def model_card(trainer: MOPOTrainer, base_model: str | None = None, merged: bool
         ]
     )
     return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}")
+
+
+def add_certificate(folder: Path, record: Mapping[str, Any]) -> None:
+    """Write what ``mopo certify`` found into the card of the policy in ``folder``, in place of an earlier such record.
+
+    Args:
+        folder: of the policy; without a README.md one is made.
+        record: what ``mopo certify --output`` writes.
+    """
+    path = folder / "README.md"
+    card = path.read_text(encoding="utf-8") if path.is_file() else f"# {folder.name}\n"
+    before, _, rest = card.partition(f"\n{_CERTIFICATE}\n")
+    after = rest.partition("\n## ")
+    settings = record["settings"]
+    how = (
+        f"labelled pairs of {settings['data']}, estimator {settings['estimator']}"
+        if "data" in settings
+        else f"fresh answers to {settings['prompts']}, judged by {settings['judges']}"
+    )
+    scaled = "" if record["scale"] == 1 else f" Of the update here times {record['scale']:g}."
+    chosen = f" Chosen among {len(record['candidates'])} policies on other prompts." if record["candidates"] else ""
+    section = [
+        _CERTIFICATE,
+        "",
+        f"{'Certified' if record['certified'] else 'Not certified'}: with probability {record['confidence']:g} all "
+        f"lower bounds hold on prompts drawn as these {record['prompts']} were ({how}; baseline "
+        f"{record['baseline']}).{scaled}{chosen}",
+        "",
+        "| objective | threshold | measured | lower bound | effective prompts | |",
+        "|---|---|---|---|---|---|",
+        *(
+            f"| {bound['objective']} | {bound['threshold']:.4g} | {_number(bound['value'])}"
+            f"{_error(bound['standard_error'])} | {_number(bound['lower'])} | {bound['effective_prompts']:.0f} | "
+            f"{'kept' if bound['kept'] else 'not shown'} |"
+            for bound in record["bounds"]
+        ),
+        "",
+        *(f"Refused: {reason}.\n" for reason in record["refused"]),
+        f"Weights: sha256 {record['weights'] or 'not known'}; mopo-kernels {record['versions']['mopo-kernels']}.",
+        "",
+    ]
+    text = f"{before.rstrip()}\n\n" + "\n".join(section)
+    path.write_text(text if not after[1] else f"{text}\n## {after[2]}", encoding="utf-8")
 
 
 def _row(trainer: MOPOTrainer, name: str, found: dict[str, float]) -> str:
