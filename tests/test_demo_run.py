@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import re
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -275,12 +276,49 @@ def test_a_run_trains_finds_the_rival_judges_and_reports_and_one_resumed_samples
         "sampling test turned down",
     ]
 
+    kept = {file.stem: json.loads(file.read_text())["key"] for file in (tiny.out / "answers").iterdir()}
+    assert {key["seed"] for name, key in kept.items() if "validation" in name} == {0}
+    assert [kept[f"test_{name}"]["seed"] for name in POLICIES] == [1, 2, 3]
+    assert kept["test_turned_down"]["adapter"] == kept["test_unconstrained"]["adapter"]
+    assert kept["test_turned_down"]["scale"] == report["turned_down"]["scale"]
+
     (tiny.out / "answers" / "test_unconstrained.json").unlink()  # as if interrupted before it was sampled
     assert tiny.start("--resume") == 1
     assert tiny.sampled == ["sampling test unconstrained"]
     again = json.loads((tiny.out / "report.json").read_text())
     assert again["win_rates"] == report["win_rates"]
     assert again["claims"] == report["claims"]
+
+
+def test_the_readmes_table_is_made_of_a_report(tiny: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+    from bench import readme
+
+    monkeypatch.setattr(readme, "DEMO", tiny.out)
+    tiny.start()
+    text = readme.demo()
+    report = json.loads((tiny.out / "report.json").read_text())
+    for rates in report["win_rates"].values():
+        for rate in rates["win_rates"].values():
+            assert f"{rate['mean']:.3f} [{rate['low']:.3f}, {rate['high']:.3f}]" in text
+    assert "| brevity | held at 0.40 |" in text
+    assert "| warmth | maximised |" in text
+    assert "| plain | watched |" in text
+    assert f"adapter x {report['turned_down']['scale']:g}" in text
+    assert "seed 0, trained in fp32" in text
+    for image in re.findall(r"results/(\S+png)", text):
+        assert (tiny.out / image).is_file()
+
+
+@pytest.mark.parametrize(
+    ("found", "fast"), [({"avx512_bf16": True}, True), ({"amx_bf16": True}, True), ({"avx512_f": True}, False)]
+)
+def test_training_is_in_bfloat16_where_the_processor_multiplies_it(
+    run: ModuleType, monkeypatch: pytest.MonkeyPatch, found: dict[str, bool], fast: bool
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: found, raising=False)
+    assert run.has_fast_bfloat16("cpu") is fast
+    monkeypatch.delattr(torch.cpu, "get_capabilities")
+    assert not run.has_fast_bfloat16("cpu")
 
 
 def test_a_run_goes_on_under_the_same_protocol_and_seed_only(
