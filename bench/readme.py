@@ -1,4 +1,4 @@
-"""The README's figures, made from bench/results and docs/results.
+"""The README's figures, made from bench/results, docs/results and examples/demo/results.
 
 python -m bench.readme            # rewrites the parts of README.md between marks
 """
@@ -17,6 +17,7 @@ from bench.paper.run import load as load_study
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
 RESULTS = ROOT / "bench" / "results"
+DEMO = ROOT / "examples" / "demo" / "results"
 OURS, PLAIN, OWN = "mopo_kernels cpp", "plain PyTorch, scored rows", "mopo_kernels"
 # Other shapes than the first table's: title, files with the head trained and frozen.
 SHAPES = {
@@ -29,6 +30,40 @@ SHAPES = {
 def load(name: str) -> dict[str, Any]:
     record: dict[str, Any] = json.loads((RESULTS / name).read_text(encoding="utf-8"))
     return record
+
+
+def demo() -> str:
+    """What the demo measured on its test prompts."""
+    file = DEMO / "report.json"
+    if not file.is_file():
+        return "`make demo` prints the table; results under this protocol are not committed yet.\n"
+    record = json.loads(file.read_text(encoding="utf-8"))
+    settings, rates, ahead = record["settings"], record["win_rates"], record["difference"]
+    thresholds, scale = settings["thresholds"], record["turned_down"]["scale"]
+    (prompts,) = {rate["prompts"] for rate in rates["constrained"]["win_rates"].values()}
+    samples, precision = settings["samples"], "bf16" if settings["bfloat16"] else "fp32"
+    text = [
+        f"Win rates over the base model, {prompts} prompts with {samples} answers, 95% intervals by prompt; "
+        f"seed {settings['seed']}, trained in {precision}, {record['seconds']['total'] / 60:.0f} minutes in all, "
+        f"commit {record['versions']['commit']} ([report](examples/demo/results/report.json)). On another processor "
+        "the samples, and so the figures, differ a little:\n\n",
+        f"| objective | | with thresholds | without | without, adapter x {scale:g} |\n|---|---|---|---|---|\n",
+    ]
+    held = rates["constrained"]["win_rates"]
+    for name in sorted(held, key=lambda name: (name != settings["primary"], name not in thresholds)):
+        role = "maximised" if name == settings["primary"] else "watched"
+        role = f"held at {thresholds[name]:.2f}" if name in thresholds else role
+        cells = [rates[policy]["win_rates"][name] for policy in ("constrained", "unconstrained", "turned_down")]
+        shown = " | ".join(f"{cell['mean']:.3f} [{cell['low']:.3f}, {cell['high']:.3f}]" for cell in cells)
+        text.append(f"| {name} | {role} | {shown} |\n")
+    lowest = ", ".join(f"`{name}` at least {record['bounds']['constrained'][name][0]:.3f}" for name in thresholds)
+    text.append(
+        f"\nWith thresholds {lowest} (one-sided 95%), and `{ahead['objective']}` ahead of the adapter turned down by "
+        f"{ahead['mean']:.3f} [{ahead['low']:.3f}, {ahead['high']:.3f}].\n\n"
+        f"![Win rates of the policies](examples/demo/results/plane_{settings['primary']}_{next(iter(thresholds))}.png)"
+        "\n"
+    )
+    return "".join(text)
 
 
 def rows(trained: dict[str, Any], frozen: dict[str, Any], label: str = "") -> list[str]:
@@ -284,6 +319,7 @@ def gpu() -> str:
 
 
 SECTIONS: dict[str, Callable[[], str]] = {
+    "demo": demo,
     "performance": performance,
     "growth": growth,
     "steps": steps,

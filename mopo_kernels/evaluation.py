@@ -47,6 +47,8 @@ class BatchJudge(Protocol):
 SWEEP_FILE = "sweep.json"
 # Indices drawn at once by the bootstrap: 32 MiB of int64, whatever the number of prompts.
 _BOOTSTRAP_BLOCK = 1 << 22
+# Tokens sampled before those sequences that have ended leave a batch: each time costs about a tenth of a token's time.
+_STEPS_BETWEEN_LEAVING = 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,6 +67,22 @@ class WinRate:
     prompts: int
     samples: int
     ties: float = 0.0
+    confidence: float = 0.95
+
+
+@dataclasses.dataclass(frozen=True)
+class Difference:
+    """How much higher one policy's win rate over a baseline is than another's, on the same prompts.
+
+    objective: its name. mean: in [-1, 1], 0 = alike. low, high: the bootstrap interval by prompt, paired. prompts:
+    their number. confidence: level of the interval, in (0, 1).
+    """
+
+    objective: str
+    mean: float
+    low: float
+    high: float
+    prompts: int
     confidence: float = 0.95
 
 
@@ -473,6 +491,99 @@ def _plain_sampling(model: Any) -> Iterator[None]:
         model.train(training)
 
 
+def _draws(temperature: float, top_p: float) -> Any:
+    """Logits processors after which only the token drawn is left; at temperature 0 none.
+
+    From the distribution as it is, no token cut off but by top_p.
+    """
+    from transformers import LogitsProcessorList
+    from transformers.generation import TemperatureLogitsWarper, TopPLogitsWarper
+
+    processors: list[Any] = []
+    if temperature > 0.0:
+        processors += [TemperatureLogitsWarper(temperature)] if temperature != 1.0 else []
+        processors += [TopPLogitsWarper(top_p)] if top_p < 1.0 else []
+        processors.append(_draw_token)
+    return LogitsProcessorList(processors)
+
+
+def _draw_token(input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+    """0 at one token a row, drawn from the softmax of the scores, and -inf elsewhere.
+
+    By inverting the distribution function, one random number a row: torch.multinomial draws one a token of the
+    vocabulary, on a CPU in one thread, which can take as long as the model does.
+    """
+    cumulative = scores.float().softmax(-1).cumsum(-1)
+    total = cumulative[:, -1:]
+    # Below the total, which rounding may leave a little off 1: a token of probability 0 at the end is not drawn.
+    at = torch.rand_like(total) * total
+    token = torch.searchsorted(cumulative, torch.minimum(at, total.nextafter(torch.zeros_like(total))), right=True)
+    return torch.full_like(scores, -torch.inf).scatter_(1, token, 0.0)
+
+
+def _sample_batch(model: Any, prompts: Sequence[Sequence[int]], options: Mapping[str, Any]) -> list[list[int]]:
+    """Token ids sampled after each prompt, with the pad token after the end.
+
+    As one `model.generate` on left-padded prompts, with less work where the model's cache can be continued: equal
+    prompts share one forward pass, and every few tokens the sequences that have ended leave the batch.
+    """
+    device, pad = model.device, options["pad_token_id"]
+    width = max(len(ids) for ids in prompts)
+    gaps = [width - len(ids) for ids in prompts]
+    tokens = torch.tensor([[pad] * gap + list(ids) for gap, ids in zip(gaps, prompts, strict=True)], device=device)
+    mask = torch.tensor([[0] * gap + [1] * (width - gap) for gap in gaps], device=device)
+    cache = _prompt_cache(model, prompts, tokens, mask, pad)
+    stops = torch.tensor(options.get("eos_token_id", []), device=device)
+    sampled: list[list[int]] = [[] for _ in prompts]
+    places = torch.arange(len(prompts), device=device)
+    left = options["max_new_tokens"]
+    while left and len(places):
+        steps = left if cache is None else min(left, _STEPS_BETWEEN_LEAVING)
+        length = tokens.shape[1]
+        tokens = model.generate(
+            input_ids=tokens, attention_mask=mask, past_key_values=cache, **{**options, "max_new_tokens": steps}
+        )
+        new = tokens[:, length:]
+        for place, row in zip(places.tolist(), new.tolist(), strict=True):
+            sampled[place] += row
+        mask = torch.cat([mask, torch.ones_like(new)], dim=1)
+        left -= steps
+        going = torch.isin(new, stops).any(1).logical_not().nonzero()[:, 0]
+        if cache is not None and len(going) < len(places):
+            cache.batch_select_indices(going)
+        tokens, mask, places = tokens[going], mask[going], places[going]
+    return sampled
+
+
+def _prompt_cache(
+    model: Any, prompts: Sequence[Sequence[int]], tokens: torch.Tensor, mask: torch.Tensor, pad: int
+) -> Any:
+    """Keys and values of all tokens of the prompts but the last, each prompt computed once; None where there is no
+    such cache of this model, or nothing to put into it."""
+    from transformers.cache_utils import DynamicCache, DynamicLayer
+
+    if min(len(ids) for ids in prompts) < 2:
+        return None
+    first: dict[tuple[int, ...], int] = {}
+    which = [first.setdefault(tuple(ids), len(first)) for ids in prompts]
+    once = torch.tensor([which.index(number) for number in range(len(first))], device=tokens.device)
+    cache = model.generate(
+        input_ids=tokens[once, :-1],
+        attention_mask=mask[once, :-1],
+        max_new_tokens=1,
+        do_sample=False,
+        pad_token_id=pad,
+        return_dict_in_generate=True,
+    ).past_key_values
+    # Others, of a short window or recurrent, cannot be cut by rows and continued, or not in every version.
+    if type(cache) is not DynamicCache or any(type(layer) is not DynamicLayer for layer in cache.layers):
+        return None
+    if cache.get_seq_length() != tokens.shape[1] - 1:  # the adapter puts a prefix of its own before the prompt
+        return None
+    cache.batch_select_indices(torch.tensor(which, device=tokens.device))
+    return cache
+
+
 def sample_responses(
     model: Any,
     tokenizer: Any,
@@ -563,11 +674,8 @@ def draw_responses(
     pad = next((p for p in (tokenizer.pad_token_id, tokenizer.eos_token_id, *sorted(stops)) if p is not None), 0)
     options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "pad_token_id": pad, "use_cache": True}
     options |= {"eos_token_id": sorted(stops)} if stops else {}
-    if temperature > 0.0:
-        # top_k=0: left out, transformers would keep the 50 likeliest tokens only.
-        options |= {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
-    else:
-        options |= {"do_sample": False}
+    # The token is drawn by the last processor, which leaves one: generate takes the likeliest.
+    options |= {"do_sample": False, "logits_processor": _draws(temperature, top_p)}
 
     # Longest first: neighbours need little padding, and a batch that does not fit in memory fails at the start.
     by_length = sorted(range(len(encoded)), key=lambda index: -len(encoded[index]))
@@ -580,12 +688,7 @@ def draw_responses(
         task = bar.add_task(description, total=len(rows))
         for start in range(0, len(rows), batch_size):
             batch = rows[start : start + batch_size]
-            width = max(len(encoded[index]) for index in batch)
-            gaps = [width - len(encoded[index]) for index in batch]
-            input_ids = torch.tensor([[pad] * gap + encoded[i] for gap, i in zip(gaps, batch, strict=True)])
-            mask = torch.tensor([[0] * gap + [1] * (width - gap) for gap in gaps])
-            output = model.generate(input_ids=input_ids.to(device), attention_mask=mask.to(device), **options)
-            for index, tokens in zip(batch, output[:, width:].tolist(), strict=True):
+            for index, tokens in zip(batch, _sample_batch(model, [encoded[i] for i in batch], options), strict=True):
                 end = next((place for place, token in enumerate(tokens) if token in stops), len(tokens))
                 text = tokenizer.decode(tokens[:end], skip_special_tokens=True)
                 responses[index].append(Draw(text, ended=end < len(tokens)))
@@ -731,23 +834,27 @@ def _check_bootstrap(prompts: int, n_boot: int, confidence: float) -> None:
 def win_rate_by_prompt(
     candidate_scores: Sequence[Sequence[float]] | NDArray[np.floating],
     baseline_scores: Sequence[Sequence[float]] | NDArray[np.floating],
+    *,
+    name: str = "candidate_scores",
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Win rate of the candidate over the baseline on each prompt, and the share of ties, both (X,).
 
-    candidate_scores, baseline_scores: [prompt][sample], as for `win_rate`. Raises ValueError as it does.
+    candidate_scores, baseline_scores: [prompt][sample], as for `win_rate`. name: of the candidate's scores, in
+    messages. Raises ValueError as `win_rate` does.
     """
     if len(candidate_scores) != len(baseline_scores):
         raise ValueError(
-            f"baseline_scores must have as many prompts as candidate_scores, {len(candidate_scores)}, "
-            f"got {len(baseline_scores)}"
+            f"baseline_scores must have as many prompts as {name}, {len(candidate_scores)}, got {len(baseline_scores)}"
         )
     by_prompt, tied = np.empty(len(candidate_scores)), np.empty(len(candidate_scores))
     for index in range(len(candidate_scores)):
         candidate = np.asarray(candidate_scores[index], dtype=np.float64)
         baseline = np.asarray(baseline_scores[index], dtype=np.float64)
-        for name, scores in (("candidate_scores", candidate), ("baseline_scores", baseline)):
+        for argument, scores in ((name, candidate), ("baseline_scores", baseline)):
             if scores.ndim != 1 or scores.size == 0 or not np.isfinite(scores).all():
-                raise ValueError(f"{name}[{index}] must be a non-empty list of finite numbers, got {scores.tolist()}")
+                raise ValueError(
+                    f"{argument}[{index}] must be a non-empty list of finite numbers, got {scores.tolist()}"
+                )
         sign = np.sign(candidate[:, None] - baseline[None, :])
         by_prompt[index] = (1.0 + sign.mean()) / 2.0
         tied[index] = (sign == 0.0).mean()
@@ -775,7 +882,50 @@ def win_rate(
     by_prompt, tied = win_rate_by_prompt(candidate_scores, baseline_scores)
     prompts = len(by_prompt)
     _check_bootstrap(prompts, n_boot, confidence)
+    low, high = _interval(by_prompt, n_boot, confidence, seed)
+    return WinRate(
+        objective=objective,
+        mean=float(by_prompt.mean()),
+        low=low,
+        high=high,
+        prompts=prompts,
+        samples=sum(len(row) for row in candidate_scores),
+        ties=float(tied.mean()),
+        confidence=confidence,
+    )
 
+
+def win_rate_difference(
+    candidate_scores: Sequence[Sequence[float]] | NDArray[np.floating],
+    rival_scores: Sequence[Sequence[float]] | NDArray[np.floating],
+    baseline_scores: Sequence[Sequence[float]] | NDArray[np.floating],
+    *,
+    objective: str = "",
+    n_boot: int = 2000,
+    confidence: float = 0.95,
+    seed: int = 0,
+) -> Difference:
+    """The candidate's win rate over the baseline minus the rival's, paired by prompt.
+
+    What a prompt adds to both cancels, so the interval is shorter than those of the two win rates suggest.
+
+    candidate_scores, rival_scores, baseline_scores: [prompt][sample], as for `win_rate`, of the same prompts. n_boot:
+    resamples of the prompts, on which both win rates are taken. Raises ValueError as `win_rate` does.
+    """
+    prompts = len(baseline_scores)
+    rows = []
+    for name, scores in (("candidate_scores", candidate_scores), ("rival_scores", rival_scores)):
+        if len(scores) != prompts:
+            raise ValueError(f"{name} must have as many prompts as baseline_scores, {prompts}, got {len(scores)}")
+        rows.append(win_rate_by_prompt(scores, baseline_scores, name=name)[0])
+    _check_bootstrap(prompts, n_boot, confidence)
+    low, high = _interval(rows[0] - rows[1], n_boot, confidence, seed)
+    return Difference(objective, float((rows[0] - rows[1]).mean()), low, high, prompts, confidence)
+
+
+def _interval(by_prompt: NDArray[np.float64], n_boot: int, confidence: float, seed: int) -> tuple[float, float]:
+    """The percentile bootstrap interval of the mean over prompts."""
+    prompts = len(by_prompt)
     rng = np.random.default_rng(seed)
     block = max(1, _BOOTSTRAP_BLOCK // prompts)
     means = np.concatenate(
@@ -786,16 +936,7 @@ def win_rate(
     )
     tail = (1.0 - confidence) / 2.0
     low, high = np.quantile(means, [tail, 1.0 - tail])
-    return WinRate(
-        objective=objective,
-        mean=float(by_prompt.mean()),
-        low=float(low),
-        high=float(high),
-        prompts=prompts,
-        samples=sum(len(row) for row in candidate_scores),
-        ties=float(tied.mean()),
-        confidence=confidence,
-    )
+    return float(low), float(high)
 
 
 def length_statistics(responses: Sequence[Sequence[str]], tokenizer: Any = None) -> LengthStatistics:

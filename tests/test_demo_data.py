@@ -1,7 +1,8 @@
-"""The demo's shipped preference data, checked against its own judges, prompts and metadata; no model is needed."""
+"""The demo's shipped data, checked against its own judges, prompts and metadata; no model is needed."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 from itertools import combinations
@@ -18,6 +19,7 @@ DEMO = Path(__file__).parent.parent / "examples" / "demo"
 sys.path.insert(0, str(DEMO))
 
 import judges  # noqa: E402
+import make_base  # noqa: E402
 import make_data  # noqa: E402
 import make_model  # noqa: E402
 import prompts  # noqa: E402
@@ -37,7 +39,7 @@ def metadata() -> dict[str, Any]:
 
 
 def test_enough_prompts_each_with_four_responses_as_the_metadata_says(rows, metadata):
-    assert len(rows) >= 150
+    assert len(rows) >= 600
     assert len(rows) == metadata["prompts"]
     assert all(len(row["responses"]) == 4 == metadata["responses_per_prompt"] for row in rows)
     assert len({row["id"] for row in rows}) == len(rows)
@@ -93,38 +95,76 @@ def test_rank_correlations_in_the_metadata_equal_those_of_the_judges_scores(rows
             assert recorded[first][second] == pytest.approx(expected, abs=1e-4)
 
 
-def test_two_pairs_of_objectives_conflict_and_leave_room(metadata):
+def test_warmth_conflicts_with_brevity_and_leaves_room(metadata):
+    # Held objectives that explained the primary would leave nothing to gain beside them.
     correlation = metadata["rank_correlation_within_prompts"]
-    assert -0.6 < correlation["detail"]["plain"] < -0.2
     assert -0.5 < correlation["warmth"]["brevity"] < -0.1
+    assert abs(correlation["warmth"]["plain"]) < 0.3
+    assert abs(correlation["brevity"]["plain"]) < 0.3
 
 
-def test_responses_come_from_training_prompts_and_heldout_prompts_are_others(rows, metadata):
-    train, heldout = prompts.train_prompts(), prompts.heldout_prompts()
-    assert len(set(train)) == len(train) >= 160
-    assert len(set(heldout)) == len(heldout) >= 48
-    assert not set(train) & set(heldout)
+def splits():
+    return {
+        "train": prompts.train_prompts(),
+        "validation": prompts.validation_prompts(),
+        "test": prompts.test_prompts(),
+    }
+
+
+def test_responses_come_from_training_prompts(rows, metadata):
     used = [row["prompt"] for row in rows]
-    assert sorted(used + metadata["dropped_prompts"]) == sorted(train)
+    assert sorted(used + metadata["dropped_prompts"]) == sorted(prompts.train_prompts())
 
 
-def test_every_topic_is_in_both_splits():
-    train, heldout = set(prompts.train_prompts()), set(prompts.heldout_prompts())
-    for topic, requests in prompts.TOPICS.items():
+def test_splits_are_disjoint_and_as_large_as_they_say():
+    found = splits()
+    assert {name: len(part) for name, part in found.items()} == {"train": 700, "validation": 150, "test": 150}
+    together = [prompt.casefold() for part in found.values() for prompt in part]
+    assert len(set(together)) == len(together) == 1000
+
+
+def test_every_topic_is_in_every_split_in_the_same_shares():
+    found = splits()
+    for topic, requests in prompts.requests().items():
         full = {f"{request} {prompts.INSTRUCTION}" for request in requests}
-        assert full & train, topic
-        assert full & heldout, topic
-        assert full <= train | heldout, topic
+        assert [len(full & set(part)) for part in found.values()] == [70, 15, 15], topic
 
 
-def test_the_larger_set_of_requests_begins_with_the_demos_and_repeats_none():
-    lines = (DEMO / "data" / "prompts.jsonl").read_text(encoding="utf-8").splitlines()
-    larger = [json.loads(line) for line in lines]
-    assert len({row["request"].casefold() for row in larger}) == len(larger) == 1000
-    for topic, requests in prompts.TOPICS.items():
-        found = [row["request"] for row in larger if row["topic"] == topic]
-        assert len(found) == 100
-        assert tuple(found[: len(requests)]) == requests
+def test_neither_the_order_of_the_requests_nor_another_topic_moves_a_prompt(monkeypatch):
+    before, topics = splits(), prompts.requests()
+    left_out = sorted(topics)[0]
+    changed = {topic: topics[topic][::-1] for topic in reversed(topics) if topic != left_out}
+    monkeypatch.setattr(prompts, "requests", lambda: changed)
+    gone = {f"{request} {prompts.INSTRUCTION}" for request in topics[left_out]}
+    for name, part in splits().items():
+        assert part == [prompt for prompt in before[name] if prompt not in gone]
+
+
+def test_a_digest_tells_splits_and_their_order_apart():
+    train = prompts.train_prompts()
+    digests = {prompts.split_digest(part) for part in (train, train[::-1], train[1:], [*train[:-1], train[-1] + " "])}
+    assert len(digests) == 4
+    assert prompts.split_digest(train) == prompts.split_digest(list(train))
+
+
+def test_the_base_model_answered_every_validation_and_test_prompt_equally_often():
+    metadata = json.loads((DEMO / "data" / "base_metadata.json").read_text(encoding="utf-8"))
+    answers = make_base.read()
+    assert {name: list(answers[name]) for name in answers} == {
+        name: part for name, part in splits().items() if name != "train"
+    }
+    assert {name: len(part) for name, part in answers.items()} == metadata["prompts"]
+    for part in answers.values():
+        assert {len(responses) for responses in part.values()} == {metadata["responses_per_prompt"]}
+        assert not any("<|im_" in response for responses in part.values() for response in responses)
+
+
+def test_the_base_models_answers_are_about_as_long_as_its_training_responses(rows):
+    """They were drawn from the same model; those that training can't use for their length are among them."""
+    trained = [len(judges.words(text)) for row in rows for text in row["responses"]]
+    for part in make_base.read().values():
+        lengths = [len(judges.words(text)) for responses in part.values() for text in responses]
+        assert 0.95 < np.mean(lengths) / np.mean(trained) < 1.4
 
 
 def test_shipped_file_loads_with_every_objective(rows):
@@ -192,13 +232,13 @@ def test_draw_is_kept_only_when_it_ended_and_training_would_score_the_same_token
 def test_sampling_resumes_after_a_line_cut_short(tmp_path, monkeypatch):
     calls: list[int] = []
 
-    def sample(model, tokenizer, batch, draws, seed):
+    def sample(model, tokenizer, batch, draws, seed, device):
         calls.append(seed)
         return [[make_data.Draw(f"{prompt} {seed} {index}", 3, "kept") for index in range(draws)] for prompt in batch]
 
     monkeypatch.setattr(make_data, "sample_batch", sample)
     monkeypatch.setattr(make_data.AutoTokenizer, "from_pretrained", lambda folder: lambda text: {"input_ids": text})
-    monkeypatch.setattr(make_data.AutoModelForCausalLM, "from_pretrained", lambda folder: _Model())
+    monkeypatch.setattr(make_data.AutoModelForCausalLM, "from_pretrained", lambda folder, dtype: _Model())
     cache = tmp_path / "samples.jsonl"
     whole = make_data.sample_all(tmp_path, cache)
     batches = len(calls)
@@ -210,7 +250,39 @@ def test_sampling_resumes_after_a_line_cut_short(tmp_path, monkeypatch):
     assert len(calls) == batches + 1
 
 
+def test_base_answers_go_on_after_a_line_cut_short(tmp_path, monkeypatch):
+    calls: list[str] = []
+
+    def sample(model, tokenizer, block, *, samples_per_prompt, seed, description, **options):
+        calls.append(description)
+        return [[f"{prompt} {seed} {index}" for index in range(samples_per_prompt)] for prompt in block]
+
+    monkeypatch.setattr(make_base, "sample_responses", sample)
+    monkeypatch.setattr(make_base, "load_policy", lambda *arguments, **options: _Policy())
+    cache = tmp_path / "base.jsonl"
+    whole = make_base.sample_all(tmp_path, cache)
+    assert [row["split"] for row in whole] == ["validation"] * 150 + ["test"] * 150
+    assert len(calls) == 20
+    text = cache.read_text(encoding="utf-8").rstrip("\n")
+    cache.write_text(text[: len(text) - 40], encoding="utf-8")  # as if stopped while writing the last answers
+    assert make_base.sample_all(tmp_path, cache) == whole
+    assert calls[20:] == calls[19:20]
+    assert make_base.sample_all(tmp_path, cache) == whole
+    assert len(calls) == 21
+
+
+class _Policy:
+    tokenizer = None
+
+    @contextlib.contextmanager
+    def active(self):
+        yield None
+
+
 class _Model:
+    def to(self, device):
+        return self
+
     def eval(self):
         return self
 

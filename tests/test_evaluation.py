@@ -142,6 +142,72 @@ def test_greedy_responses_match_a_plain_loop_in_input_order_whatever_the_batch(p
     assert len({tuple(row) for row in drawn}) > 1
 
 
+def without_a_cache(monkeypatch):
+    """Batches are decoded whole, as for models whose cache cannot be continued."""
+    monkeypatch.setattr(evaluation, "_prompt_cache", lambda *arguments: None)
+
+
+@pytest.mark.parametrize("options", [{}, {"temperature": 1.5, "top_p": 0.7}], ids=str)
+def test_sharing_prompts_and_leaving_when_ended_does_not_change_the_distribution(policy, monkeypatch, options):
+    """Of whole responses, of which most end before the last token and each length is drawn often."""
+    with policy.active() as model:
+        model.generation_config.eos_token_id = [1, *range(6, 20)]
+        options = {"samples_per_prompt": 1500, "max_new_tokens": 7, "batch_size": 500} | options
+        ours = draw(policy, PROMPTS[:3], **options)
+        without_a_cache(monkeypatch)
+        theirs = draw(policy, PROMPTS[:3], **(options | {"seed": 4}))
+    assert ours != theirs
+    for one, other in zip(ours, theirs, strict=True):
+        lengths = [np.bincount([len(text.split()) for text in texts], minlength=8) / 1500 for texts in (one, other)]
+        assert np.abs(lengths[0] - lengths[1]).max() < 5 * math.sqrt(2 * 0.25 / 1500)
+        assert (lengths[0] > 0.005).sum() >= 4
+        for place in range(7):
+            words = [[text.split()[place] for text in texts if len(text.split()) > place] for texts in (one, other)]
+            if min(map(len, words)) < 200:
+                continue
+            shares = [np.array([drawn.count(word) / len(drawn) for word in WORDS]) for drawn in words]
+            assert np.abs(shares[0] - shares[1]).max() < 5 * math.sqrt(2 * 0.25 / min(map(len, words)))
+
+
+def test_sequences_that_have_ended_leave_the_batch_and_prompts_are_computed_once(policy, monkeypatch):
+    rows = []
+    with policy.active() as model:
+        model.generation_config.eos_token_id = [1, *range(6, 20)]
+        generate = model.generate
+        monkeypatch.setattr(
+            model, "generate", lambda **options: rows.append(options["input_ids"].shape) or generate(**options)
+        )
+        draw(policy, ["w1 w2 w3", "w4 w5"], samples_per_prompt=30, max_new_tokens=12, batch_size=60)
+    assert rows[0] == (2, 2)
+    assert [width for _, width in rows[1:]] == [3 + 4 * index for index in range(len(rows) - 1)]
+    assert rows[1][0] == 60
+    assert rows[2][0] < 60
+
+
+def test_a_model_of_short_windows_is_sampled_without_continuing_its_cache(tmp_path, monkeypatch):
+    from transformers import MistralConfig, MistralForCausalLM
+
+    torch.manual_seed(0)
+    config = MistralConfig(
+        vocab_size=64,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        sliding_window=4,
+        initializer_range=0.5,
+        pad_token_id=0,
+        bos_token_id=None,
+        eos_token_id=1,
+    )
+    policy = evaluation.Policy.from_model(MistralForCausalLM(config).eval(), build_tokenizer(tmp_path))
+    greedy = {"samples_per_prompt": 1, "temperature": 0.0, "batch_size": 5, "max_new_tokens": 9}
+    ours = draw(policy, PROMPTS, **greedy)
+    without_a_cache(monkeypatch)
+    assert draw(policy, PROMPTS, **greedy) == ours
+
+
 def test_samples_follow_the_policy_and_not_the_generation_config(policy):
     """First words of 4000 draws against softmax(logits), with a config that would forbid the likeliest word."""
     with policy.active() as model:
@@ -613,6 +679,30 @@ def test_the_bootstrap_gives_the_same_interval_when_it_works_in_blocks(monkeypat
 def test_bad_scores_are_named(candidate, baseline, options, message):
     with pytest.raises(ValueError, match=message):
         evaluation.win_rate(candidate, baseline, **options)
+
+
+def test_a_difference_is_that_of_the_win_rates_and_pairs_prompts():
+    rng = np.random.default_rng(0)
+    prompt = rng.normal(size=(60, 1)) * 3.0  # what a prompt does to every policy's scores
+    baseline = rng.normal(size=(60, 6))
+    rival, candidate = (prompt + shift + rng.normal(size=(60, 6)) for shift in (0.0, 0.4))
+    rates = [evaluation.win_rate(scores, baseline) for scores in (candidate, rival)]
+    found = evaluation.win_rate_difference(candidate, rival, baseline, objective="kind")
+    assert found.objective == "kind"
+    assert found.prompts == 60
+    assert found.mean == pytest.approx(rates[0].mean - rates[1].mean)
+    assert found.low < found.mean < found.high
+    assert found.high - found.low < 0.5 * (rates[0].high - rates[0].low)
+    back = evaluation.win_rate_difference(rival, candidate, baseline)
+    assert back.mean == pytest.approx(-found.mean)
+    assert evaluation.win_rate_difference(rival, rival, baseline).high == 0.0
+
+
+def test_a_difference_needs_the_same_prompts():
+    with pytest.raises(ValueError, match="rival_scores must have as many prompts as baseline_scores, 2, got 1"):
+        evaluation.win_rate_difference([[1.0], [2.0]], [[1.0]], [[1.0], [2.0]])
+    with pytest.raises(ValueError, match=r"rival_scores\[1\] must be a non-empty list of finite numbers, got \[\]"):
+        evaluation.win_rate_difference([[1.0], [2.0]], [[1.0], []], [[1.0], [2.0]])
 
 
 def test_length_statistics_count_words_or_tokens(policy):

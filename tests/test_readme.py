@@ -80,10 +80,13 @@ def test_names_in_the_readme_exist() -> None:
             assert hasattr(mopo_kernels, name), f"README names {name}, which does not exist"
 
 
-def test_figures_in_the_readme_are_those_of_the_committed_results() -> None:
+def test_the_demos_table_is_of_a_run_under_its_protocol_whose_claims_hold() -> None:
     report = json.loads((ROOT / "examples/demo/results/report.json").read_text())
+    protocol = json.loads((ROOT / "examples/demo/protocol.json").read_text())
     assert all(report["claims"].values())
-    for policy in ("constrained", "unconstrained"):
+    assert report["claims_in_words"] == protocol.pop("claims")
+    assert {name: report["settings"][name] for name in protocol} == protocol
+    for policy in ("constrained", "unconstrained", "turned_down"):
         for rate in report["win_rates"][policy]["win_rates"].values():
             assert f"{rate['mean']:.3f} [{rate['low']:.3f}, {rate['high']:.3f}]" in README
     assert report["versions"]["commit"] in README

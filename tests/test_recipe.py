@@ -203,25 +203,6 @@ def test_weight_vectors_are_the_lattice(recipe: ModuleType) -> None:
     assert all(sum(row) == 1 for row in recipe.weight_vectors(3, 4))
 
 
-def test_a_soup_changes_every_weight_by_the_mean_of_its_parts(recipe: ModuleType) -> None:
-    from peft import LoraConfig, get_peft_model
-
-    torch.manual_seed(0)
-    config = PhiConfig(
-        vocab_size=16, hidden_size=8, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
-        bos_token_id=1, eos_token_id=1,
-    )  # fmt: skip
-    lora = LoraConfig(r=2, lora_alpha=6, target_modules="all-linear", init_lora_weights=False)
-    model = get_peft_model(AutoModelForCausalLM.from_config(config), lora, adapter_name="x")
-    model.add_adapter("y", lora)
-    recipe.add_soup(model, ["x", "y"], (0.25, 0.75), "soup")
-    layers = [module for module in model.modules() if hasattr(module, "get_delta_weight")]
-    assert len(layers) > 4
-    for layer in layers:
-        expected = 0.25 * layer.get_delta_weight("x") + 0.75 * layer.get_delta_weight("y")
-        torch.testing.assert_close(layer.get_delta_weight("soup"), expected, rtol=1e-4, atol=1e-6)
-
-
 def test_the_front_is_measured_in_the_bases_units(recipe: ModuleType) -> None:
     rng = np.random.default_rng(0)
     base = {name: rng.normal(3, 2, (40, 2)) for name in ("a", "b")}

@@ -298,11 +298,11 @@ def test_a_search_for_multipliers_that_did_not_converge_is_told_and_does_not_sto
         tmp_path,
         data=load_preferences(DEMO),
         primary="detail",
-        thresholds={"plain": 0.76, "brevity": 0.76},
+        thresholds={"plain": 0.75, "brevity": 0.75},
         tau=0.1,
         dual_max=1000.0,
     )
-    assert "(estimator pair, dual_max 1000): the multipliers are approximate (residual 2.0e-03), plain" in caplog.text
+    assert "(estimator pair, dual_max 1000): the multipliers are approximate (residual 4.4e-03), plain" in caplog.text
     assert trainer.dual.multiplier == trainer.label_solution.multiplier
     assert not trainer.label_solution.feasible
 

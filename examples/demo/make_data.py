@@ -1,6 +1,9 @@
 """Make the demo's preference data: sample responses from the demo's own model, label every pair by the judges.
 
-    python examples/demo/make_data.py            # writes examples/demo/data/preferences.jsonl and metadata.json
+    python examples/demo/make_data.py --device cuda --prompts-per-batch 140    # as the committed data were made
+    python examples/demo/make_data.py                                          # on a CPU, in half an hour
+
+Both write examples/demo/data/preferences.jsonl and metadata.json.
 
 Responses are independent draws from the model's own probabilities (no top-k, no top-p; its temperature is folded into
 its weights, see make_model.py), kept when they end by themselves within MAX_NEW_TOKENS and rejected otherwise, so the
@@ -56,7 +59,7 @@ class Draw:
 
 
 def sample_batch(
-    model: Any, tokenizer: PreTrainedTokenizerBase, prompts: list[str], draws: int, seed: int
+    model: Any, tokenizer: PreTrainedTokenizerBase, prompts: list[str], draws: int, seed: int, device: str = "cpu"
 ) -> list[list[Draw]]:
     """`draws` independent responses to each prompt, as `[prompt][draw]`; one left-padded batch, one seed."""
     rendered = [
@@ -64,7 +67,9 @@ def sample_batch(
         for prompt in prompts
         for _ in range(draws)
     ]
-    encoded = tokenizer(rendered, return_tensors="pt", padding=True, padding_side="left", add_special_tokens=False)
+    encoded = tokenizer(rendered, return_tensors="pt", padding=True, padding_side="left", add_special_tokens=False).to(
+        device
+    )
     torch.manual_seed(seed)
     with torch.inference_mode():
         output = model.generate(
@@ -90,10 +95,13 @@ def _read_draw(tokenizer: PreTrainedTokenizerBase, row: list[int]) -> Draw:
     return Draw(text, len(tokens), verdict)
 
 
-def sample_all(model_folder: Path, cache: Path) -> dict[str, list[Draw]]:
+def sample_all(
+    model_folder: Path, cache: Path, prompts_per_batch: int = PROMPTS_PER_BATCH, device: str = "cpu"
+) -> dict[str, list[Draw]]:
     """Every draw for every training prompt, in order; batches already in `cache` are read, not sampled again."""
     tokenizer = AutoTokenizer.from_pretrained(model_folder)
-    model = AutoModelForCausalLM.from_pretrained(model_folder).eval()
+    loaded: Any = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32)
+    model = loaded.to(device).eval()
     done = _read_cache(cache)
     draws: dict[str, list[Draw]] = {prompt: [] for prompt in train_prompts()}
     cache.parent.mkdir(parents=True, exist_ok=True)
@@ -104,13 +112,13 @@ def sample_all(model_folder: Path, cache: Path) -> dict[str, list[Draw]]:
             if not lacking:
                 break
             lacking.sort(key=lambda prompt: len(tokenizer(prompt)["input_ids"]))
-            starts = range(0, len(lacking), PROMPTS_PER_BATCH)
+            starts = range(0, len(lacking), prompts_per_batch)
             for batch_index, start in enumerate(progress.track(starts, description=f"sampling, round {round_index}")):
-                prompts = lacking[start : start + PROMPTS_PER_BATCH]
+                prompts = lacking[start : start + prompts_per_batch]
                 key = f"{round_index}/{batch_index}"
                 if done.get(key, ([], []))[0] != prompts:
                     seed = SEED + 1000 * round_index + batch_index
-                    rows = sample_batch(model, tokenizer, prompts, DRAWS, seed)
+                    rows = sample_batch(model, tokenizer, prompts, DRAWS, seed, device)
                     done[key] = (prompts, rows)
                     record = {"key": key, "prompts": prompts, "draws": [[asdict(draw) for draw in row] for row in rows]}
                     stream.write(json.dumps(record, ensure_ascii=False) + "\n")
@@ -151,10 +159,12 @@ def main() -> None:
     parser.add_argument("--model", type=Path, default=DEFAULT_FOLDER, help="folder of the model, made when missing")
     parser.add_argument("--cache", type=Path, default=Path("runs/demo/samples.jsonl"), help="finished batches")
     parser.add_argument("--output", type=Path, default=DATA, help="folder for preferences.jsonl and metadata.json")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--prompts-per-batch", type=int, default=PROMPTS_PER_BATCH, help="that the draws depend on")
     arguments = parser.parse_args()
 
     model_folder = ensure_model(arguments.model)
-    draws = sample_all(model_folder, arguments.cache)
+    draws = sample_all(model_folder, arguments.cache, arguments.prompts_per_batch, arguments.device)
     kept = {prompt: _kept(row)[:RESPONSES] for prompt, row in draws.items()}
     dropped = [prompt for prompt, row in kept.items() if len(row) < RESPONSES]
     usable = {prompt: row for prompt, row in kept.items() if len(row) == RESPONSES}
@@ -176,7 +186,8 @@ def main() -> None:
             "top_p": 1.0,
             "max_new_tokens": MAX_NEW_TOKENS,
             "draws_per_prompt_and_round": DRAWS,
-            "prompts_per_batch": PROMPTS_PER_BATCH,
+            "prompts_per_batch": arguments.prompts_per_batch,
+            "device": arguments.device,
             "draws": len(every),
             "verdicts": {
                 verdict: sum(draw.verdict == verdict for draw in every)

@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, get_peft_model
 from reward_models import SUMMARY_TEMPLATE
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -249,33 +249,18 @@ def policies(
     """The base, every adapter, and soups of the single-objective DPO adapters, on one model in memory."""
     base = load_policy(options.model, dtype=torch.bfloat16 if torch.cuda.is_available() else None)
     yield Run("base", "base"), base
-    corners = []
+    corners: dict[int, str] = {}
     for run in trained:
-        policy = load_policy(options.model, options.output / run.name, share=base)
+        folder = options.output / run.name
         if run.method == "scalarised DPO" and run.settings["initial_multiplier"] == "zero":
-            corners.append((objectives.index(run.settings["primary"]), policy))
-        yield run, policy
-    names = [str(policy.adapter) for _, policy in sorted(corners, key=lambda pair: pair[0])]
-    with corners[0][1].active() as model:
-        for weight in weight_vectors(len(objectives), options.soup_parts):
-            if max(weight) < 1:  # the corners are there already
-                name = "soup_" + "_".join(f"{value:g}" for value in weight)
-                adapter = name.replace(".", "-")  # a module's name has no dots
-                add_soup(model, names, weight, adapter)
-                soup = Policy.from_model(model, base.tokenizer, adapter=adapter, name=name)
-                yield Run(name, "soup of DPO"), soup
-
-
-def add_soup(model: PeftModel, adapters: Sequence[str], weight: Sequence[float], name: str) -> None:
-    """An adapter whose change of every weight is the weighted mean of the others' (rewarded soups, arXiv 2306.04488).
-
-    Factors are stacked: their means would multiply to something else.
-    """
-    parts = [(adapter, value) for adapter, value in zip(adapters, weight, strict=True) if value > 0]
-    model.add_weighted_adapter(
-        [adapter for adapter, _ in parts], [value for _, value in parts], name, combination_type="cat"
-    )
-    model.eval()
+            corners[objectives.index(run.settings["primary"])] = str(folder)
+        yield run, load_policy(options.model, folder, share=base)
+    for weight in weight_vectors(len(objectives), options.soup_parts):
+        if max(weight) < 1:  # the corners are there already
+            # Rewarded soups, arXiv 2306.04488.
+            parts = {corners[k]: value for k, value in enumerate(weight) if value > 0}
+            name = "soup_" + "_".join(f"{value:g}" for value in weight)
+            yield Run(name, "soup of DPO"), load_policy(options.model, parts, share=base)
 
 
 # ---------------------------------------------------------------------------------------------------------- evaluation
@@ -306,7 +291,7 @@ def measure(
                     top_p=0.9,
                     batch_size=options.sample_batch,
                     # All are compared with the base, whose draws must be independent of theirs.
-                    seed=options.seed + (policy.adapter is None),
+                    seed=options.seed + (not policy.adapters),
                     description=f"sampling {run.name}",
                 )
             answers = [[text.split(task.stop)[0] for text in row] for row in drawn]
