@@ -821,8 +821,6 @@ COMPUTED = (
     estimator_figures,
     control_figures,
     writer_figures,
-
-
     certificate_figures,
     certified_structures,
 )
