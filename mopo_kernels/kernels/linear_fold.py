@@ -465,6 +465,8 @@ def linear_fold(
         BLOCK_H=AGAIN_H,
         num_warps=4,
         num_stages=2,
+        # Left to itself ptxas takes fewer, to run more programs at a time than there are, and spills.
+        maxnreg=128,
         **head_arguments(head),
         **OPTIONS,
     )
