@@ -299,7 +299,7 @@ def test_the_readmes_table_is_made_of_a_report(tiny: SimpleNamespace, monkeypatc
     seeds = {"seeds": [1, 2], "failed": 0, "chance_of_failing": 0.0123, "devices": ["cuda"]}
     (tiny.out / "seeds.json").write_text(json.dumps(seeds))
     text = readme.demo()
-    assert "Of 2 runs with other seeds on a GPU, 0 failed;" in text
+    assert "Of 2 runs with seeds of their own on a GPU, 0 failed;" in text
     assert "in at most 1.2% of cases" in text
     report = json.loads((tiny.out / "report.json").read_text())
     for rates in report["win_rates"].values():
