@@ -71,8 +71,8 @@ def _seeds() -> str:
     record = json.loads((DEMO / "seeds.json").read_text(encoding="utf-8"))
     devices = " and ".join({"cuda": "a GPU", "cpu": "a CPU"}[device] for device in record["devices"])
     return (
-        f"Of {len(record['seeds'])} runs with seeds of their own on {devices}, {record['failed']} failed; by the spread "
-        f"of their margins a run fails by chance in at most {100 * record['chance_of_failing']:.1f}% of cases "
+        f"Of {len(record['seeds'])} runs with seeds of their own on {devices}, {record['failed']} failed; by the "
+        f"spread of their margins a run fails by chance in at most {100 * record['chance_of_failing']:.1f}% of cases "
         "([margins](examples/demo/results/seeds.json))."
     )
 
