@@ -59,11 +59,22 @@ def demo() -> str:
     lowest = ", ".join(f"`{name}` at least {record['bounds']['constrained'][name][0]:.3f}" for name in thresholds)
     text.append(
         f"\nWith thresholds {lowest} (one-sided 95%), and `{ahead['objective']}` ahead of the adapter turned down by "
-        f"{ahead['mean']:.3f} [{ahead['low']:.3f}, {ahead['high']:.3f}].\n\n"
+        f"{ahead['mean']:.3f} [{ahead['low']:.3f}, {ahead['high']:.3f}]. {_seeds()}\n\n"
         f"![Win rates of the policies](examples/demo/results/plane_{settings['primary']}_{next(iter(thresholds))}.png)"
         "\n"
     )
     return "".join(text)
+
+
+def _seeds() -> str:
+    """How often the demo fails by chance."""
+    record = json.loads((DEMO / "seeds.json").read_text(encoding="utf-8"))
+    devices = " and ".join({"cuda": "a GPU", "cpu": "a CPU"}[device] for device in record["devices"])
+    return (
+        f"Of {len(record['seeds'])} runs with seeds of their own on {devices}, {record['failed']} failed; by the "
+        f"spread of their margins a run fails by chance in at most {100 * record['chance_of_failing']:.1f}% of cases "
+        "([margins](examples/demo/results/seeds.json))."
+    )
 
 
 def rows(trained: dict[str, Any], frozen: dict[str, Any], label: str = "") -> list[str]:

@@ -10,8 +10,9 @@ import json
 import re
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
+from statistics import NormalDist
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -295,7 +296,11 @@ def test_the_readmes_table_is_made_of_a_report(tiny: SimpleNamespace, monkeypatc
 
     monkeypatch.setattr(readme, "DEMO", tiny.out)
     tiny.start()
+    seeds = {"seeds": [1, 2], "failed": 0, "chance_of_failing": 0.0123, "devices": ["cuda"]}
+    (tiny.out / "seeds.json").write_text(json.dumps(seeds))
     text = readme.demo()
+    assert "Of 2 runs with seeds of their own on a GPU, 0 failed;" in text
+    assert "in at most 1.2% of cases" in text
     report = json.loads((tiny.out / "report.json").read_text())
     for rates in report["win_rates"].values():
         for rate in rates["win_rates"].values():
@@ -307,6 +312,48 @@ def test_the_readmes_table_is_made_of_a_report(tiny: SimpleNamespace, monkeypatc
     assert "seed 0, trained in fp32" in text
     for image in re.findall(r"results/(\S+png)", text):
         assert (tiny.out / image).is_file()
+
+
+def test_margins_are_those_of_the_claims_and_their_spread_gives_the_chance_of_failing(
+    run: ModuleType, protocol: Any, demo: Callable[[str], ModuleType]
+) -> None:
+    seeds = demo("seeds")
+
+    def report(seed: int, **changes: float) -> dict[str, Any]:
+        found = comparisons(**changes)
+        return {
+            "claims": run.verify(protocol, found, 0.3),
+            "settings": {"thresholds": protocol.thresholds, "primary": "warmth", "seed": seed, "device": "cpu"},
+            "protocol": "p",
+            "turned_down": {"scale": 0.3},
+            "bounds": {
+                name: {one: run.bounds(protocol, comparison, one) for one in protocol.thresholds}
+                for name, comparison in found.items()
+            },
+            "difference": asdict(run.difference(protocol, found)),
+            "win_rates": {name: comparison.as_dict(responses=False) for name, comparison in found.items()},
+            "versions": {"commit": "c"},
+        }
+
+    changes: list[dict[str, float]] = [{}, {"constrained__plain": 0.42}, {"unconstrained__brevity": 0.42}]
+    reports = [report(seed, **change) for seed, change in enumerate(changes)]
+    for each in reports:
+        assert [margin > 0 for margin in seeds.margins(each).values()] == list(each["claims"].values())
+    found = seeds.summary(reports)
+    assert found["failed"] == 2
+    plain = found["claims"]["kept: plain"]
+    normal = NormalDist(plain["mean"], plain["standard_deviation"])
+    assert plain["chance_of_failing"] == pytest.approx(normal.cdf(0.0))
+    assert 0.1 < plain["chance_of_failing"] < 0.5
+    assert found["claims"]["gained"]["chance_of_failing"] < 1e-3
+    assert found["chance_of_failing"] >= plain["chance_of_failing"]
+    for bad, message in (
+        (reports[:1], "at least 2; got 1"),
+        ([reports[0], reports[0]], r"a seed each; got \[0, 0\]"),
+        ([reports[0], reports[1] | {"protocol": "q"}], "one protocol; got several"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            seeds.summary(bad)
 
 
 @pytest.mark.parametrize(

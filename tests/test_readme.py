@@ -90,6 +90,9 @@ def test_the_demos_table_is_of_a_run_under_its_protocol_whose_claims_hold() -> N
         for rate in report["win_rates"][policy]["win_rates"].values():
             assert f"{rate['mean']:.3f} [{rate['low']:.3f}, {rate['high']:.3f}]" in README
     assert report["versions"]["commit"] in README
+    seeds = json.loads((ROOT / "examples/demo/results/seeds.json").read_text())
+    assert seeds["protocol"] == report["protocol"]
+    assert len(seeds["seeds"]) >= 5
 
 
 def test_the_performance_tables_are_made_from_the_committed_results() -> None:
