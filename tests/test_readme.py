@@ -81,7 +81,11 @@ def test_names_in_the_readme_exist() -> None:
 
 
 def test_the_demos_table_is_of_a_run_under_its_protocol_whose_claims_hold() -> None:
-    report = json.loads((ROOT / "examples/demo/results/report.json").read_text())
+    file = ROOT / "examples/demo/results/report.json"
+    if not file.exists():
+        assert "results under this protocol are not committed yet" in README
+        return
+    report = json.loads(file.read_text())
     protocol = json.loads((ROOT / "examples/demo/protocol.json").read_text())
     assert all(report["claims"].values())
     assert report["claims_in_words"] == protocol.pop("claims")

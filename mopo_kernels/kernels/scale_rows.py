@@ -12,7 +12,7 @@ from mopo_kernels.kernels.common import OPTIONS
 BLOCK = 2048
 
 
-@triton.jit(do_not_specialize=["factor"])
+@triton.jit(do_not_specialize=["factor", "factor_stride"])
 def scale_rows_kernel(
     x: tl.tensor,
     factor: tl.tensor,
