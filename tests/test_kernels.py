@@ -803,11 +803,16 @@ def kernel_modules() -> list[ModuleType]:
         fold,
         gradient,
         linear_fold,
+        mark_target,
         pair_coefficient,
+        row_offset,
+        row_statistics,
+        scale_rows,
         segment_sum,
     )
 
-    return [exponential_gradient, fold, gradient, linear_fold, pair_coefficient, segment_sum]
+    by_row = [row_offset, row_statistics, mark_target, scale_rows]
+    return [exponential_gradient, fold, gradient, linear_fold, *by_row, pair_coefficient, segment_sum]
 
 
 def kernels() -> dict[str, Any]:
@@ -815,12 +820,13 @@ def kernels() -> dict[str, Any]:
 
 
 # Arguments that belong to the model or to the plan of its buffer: whether they are multiples of 16 may be compiled in.
-MODELS = {"tile", "exponentials", "hidden", "weight", "columns", "hidden_size", "blocks"}
+# x and out are rows of hidden, or of a gradient.
+MODELS = {"tile", "exponentials", "hidden", "weight", "columns", "hidden_size", "blocks", "x", "out"}
 
 
 def test_nothing_that_changes_with_the_batch_is_compiled_in() -> None:
     found = kernels()
-    assert len(found) == 8
+    assert len(found) == 14
     for name, kernel in found.items():
         options = kernel.kwargs if hasattr(kernel, "kwargs") else vars(kernel)
         for argument, parameter in inspect.signature(kernel.fn).parameters.items():
@@ -831,6 +837,7 @@ def test_nothing_that_changes_with_the_batch_is_compiled_in() -> None:
                     "CAPPED",
                     "SCALED",
                     "STORE",
+                    "ROW_OFFSETS",
                     "EVEN_H",
                     "EVEN_V",
                     "SIGMOID",

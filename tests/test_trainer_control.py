@@ -610,12 +610,12 @@ def memorise(folder, seed, in_sample):
     return multiplier, held_out_rate(trainer.model, unseen)
 
 
-# Of seeds 0 to 5 those whose labels' multiplier is above 0.1 or moves; in all six the held-out range is at most 0.025
-# and the rate 0.493 to 0.532.
-@pytest.mark.parametrize("seed", [0, 1, 5])
+# Of seeds 0 to 7 three where the threshold binds: at 0, 1, 3 and 7 neither multiplier leaves the neighbourhood of 0. In
+# all eight the held-out range is at most 0.022 and the rate 0.503 to 0.535.
+@pytest.mark.parametrize("seed", [2, 4, 5])
 def test_multipliers_settle_where_in_sample_ones_run_about(seed, tmp_path):
-    """Over the second half of a run that memorises its pairs, a multiplier moves by 0.001 to 0.015, against 0.13 to
-    0.44; and on prompts that neither loss nor multipliers have seen, fresh answers win 0.493 to 0.515, where 0.5 is
+    """Over the second half of a run that memorises its pairs, a multiplier moves by 0.010 to 0.022, against 0.20 to
+    0.45; and on prompts that neither loss nor multipliers have seen, fresh answers win 0.503 to 0.514, where 0.5 is
     asked for."""
     settled, rate = memorise(tmp_path / "held out", seed, in_sample=False)
     assert max(settled) - min(settled) < 0.04

@@ -12,7 +12,7 @@ from mopo_kernels.kernels.common import OPTIONS
 BLOCK = 2048
 
 
-@triton.jit(do_not_specialize=["factor", "factor_stride"])
+@triton.jit(do_not_specialize=["factor", "factor_step"])
 def scale_rows_kernel(
     x: tl.tensor,
     factor: tl.tensor,
@@ -20,13 +20,13 @@ def scale_rows_kernel(
     columns: tl.int32,
     x_stride: tl.int64,
     out_stride: tl.int64,
-    factor_stride: tl.int32,
+    factor_step: tl.int32,
     BLOCK: tl.constexpr,
 ) -> None:
     r = tl.program_id(0).to(tl.int64)
     c = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     value = tl.load(x + r * x_stride + c, mask=c < columns, other=0.0).to(factor.dtype.element_ty)
-    value *= tl.load(factor + r * factor_stride)
+    value *= tl.load(factor + r * factor_step)
     tl.store(out + r * out_stride + c, value.to(out.dtype.element_ty), mask=c < columns)
 
 
