@@ -462,9 +462,10 @@ class LinearHead:
                 if not self.fused:
                     self._products_(hidden, tile.values, start, stop)
                 elif self.by_row:
-                    # The log-sum-exp is known by now; what the fold makes of the sums is not.
+                    # The log-sum-exp is known by now, and so every tile's offset. A sum of 1 beforehand keeps it, where
+                    # 0 would not in a tile without any probability.
                     offset = folded.logsumexp.float()
-                    statistics = [offset, torch.zeros_like(offset), torch.zeros_like(offset)]
+                    statistics = [offset, torch.ones_like(offset), torch.zeros_like(offset)]
                     self._fold_tile(hidden, target, start, stop, tile, statistics)
                     self._mark_(tile, target, start, statistics[0], folded)
                 else:

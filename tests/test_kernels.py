@@ -20,7 +20,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mopo_kernels import reference
+from mopo_kernels import linear_logprob, reference
 from mopo_kernels.backends.tile import NOT_SCORED, Head
 from mopo_kernels.backends.triton import TritonBackend, unavailable_reason
 from mopo_kernels.coefficients import PairData
@@ -583,6 +583,22 @@ def test_rows_are_computed_again_where_they_must_and_nowhere_else() -> None:
     BACKEND.linear_fold(case.hidden, case.weight, *at, *statistics)
     again = (statistics.maximum != offset).nonzero()[:, 0].tolist()
     assert again == [*range(40)[FAR], *range(40)[BESIDE]]
+
+
+@pytest.mark.parametrize("limit", [1 << 20, 12_000], ids=["whole", "tiles"])
+def test_a_tile_without_any_probability_leaves_the_others_gradients_alone(limit: int) -> None:
+    g = torch.Generator().manual_seed(0)
+    hidden, weight = torch.randn(40, 16, generator=g), torch.randn(320, 16, generator=g) / 4
+    hidden[:, 0], weight[:, 0] = 1.0, 0.0
+    weight[192:, 0] = -300.0  # a probability of e^-300, which fp32 does not have
+    target = torch.randint(0, 192, (40,), generator=g)
+    gradients = []
+    for dtype, backend in ((torch.bfloat16, "triton"), (torch.float64, "reference")):
+        leaves = [x.bfloat16().to(DEVICE, dtype).requires_grad_() for x in (hidden, weight)]
+        loss = linear_logprob(*leaves, target.to(DEVICE), backend=backend, max_buffer_bytes=limit).sum()
+        gradients.append(torch.autograd.grad(loss, leaves))
+    for got, exact in zip(*gradients, strict=True):
+        assert rms(got - exact) <= 0.01 * rms(exact)
 
 
 @pytest.mark.parametrize("sharpness", [1.0, 4.0, 16.0])
