@@ -36,7 +36,10 @@ def demo() -> str:
     """What the demo measured on its test prompts."""
     file = DEMO / "report.json"
     if not file.is_file():
-        return "`make demo` prints the table; results under this protocol are not committed yet.\n"
+        return (
+            "`make demo` prints the table. It has not been run in full under this protocol yet: whether its claims "
+            "hold is not known.\n"
+        )
     record = json.loads(file.read_text(encoding="utf-8"))
     settings, rates, ahead = record["settings"], record["win_rates"], record["difference"]
     thresholds, scale = settings["thresholds"], record["turned_down"]["scale"]
