@@ -47,7 +47,7 @@ def demo() -> str:
     samples, precision = settings["samples"], "bf16" if settings["bfloat16"] else "fp32"
     text = [
         f"Win rates over the base model, {prompts} prompts with {samples} answers, 95% intervals by prompt; "
-        f"seed {settings['seed']}, trained in {precision}, {record['seconds']['total'] / 60:.0f} minutes in all, "
+        f"seed {settings['seed']}, trained in {precision}, "
         f"commit {record['versions']['commit']} ([report](examples/demo/results/report.json)). On another processor "
         "the samples, and so the figures, differ a little:\n\n",
         f"| objective | | with thresholds | without | without, adapter x {scale:g} |\n|---|---|---|---|---|\n",
@@ -71,7 +71,10 @@ def demo() -> str:
 
 def _seeds() -> str:
     """How often the demo fails by chance."""
-    record = json.loads((DEMO / "seeds.json").read_text(encoding="utf-8"))
+    file = DEMO / "seeds.json"
+    if not file.is_file():
+        return "It is one run: how often a claim fails by chance was not estimated yet."
+    record = json.loads(file.read_text(encoding="utf-8"))
     devices = " and ".join({"cuda": "a GPU", "cpu": "a CPU"}[device] for device in record["devices"])
     return (
         f"Of {len(record['seeds'])} runs with seeds of their own on {devices}, {record['failed']} failed; by the "

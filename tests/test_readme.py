@@ -94,7 +94,11 @@ def test_the_demos_table_is_of_a_run_under_its_protocol_whose_claims_hold() -> N
         for rate in report["win_rates"][policy]["win_rates"].values():
             assert f"{rate['mean']:.3f} [{rate['low']:.3f}, {rate['high']:.3f}]" in README
     assert report["versions"]["commit"] in README
-    seeds = json.loads((ROOT / "examples/demo/results/seeds.json").read_text())
+    seeds_file = ROOT / "examples/demo/results/seeds.json"
+    if not seeds_file.exists():
+        assert "how often a claim fails by chance was not estimated yet" in README
+        return
+    seeds = json.loads(seeds_file.read_text())
     assert seeds["protocol"] == report["protocol"]
     assert len(seeds["seeds"]) >= 5
 
