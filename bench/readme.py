@@ -59,10 +59,11 @@ def demo() -> str:
         cells = [rates[policy]["win_rates"][name] for policy in ("constrained", "unconstrained", "turned_down")]
         shown = " | ".join(f"{cell['mean']:.3f} [{cell['low']:.3f}, {cell['high']:.3f}]" for cell in cells)
         text.append(f"| {name} | {role} | {shown} |\n")
+    nothing = "On validation prompts no scale of it kept both, so that it is the base model. " if scale == 0 else ""
     lowest = ", ".join(f"`{name}` at least {record['bounds']['constrained'][name][0]:.3f}" for name in thresholds)
     text.append(
         f"\nWith thresholds {lowest} (one-sided 95%), and `{ahead['objective']}` ahead of the adapter turned down by "
-        f"{ahead['mean']:.3f} [{ahead['low']:.3f}, {ahead['high']:.3f}]. {_seeds()}\n\n"
+        f"{ahead['mean']:.3f} [{ahead['low']:.3f}, {ahead['high']:.3f}]. {nothing}{_seeds()}\n\n"
         f"![Win rates of the policies](examples/demo/results/plane_{settings['primary']}_{next(iter(thresholds))}.png)"
         "\n"
     )
