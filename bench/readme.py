@@ -59,7 +59,13 @@ def demo() -> str:
         cells = [rates[policy]["win_rates"][name] for policy in ("constrained", "unconstrained", "turned_down")]
         shown = " | ".join(f"{cell['mean']:.3f} [{cell['low']:.3f}, {cell['high']:.3f}]" for cell in cells)
         text.append(f"| {name} | {role} | {shown} |\n")
-    nothing = "On validation prompts no scale of it kept both, so that it is the base model. " if scale == 0 else ""
+    looked_at = record["turned_down"]["win_rates_on_validation"]
+    tried = "; ".join(
+        f"x {other}: {', '.join(f'{name} {rates[name]:.3f}' for name in (settings['primary'], *thresholds))}"
+        for other, rates in sorted(looked_at.items())
+    )
+    nothing = f"On validation prompts no scale of it kept both ({tried}), so that it is the base model. "
+    nothing = nothing if scale == 0 else ""
     lowest = ", ".join(f"`{name}` at least {record['bounds']['constrained'][name][0]:.3f}" for name in thresholds)
     text.append(
         f"\nWith thresholds {lowest} (one-sided 95%), and `{ahead['objective']}` ahead of the adapter turned down by "
