@@ -31,7 +31,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PhiConfig, Pretraine
 
 from bench.provenance import provenance
 from bench.readme import fill_marks
-from mopo_kernels.functional import DEFAULT_BUFFER_BYTES
+from mopo_kernels.functional import default_buffer_bytes
 from mopo_kernels.trainer.estimate import optimizer_bytes, tensor_bytes
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -273,7 +273,8 @@ def memory(model: Model, work: Work, plan: Plan) -> float:
     recomputed = work.tokens * model.kept
     rows = work.scored * model.hidden * (FP32 + BF16)
     of_head = 0 if plan.lora else model.head * (FP32 + BF16) / plan.cut
-    return kept + held + inputs + recomputed + rows + of_head + DEFAULT_BUFFER_BYTES
+    weight = torch.empty(-(-model.vocabulary // plan.cut), model.hidden, dtype=torch.bfloat16, device="meta")
+    return kept + held + inputs + recomputed + rows + of_head + default_buffer_bytes(weight)
 
 
 # ------------------------------------------------------------------------------------------------------------ measured

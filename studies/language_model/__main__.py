@@ -17,13 +17,13 @@ from __future__ import annotations
 import argparse
 import os
 import signal
-import subprocess
 import sys
 import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from bench.provenance import origin
 from studies.language_model.explore import best_constrained, explore_jobs, explore_multipliers, explore_table
 from studies.language_model.jobs import Scale
 from studies.language_model.problem import DATA, ROOT, SPLITS, split_digest
@@ -41,21 +41,6 @@ _STEPS_ON_A_GPU = 0.08
 # Options that say where things are.
 _PLACES = ("--model", "--data", "--output", "--commit", "--results", "--explored", "--bundle")
 SMALL_SCALE = Scale(validation_samples=2, test_samples=4, base_samples=8, kl_samples=1)
-
-
-def commit() -> str | None:
-    """The checkout's commit, with "+" if it has changes; None outside a checkout."""
-    try:
-        found = subprocess.run(
-            ["git", "describe", "--always", "--dirty=+", "--abbrev=12"],
-            cwd=ROOT,
-            capture_output=True,
-            text=True,
-            check=True,
-        )
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return found.stdout.strip()
 
 
 def shown(words: list[str]) -> list[str]:
@@ -154,7 +139,7 @@ def main(argv: list[str] | None = None) -> int:
         scale = scale.with_batch(options.prompts_per_step)
     about: dict[str, Any] = {
         "command": shown(sys.argv[1:] if argv is None else argv),
-        "commit": options.commit or commit(),
+        "commit": options.commit or origin()["commit"],
         "device": options.device,
         "precision": settings.device.precision,
         "workers": workers,
