@@ -464,16 +464,14 @@ class MOPOTrainer(Trainer):
             if callable(getattr(optimizer, "train", None)):
                 optimizer.train()
 
-    def _dealt(self, part: Sequence[int]) -> tuple[list[tuple[int, list[int]]], int]:
-        """This rank's batches of a part of the dual data, each with its number, as many on every rank; and how many
-        batches there are."""
-        size = self.args.per_device_eval_batch_size
+    def _dealt(self, part: Sequence[int], size: int) -> list[tuple[int, list[int]]]:
+        """This rank's batches of a part of the dual data, each with its number, as many on every rank."""
         batches = [list(part[start : start + size]) for start in range(0, len(part), size)]
         sharing = self.get_tp_size()
         ranks, rank = self.accelerator.num_processes // sharing, self.accelerator.process_index // sharing
         rounds = math.ceil(len(batches) / ranks)
         own = [min(turn * ranks + rank, len(batches) - 1) for turn in range(rounds)]
-        return [(number, batches[number]) for number in own], len(batches)
+        return [(number, batches[number]) for number in own]
 
     def _log_ratios(self, part: Sequence[int]) -> dict[int, list[float]]:
         """Of the policy to the first reference, for every response of these examples of the dual data, on every
@@ -484,7 +482,7 @@ class MOPOTrainer(Trainer):
             return {index: [0.0] * len(data[index].responses) for index in part}
         found: dict[int, list[float]] = {}
         with self._measuring():
-            for _, indices in self._dealt(part)[0]:
+            for _, indices in self._dealt(part, self.args.per_device_eval_batch_size):
                 batch = self._prepare_inputs(self.data_collator([data[index] for index in indices]))
                 with self.compute_loss_context_manager():
                     ratio = self.model(**batch, log_ratio_only=True)["log_ratio"].double().tolist()
@@ -506,9 +504,11 @@ class MOPOTrainer(Trainer):
         if tokens is None:
             lengths = [len(response) for item in self.data_collator.tokenize(list(data)) for response in item.responses]
             tokens = max(lengths)
+        # As many rows at once as an evaluation batch has, where each response is one.
+        size = args.per_device_eval_batch_size * max(len(example.responses) for example in data)
         found: dict[int, dict[str, float]] = {}
         with self._measuring(), self.compute_loss_context_manager():
-            for number, indices in self._dealt(part)[0]:
+            for number, indices in self._dealt(part, size):
                 # The same on any number of ranks, and another in every dual step.
                 seed = np.random.SeedSequence([args.seed, controller.rounds, number]).generate_state(1)
                 answers = sample_responses(

@@ -19,8 +19,10 @@ from studies.language_model.scheduler import Job
 from studies.language_model.statistics import estimate, keeps, rates
 
 # The centre that factors are varied about, one at a time.
-CENTRE: dict[str, Any] = {"tau": 0.15, "learning_rate": 2e-4, "lora_rank": 16}
-CENTRE_EPOCHS = 2
+CENTRE: dict[str, Any] = {"tau": 0.15, "learning_rate": 5e-4, "lora_rank": 16}
+CENTRE_EPOCHS = 1
+# One answer to each of so many prompts in a dual step, 128 at once.
+JUDGED: dict[str, Any] = {"dual_samples": 128, "per_device_eval_batch_size": 32}
 # What is held at 0.5 is asked for at 0.5 here: how well control aims is one of the questions.
 THRESHOLDS = parity()
 SCALES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.7)
@@ -45,7 +47,7 @@ def explore_jobs(multipliers: Mapping[str, float], scale: Scale) -> list[Job]:
     held: dict[str, Any] = {"thresholds": THRESHOLDS}
     fixed: dict[str, Any] = {"multipliers": dict(multipliers), "method": "fixed"}
     free: dict[str, Any] = {"method": "unconstrained"}
-    lengths: list[tuple[float, Sequence[float]]] = [(1, ()), (3, (1, 2))]
+    judged: dict[str, Any] = {"judged": True, "settings": JUDGED, **held}
     scaled: list[Job] = []
 
     def turned_down(run: Run) -> None:
@@ -53,46 +55,38 @@ def explore_jobs(multipliers: Mapping[str, float], scale: Scale) -> list[Job]:
             judge_job(f"{run.name}.x{factor:g}", {run.name: factor}, "validation", scale) for factor in SCALES
         )
 
-    # Item 1, one seed: how long control lasts.
-    add("constrained-10-s0", 10, (1, 3, 6), **held)
-    for epochs, at in lengths:
-        add(f"constrained-{epochs}-s0", epochs, at, **held)
-        turned_down(add(f"unconstrained-{epochs}-s0", epochs, at, **free))
-        add(f"fixed-{epochs}-s0", epochs, at, **fixed)
-    # Item 2, one factor at a time.
-    turned_down(add("unconstrained-2", CENTRE_EPOCHS, **free))
-    add("centre", CENTRE_EPOCHS, **held)
-    for rate in (5e-4, 1e-3, 1e-4):
-        add(f"rate-{rate:g}", CENTRE_EPOCHS, learning_rate=rate, **held)
-    for tau in (0.1, 0.05, 0.3):
-        add(f"tau-{tau:g}", CENTRE_EPOCHS, tau=tau, **held)
-    add("judged-1-s0", 1, judged=True, **held)
-    for rank in (64, 8):
-        add(f"rank-{rank}", CENTRE_EPOCHS, lora_rank=rank, **held)
+    # How long control lasts, by fresh answers and by the dual data's labels.
+    add("judged-10-s0", 10, (1, 3, 6), **judged)
+    add("judged-3-s0", 3, (1, 2), **judged)
+    add("constrained-3-s0", 3, (1, 2), **held)
+    for seed in SEEDS[1:]:
+        add(f"judged-3-s{seed}", 3, (1, 2), seed=seed, **judged)
+    for seed in SEEDS:
+        add(f"judged-1-s{seed}", 1, seed=seed, **judged)
+    add("constrained-1-s0", 1, **held)
+    turned_down(add("unconstrained-1-s0", 1, **free))
+    add("fixed-1-s0", 1, **fixed)
+    # Why a policy falls short of its labels: one factor at a time about constrained-1-s0.
+    for rate in (2e-4, 1e-3):
+        add(f"rate-{rate:g}", 1, learning_rate=rate, **held)
+    for tau in (0.08, 0.3):
+        add(f"tau-{tau:g}", 1, tau=tau, **held)
+    add("rank-64", 1, lora_rank=64, **held)
     # As many epochs over fewer prompts are fewer steps: as many steps, so that nothing else differs.
-    for prompts in (350, 180):
-        add(f"prompts-{prompts}", CENTRE_EPOCHS, prompts=prompts, **held)
-    add("loss-sigmoid", CENTRE_EPOCHS, loss_type="sigmoid", **held)
-    add("estimator-pair", CENTRE_EPOCHS, estimator="pair", **held)
-    add("epochs-4", 4, (1, 2, 3), **held)
-    # Item 1, the other seeds, and fresh answers in place of the dual data's labels.
+    add("prompts-350", 1, prompts=350, **held)
+    add("loss-sigmoid", 1, loss_type="sigmoid", **held)
+    add("estimator-pair", 1, estimator="pair", **held)
+    # The rivals for as long.
+    turned_down(add("unconstrained-3-s0", 3, (1, 2), **free))
+    add("fixed-3-s0", 3, (1, 2), **fixed)
     for seed in SEEDS[1:]:
-        for epochs, at in lengths:
-            add(f"constrained-{epochs}-s{seed}", epochs, at, seed=seed, **held)
-    add("judged-3-s0", 3, (1, 2), judged=True, **held)
+        add(f"constrained-3-s{seed}", 3, (1, 2), seed=seed, **held)
+        add(f"constrained-1-s{seed}", 1, seed=seed, **held)
+    add("constrained-10-s0", 10, (1, 3, 6), **held)
     add("unconstrained-10-s0", 10, (1, 3, 6), **free)
-    add("fixed-10-s0", 10, (1, 3, 6), **fixed)
-    for seed in SEEDS[1:]:
-        add(f"unconstrained-1-s{seed}", 1, seed=seed, **free)
-        add(f"fixed-1-s{seed}", 1, seed=seed, **fixed)
-        add(f"judged-1-s{seed}", 1, seed=seed, judged=True, **held)
-    for seed in SEEDS[1:]:
-        add(f"unconstrained-3-s{seed}", 3, seed=seed, **free)
-        add(f"fixed-3-s{seed}", 3, seed=seed, **fixed)
-        add(f"judged-3-s{seed}", 3, seed=seed, judged=True, **held)
 
     jobs = [base_job("validation", scale)]
-    jobs += [labels_job(f"tau-{tau:g}", THRESHOLDS, tau, scale.training_prompts) for tau in (0.05, 0.1, 0.15, 0.3)]
+    jobs += [labels_job(f"tau-{tau:g}", THRESHOLDS, tau, scale.training_prompts) for tau in (0.08, 0.15, 0.3)]
     for run, judged_at in runs:
         jobs.append(train_job(run))
         for epochs in judged_at:

@@ -39,7 +39,7 @@ class Scale:
     epoch: int = 70
     prompts_per_step: int = 8
     prompts: int = 0
-    validation_samples: int = 4
+    validation_samples: int = 8
     test_samples: int = 8
     base_samples: int = BASE_SAMPLES
     kl_samples: int = 2

@@ -16,6 +16,7 @@ if str(DEMO) not in sys.path:
 
 from judges import JUDGES  # noqa: E402
 from prompts import split_digest, test_prompts, validation_prompts  # noqa: E402
+from run import has_fast_bfloat16  # noqa: E402
 
 __all__ = [
     "DATA",
@@ -25,6 +26,7 @@ __all__ = [
     "OBJECTIVES",
     "PRIMARY",
     "SPLITS",
+    "has_fast_bfloat16",
     "some_prompts",
     "split_digest",
 ]

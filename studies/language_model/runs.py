@@ -21,11 +21,11 @@ from mopo_kernels.data import PreferenceCollator, PreferenceData
 from mopo_kernels.evaluation import encode_prompt, judge_responses, sample_responses
 from mopo_kernels.trainer.trainer import peak_memory_mib
 from studies.language_model.policies import Mixture, Policies, Weights, response_logprobs
-from studies.language_model.problem import JUDGES, MAX_NEW_TOKENS, OBJECTIVES, PRIMARY, some_prompts
+from studies.language_model.problem import JUDGES, MAX_NEW_TOKENS, OBJECTIVES, PRIMARY, has_fast_bfloat16, some_prompts
 
 logger = logging.getLogger(__name__)
 
-PRECISIONS = ("fp32", "tf32", "bf16")
+PRECISIONS = {"cpu": ("fp32", "bf16"), "cuda": ("fp32", "tf32", "bf16")}
 # Log lines a run, whatever its length, beside those of its dual steps: all results together are to stay small.
 _LOG_LINES = 40
 # The most that tf32 or bf16 may move the loss, or its gradient, relatively.
@@ -40,7 +40,8 @@ class Device:
 
     Attributes:
         kind: ``cpu`` or ``cuda``.
-        precision: of products: ``fp32``, ``tf32`` (a GPU's, weights in fp32) or ``bf16`` (autocast in training).
+        precision: of products: ``fp32``, ``tf32`` (a GPU's alone, weights in fp32) or ``bf16`` (autocast in training;
+            answers are sampled without it).
         backend: of the fused loss.
         rows: sequences sampled at once.
         forward: prompts, each with its responses, in a pass without gradient.
@@ -59,14 +60,15 @@ class Device:
 
     @classmethod
     def of(cls, kind: str, precision: str | None = None, threads: int = 1) -> Device:
-        """The settings for ``cpu`` or ``cuda``."""
+        """The settings for ``cpu`` or ``cuda``; precision by default ``bf16`` on a CPU that multiplies it itself."""
+        if kind not in PRECISIONS:
+            raise ValueError(f"device must be {' or '.join(PRECISIONS)}, got {kind!r}")
+        if precision is None:
+            precision = "tf32" if kind == "cuda" else "bf16" if has_fast_bfloat16(kind) else "fp32"
+        if precision not in PRECISIONS[kind]:
+            raise ValueError(f"precision on {kind} must be one of {', '.join(PRECISIONS[kind])}, got {precision!r}")
         if kind == "cpu":
-            return cls(threads=threads)
-        if kind != "cuda":
-            raise ValueError(f"device must be cpu or cuda, got {kind!r}")
-        precision = precision or "tf32"
-        if precision not in PRECISIONS:
-            raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
+            return cls(precision=precision, threads=threads)
         return cls("cuda", precision, rows=600, forward=32, shared_prompts="never", threads=threads)
 
     @property
