@@ -11,7 +11,7 @@ comma := ,
 empty :=
 space := $(empty) $(empty)
 
-.PHONY: install lock demo test test-slow test-oldest test-newest lint paper bench device wheels-for-device clean
+.PHONY: install lock demo test test-slow fuzz test-oldest test-newest lint paper bench device wheels-for-device clean
 
 install: $(STAMP)
 
@@ -46,6 +46,10 @@ test: install lint
 # A model of 1.4 billion parameters, trained for two steps in less than 12 GB.
 test-slow: install
 	$(BIN)/python -m pytest -q -m slow
+
+# The property tests with examples that `make test` has not seen, and many more of them: about an hour on 2 cores.
+fuzz: install
+	HYPOTHESIS_PROFILE=fuzz $(BIN)/$(PYTEST) --timeout 0 tests/test_fuzz_*.py
 
 # What other versions of packages can change: not the benchmarks and studies, what other compilers build, or the demo.
 BESIDE_VERSIONS := bench% paper% device% demo% gate estimate cuda_build cuda_kernels compile_report scaling readme large
