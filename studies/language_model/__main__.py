@@ -64,7 +64,11 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--data", type=Path, default=DATA, help="preference file of the training prompts")
     parser.add_argument("--output", type=Path, help="folder of the results; default runs/study/COMMAND")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--precision", choices=("tf32", "bf16", "fp32"), help="of products; default tf32 on a GPU, bf16 on a CPU that has it")
+    parser.add_argument(
+        "--precision",
+        choices=("tf32", "bf16", "fp32"),
+        help="of products; default tf32 on a GPU, bf16 on a CPU that has it",
+    )
     parser.add_argument("--workers", type=int, help="processes; default 2 on a CPU, 6 on a GPU")
     parser.add_argument("--deadline", type=float, metavar="SECONDS", help="begin no job after so many seconds")
     parser.add_argument(

@@ -20,7 +20,6 @@ from studies.language_model.statistics import estimate, keeps, rates
 
 # The centre that factors are varied about, one at a time.
 CENTRE: dict[str, Any] = {"tau": 0.15, "learning_rate": 5e-4, "lora_rank": 16}
-CENTRE_EPOCHS = 1
 # One answer to each of so many prompts in a dual step, 128 at once.
 JUDGED: dict[str, Any] = {"dual_samples": 128, "per_device_eval_batch_size": 32}
 # What is held at 0.5 is asked for at 0.5 here: how well control aims is one of the questions.

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from studies.language_model.explore import CENTRE, CENTRE_EPOCHS, SEEDS, THRESHOLDS, explore_table
+from studies.language_model.explore import CENTRE, SEEDS, THRESHOLDS, explore_table
 from studies.language_model.problem import HELD, OBJECTIVES, PRIMARY
 from studies.language_model.scheduler import pack, read_bundle, without_traces, write_atomically
 from studies.language_model.statistics import Array, Estimate, estimate, rates, resamples
@@ -20,9 +20,9 @@ REFERENCE_POINT = 0.4
 """Win rate of every objective that hypervolumes are measured from: no policy that was chosen is to be below it."""
 # Resamples of prompts for a hypervolume, which takes longer than a mean.
 _VOLUMES = 500
-FACTORS = ("rate", "tau", "rank", "prompts", "loss", "estimator", "epochs")
-"""Of the exploration: how the names of the runs begin in which one of them differs from the centre."""
-LONG_RUNS = ("constrained-3-s0", "judged-3-s0", "constrained-10-s0")
+FACTORS = ("constrained-1-s0", "rate", "tau", "rank", "prompts", "loss", "estimator")
+"""Of the exploration: the centre, and how the names of the runs begin in which one thing differs from it."""
+LONG_RUNS = ("constrained-3-s0", "judged-3-s0", "judged-10-s0")
 """Of the exploration, whose multipliers are drawn."""
 README = "README.md"
 RESULTS, EXPLORED = "results.json.gz", "explored.json.gz"
@@ -509,7 +509,7 @@ def factor_table(found: Mapping[str, Any]) -> list[str]:
     """One factor at a time: what a policy has, and which part of the labels' gain at the same thresholds and tau."""
     lines = []
     for name, record in found.items():
-        if record["kind"] != "train" or not record["name"].startswith(("centre", *FACTORS)):
+        if record["kind"] != "train" or not record["name"].startswith(FACTORS):
             continue
         value = _judged(found, name)
         if value is None:
@@ -541,7 +541,7 @@ def explored_lines(content: Mapping[str, Any], out: Path) -> list[str]:
         plot_control(content, long, out / "control.png")
         lines += ["![Multipliers and what they hold, over the steps](control.png)", ""]
     centre = ", ".join(f"{name} {value:g}" for name, value in CENTRE.items())
-    lines += [f"One factor at a time, about {centre}, {CENTRE_EPOCHS} epochs:", "", *factor_table(found)]
+    lines += [f"One factor at a time, about {centre}, 1 epoch:", "", *factor_table(found)]
     lines += [
         f"Made by `{' '.join(content['command'])}` at commit {content['commit']}. Everything that was judged:",
         "",
