@@ -1,4 +1,6 @@
-// Tile work on a GPU. Rows may start at any element, so each is split into the 16-byte vectors between its first and
+// Tile work on a GPU: the portable fallback where Triton is missing, for fp32 and fp64 tiles of logits as for half
+// precision. The products around it are torch's, so every tile is written and read once more than where Triton's fused
+// product folds it; no claim of speed rests on it. Rows may start at any element, so each is split into the 16-byte vectors between its first and
 // its last 16-byte boundary and the few scalars on either side. Which thread does which column, and the order of every
 // sum, follow from the arguments alone: two runs give the same bits.
 #include <cuda_runtime.h>
