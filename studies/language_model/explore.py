@@ -37,9 +37,9 @@ def explore_jobs(multipliers: Mapping[str, float], scale: Scale) -> list[Job]:
     """
     runs: list[tuple[Run, Sequence[float]]] = []
 
-    def add(name: str, epochs: float, at: Sequence[float] = (), **fields: Any) -> Run:
+    def add(name: str, epochs: float, at: Sequence[float] = (), batch: Scale = scale, **fields: Any) -> Run:
         """A run, judged at its end and after the epochs ``at``."""
-        run = scale.run(name, epochs, checkpoints=at, **{**CENTRE, **fields})
+        run = batch.run(name, epochs, checkpoints=at, **{**CENTRE, **fields})
         runs.append((run, [*at, epochs]))
         return run
 
@@ -68,6 +68,7 @@ def explore_jobs(multipliers: Mapping[str, float], scale: Scale) -> list[Job]:
     # Why a policy falls short of its labels: one factor at a time about constrained-1-s0.
     for rate in (2e-4, 1e-3):
         add(f"rate-{rate:g}", 1, learning_rate=rate, **held)
+    add("batch-4", 1, batch=scale.with_batch(4), **held)
     for tau in (0.08, 0.3):
         add(f"tau-{tau:g}", 1, tau=tau, **held)
     add("rank-64", 1, lora_rank=64, **held)

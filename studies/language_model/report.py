@@ -20,7 +20,7 @@ REFERENCE_POINT = 0.4
 """Win rate of every objective that hypervolumes are measured from: no policy that was chosen is to be below it."""
 # Resamples of prompts for a hypervolume, which takes longer than a mean.
 _VOLUMES = 500
-FACTORS = ("constrained-1-s0", "rate", "tau", "rank", "prompts", "loss", "estimator")
+FACTORS = ("constrained-1-s0", "rate", "batch", "tau", "rank", "prompts", "loss", "estimator")
 """Of the exploration: the centre, and how the names of the runs begin in which one thing differs from it."""
 LONG_RUNS = ("constrained-3-s0", "judged-3-s0", "judged-10-s0")
 """Of the exploration, whose multipliers are drawn."""
