@@ -10,6 +10,9 @@ TORCH_LIBRARY(mopo_tile, m) {
   m.def(
       "gradient_(Tensor(a!) tile, Tensor? bias, Tensor target, int start, float? softcap, float logit_scale, "
       "float temperature, Tensor logsumexp, Tensor? coefficient) -> ()");
+  m.def(
+      "mark_columns_(Tensor(a!) marked, Tensor tile, Tensor? bias, Tensor target, int start, float? softcap, "
+      "float logit_scale, float temperature, Tensor least) -> ()");
   m.def("has_native_products(ScalarType dtype) -> bool");
   m.def("product_(Tensor(a!) out, Tensor a, Tensor b, bool accumulate, int? scratch_bytes=None) -> ()");
 }

@@ -33,4 +33,11 @@ struct GradientArgs : TileArgs<T> {
   const T* coefficient;     // (rows,) or null for 1
 };
 
+template <class T>
+struct MarkArgs : TileArgs<T> {
+  int64_t rows;
+  const T* least;  // (rows,)
+  bool* marked;    // (width,)
+};
+
 }  // namespace mopo

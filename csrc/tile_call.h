@@ -95,4 +95,24 @@ void gradient_(const at::Tensor& tile, const std::optional<at::Tensor>& bias, co
   tile.scalar_type() == at::kFloat ? run(float()) : run(double());
 }
 
+// The operator "mark_columns_": Device::mark(tile, MarkArgs) does the work.
+template <class Device>
+void mark_columns_(const at::Tensor& marked, const at::Tensor& tile, const std::optional<at::Tensor>& bias,
+                   const at::Tensor& target, int64_t start, std::optional<double> softcap, double logit_scale,
+                   double temperature, const at::Tensor& least) {
+  const auto cast_bias = check_tile(Device::type, tile, bias, target, softcap, logit_scale, temperature);
+  check_rows(least, "least", tile, tile.scalar_type());
+  TORCH_CHECK_VALUE(marked.device() == tile.device() && marked.scalar_type() == at::kBool && marked.dim() == 1 &&
+                        marked.size(0) == tile.size(1) && marked.is_contiguous(),
+                    "marked must be a contiguous bool tensor of shape (", tile.size(1), ",) for a tile of shape ",
+                    tile.sizes(), " on ", tile.device(), "; got shape ", marked.sizes(), ", dtype ",
+                    marked.scalar_type(), " on ", marked.device());
+  const auto run = [&](auto element) {
+    using T = decltype(element);
+    Device::mark(tile, MarkArgs<T>{tile_args<T>(tile, cast_bias, target, start, softcap, logit_scale, temperature),
+                                   tile.size(0), least.const_data_ptr<T>(), marked.data_ptr<bool>()});
+  };
+  tile.scalar_type() == at::kFloat ? run(float()) : run(double());
+}
+
 }  // namespace mopo

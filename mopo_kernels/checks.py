@@ -64,7 +64,13 @@ def loss_options(tau: float, loss_type: str, max_ratio: float | None, estimator:
         expect(1 <= max_ratio < float("inf"), "max_ratio", "be finite and at least 1", max_ratio)
 
 
-def head_options(softcap: float | None, logit_scale: float, temperature: float, max_buffer_bytes: int | None) -> None:
+def head_options(
+    softcap: float | None,
+    logit_scale: float,
+    temperature: float,
+    max_buffer_bytes: int | None,
+    gradient_filter: float | None,
+) -> None:
     """Options of :func:`mopo_kernels.linear_logprob`."""
     if softcap is not None:
         positive("softcap", softcap)
@@ -74,6 +80,9 @@ def head_options(softcap: float | None, logit_scale: float, temperature: float, 
     if max_buffer_bytes is not None:
         integer("max_buffer_bytes", max_buffer_bytes)
         expect(max_buffer_bytes > 0, "max_buffer_bytes", "be positive", max_buffer_bytes)
+    if gradient_filter is not None:
+        number("gradient_filter", gradient_filter)
+        expect(0 < gradient_filter < 1, "gradient_filter", "be None or between 0 and 1", gradient_filter)
 
 
 def shape(argument: str, tensor: Tensor, expected: tuple[int, ...], letters: str) -> None:

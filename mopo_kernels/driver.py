@@ -37,6 +37,7 @@ class Call:
     backend: str
     max_buffer_bytes: int
     process_group: str | None
+    gradient_filter: float | None
     needs: tuple[bool, bool, bool]
 
     @property
@@ -59,7 +60,12 @@ class Call:
         quarter being left for turning them into gradients."""
         if not self.trained or self.process_group is not None:
             return False
-        layout = layout_of(weight, tile_backend(self.backend), _kept_budget(self.max_buffer_bytes))
+        layout = layout_of(
+            weight,
+            tile_backend(self.backend),
+            _kept_budget(self.max_buffer_bytes),
+            filtered=self.gradient_filter is not None,
+        )
         assert layout.tile is not None
         if rows * weight.shape[0] * layout.tile.itemsize > self.max_buffer_bytes - _kept_budget(self.max_buffer_bytes):
             return False
@@ -126,6 +132,7 @@ class _Pass:
             stored=stored,
             gathered=gathered or copies > 1 or self.scored is not None,
             streamed=not call.trained,
+            gradient_filter=call.gradient_filter if any(call.needs) else None,
             shard=shard,
         )
         self.dhidden: Tensor | None = None

@@ -118,10 +118,17 @@ def _check_options(
     logit_scale: float,
     temperature: float,
     max_buffer_bytes: int | None,
+    gradient_filter: float | None,
     weight: Tensor,
     ignore_index: int,
 ) -> int:
-    checks.head_options(softcap, logit_scale, temperature, max_buffer_bytes)
+    checks.head_options(softcap, logit_scale, temperature, max_buffer_bytes, gradient_filter)
+    checks.expect(
+        gradient_filter is None or weight.device.type == "cpu",
+        "gradient_filter",
+        f"be None on {weight.device.type}, where no kernel has it yet",
+        gradient_filter,
+    )
     checks.ignore_index(ignore_index, weight.shape[0])
     return default_buffer_bytes(weight) if max_buffer_bytes is None else max_buffer_bytes
 
@@ -163,6 +170,7 @@ def linear_logprob(
     temperature: float = 1.0,
     backend: str = "auto",
     max_buffer_bytes: int | None = None,
+    gradient_filter: float | None = None,
     process_group: ProcessGroup | None = None,
 ) -> Tensor:
     """Log-probability of each target token under a linear head, without materialising the logits.
@@ -192,6 +200,16 @@ def linear_logprob(
         max_buffer_bytes: bound on the memory beyond inputs, outputs and gradients, in bytes; default 256 MiB, on a GPU
             what 4096 rows of logits take if that is more. A few
             dozen bytes a token come on top. With "reference" it has no effect.
+        gradient_filter: None for exact gradients, or the share of the largest element that may be left out of them,
+            e.g. 2^-12, on the CPU ("gradient filtering" of cut cross-entropy, arXiv:2411.09009). A model's
+            distributions are peaked: nearly all of ``d logprob / d logits`` is nothing beside the rest. With rows of
+            coefficient ``g_t`` (the upstream gradient; 1 with a frozen head), 128 at a time, only the vocabulary
+            entries v are multiplied for which ``|g_t| p_tv`` of one of these rows reaches this share of the largest
+            ``|g|`` of the chunk; targets always are. A row of dweight then lacks what the small probabilities of its
+            entry would have added: a rare token is still pushed up where it is the target, but no longer pushed down
+            where nothing expects it. Log-probabilities are exact. Of three products with a trained head two become
+            small, of two with a frozen one one; where more than half of the vocabulary would be kept, the gradient is
+            exact, at the usual cost. With "reference" it has no effect.
         process_group: ranks that each hold some rows of one head: weight (W, H) and bias (W,) are this rank's, W may
             differ, and rank after rank they are the V rows. Every rank passes the same hidden and target, whose ids are
             those of the whole vocabulary, and gets the same log-probabilities and the whole gradient for hidden. All
@@ -215,7 +233,9 @@ def linear_logprob(
     _check_target(target, hidden)
     rows = hidden.reshape(-1, hidden.shape[-1])
     _check_linear(rows, weight, bias)
-    max_buffer_bytes = _check_options(softcap, logit_scale, temperature, max_buffer_bytes, weight, ignore_index)
+    max_buffer_bytes = _check_options(
+        softcap, logit_scale, temperature, max_buffer_bytes, gradient_filter, weight, ignore_index
+    )
     name = backends.resolve(backend, hidden.device)
     flat = target.reshape(-1)
     group_name = _group_name(process_group, name)
@@ -244,6 +264,7 @@ def linear_logprob(
         name,
         max_buffer_bytes,
         group_name,
+        gradient_filter,
         _needs(rows),
         _needs(weight),
         _needs(bias),
@@ -264,6 +285,7 @@ def linear_sequence_logprob(
     temperature: float = 1.0,
     backend: str = "auto",
     max_buffer_bytes: int | None = None,
+    gradient_filter: float | None = None,
     process_group: ProcessGroup | None = None,
 ) -> Tensor:
     """Log-probability of each packed sequence: :func:`linear_logprob` summed over its scored tokens.
@@ -293,6 +315,7 @@ def linear_sequence_logprob(
         temperature=temperature,
         backend=backend,
         max_buffer_bytes=max_buffer_bytes,
+        gradient_filter=gradient_filter,
         process_group=process_group,
     )
     name = backends.resolve(backend, hidden.device)
@@ -507,6 +530,7 @@ def linear_mopo_loss(
     temperature: float = 1.0,
     backend: str = "auto",
     max_buffer_bytes: int | None = None,
+    gradient_filter: float | None = None,
     process_group: ProcessGroup | None = None,
 ) -> MOPOLossOutput:
     """The constrained preference loss straight from hidden states, in one pass: logits are never materialised.
@@ -549,7 +573,9 @@ def linear_mopo_loss(
     _check_linear(hidden, weight, bias)
     _check_target(target, hidden)
     _check_cu_seqlens(cu_seqlens, hidden)
-    max_buffer_bytes = _check_options(softcap, logit_scale, temperature, max_buffer_bytes, weight, ignore_index)
+    max_buffer_bytes = _check_options(
+        softcap, logit_scale, temperature, max_buffer_bytes, gradient_filter, weight, ignore_index
+    )
     checks.optional_tensors(length=length, prompt_index=prompt_index)
     checks.per_sequence(cu_seqlens, hidden.shape[0], ref_logprob=ref_logprob, length=length, prompt_index=prompt_index)
     sequences = cu_seqlens.shape[0] - 1
@@ -583,6 +609,7 @@ def linear_mopo_loss(
         "temperature": temperature,
         "backend": backend,
         "max_buffer_bytes": max_buffer_bytes,
+        "gradient_filter": gradient_filter,
         "process_group": process_group,
     }
     name = backends.resolve(backend, hidden.device)
@@ -652,6 +679,7 @@ def linear_mopo_loss(
         name,
         max_buffer_bytes,
         group_name,
+        gradient_filter,
         _needs(hidden),
         _needs(weight),
         _needs(bias),

@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
-from math import isqrt
+from math import isqrt, log
 from typing import Any, NamedTuple
 
 import torch
@@ -38,6 +38,14 @@ STATISTICS_BYTES = 8 / 64
 WEIGHT_SCRATCH_BYTES = 16 << 20
 # Rows of a tile start at multiples of so many elements on an accelerator, whose products are slow on odd strides.
 ROW_ALIGNMENT = 16
+# A filtered gradient looks at so many rows at a time: the columns that one of them needs are computed for all.
+FILTER_ROWS = 128
+# Bytes of gathered columns that it multiplies at a time, and at most an eighth of the buffer.
+FILTER_BYTES = 32 << 20
+# Where it would keep more of the columns than this, the whole tile is faster.
+FILTER_LARGEST_SHARE = 0.5
+# Bytes a column of a tile takes while it is filtered: its mark and its number.
+FILTER_COLUMN_BYTES = 1 + 8
 # Gradients in fp16 are multiplied by this before they are rounded: they lie between -1 and 1, and what is below 2^-24
 # would be lost.
 FP16_SCALE = 2.0**14
@@ -67,7 +75,8 @@ class Layout:
     the backend's own products take; ``temporary``: the backend's temporaries as a share of the tile; ``gathered``: the
     rows of a chunk are copied together, rather than used where they stand; ``converted``: the weight is copied to
     ``operand``, or for its strides, before it is multiplied; ``streamed``: nothing is lost by tiling the vocabulary, as
-    for a frozen head; ``scaled``: hidden is copied to be scaled by rows.
+    for a frozen head; ``scaled``: hidden is copied to be scaled by rows; ``filtered``: the backward products take a
+    few columns of a tile.
     """
 
     hidden_size: int
@@ -83,6 +92,7 @@ class Layout:
     converted: bool
     streamed: bool
     scaled: bool
+    filtered: bool
 
     def tile_bytes(self) -> float:
         """Bytes an element of a tile takes: itself, the backend's temporary, a copy in the products' dtype."""
@@ -103,12 +113,31 @@ class Layout:
             component += 2 * self.accumulate.itemsize + self.operand.itemsize
         return self.hidden_size * component + ROW_OVERHEAD
 
+    def column_bytes(self) -> int:
+        """Bytes a column takes besides its tile: the bias, and what finds out whether a filter keeps it."""
+        return self.accumulate.itemsize + (FILTER_COLUMN_BYTES if self.filtered else 0)
+
     def least_bytes(self) -> int:
         """The smallest buffer that can work at all, one row, one column, however its rows have to be put together."""
         converted = self.hidden_size * self.operand.itemsize if self.converted else 0
-        fixed = converted + self.scratch + self._target_bytes(0)
+        fixed = converted + self.scratch + self._target_bytes(0) + self.filter_bytes(0)
         row_bytes = replace(self, gathered=True).row_bytes()
-        return int(row_bytes + self.tile_bytes() + self.accumulate.itemsize + fixed) + 1
+        return int(row_bytes + self.tile_bytes() + self.column_bytes() + fixed) + 1
+
+    def _filter_column_bytes(self) -> int:
+        """Bytes of a gathered column: of ``FILTER_ROWS`` rows, its row of the weight (twice where it is converted) and
+        that row's gradient."""
+        weight = self.operand.itemsize + (self.weight.itemsize if self.weight != self.operand else 0)
+        return FILTER_ROWS * self.accumulate.itemsize + self.hidden_size * (weight + self.accumulate.itemsize)
+
+    def filter_columns(self, max_buffer_bytes: int) -> int:
+        """Columns that a filtered gradient gathers and multiplies at a time."""
+        columns = min(max_buffer_bytes // 8, FILTER_BYTES) // self._filter_column_bytes()
+        return max(1, min(self.vocabulary, columns))
+
+    def filter_bytes(self, max_buffer_bytes: int) -> int:
+        """What a filtered gradient gathers and multiplies at a time; 0 without a filter."""
+        return self.filter_columns(max_buffer_bytes) * self._filter_column_bytes() if self.filtered else 0
 
     def target_rows(self, max_buffer_bytes: int) -> int:
         """Target rows of the weight that a streamed gradient takes at a time."""
@@ -131,11 +160,12 @@ class Layout:
     def tile_budget(self, max_buffer_bytes: int) -> int:
         """What is left for rows and tiles."""
         converted = self.weight_columns(max_buffer_bytes) * self.hidden_size * self.operand.itemsize
-        return max_buffer_bytes - converted - self.scratch - self._target_bytes(max_buffer_bytes)
+        rest = self._target_bytes(max_buffer_bytes) + self.filter_bytes(max_buffer_bytes)
+        return max_buffer_bytes - converted - self.scratch - rest
 
     def whole_rows(self, max_buffer_bytes: int) -> int:
         """Rows that fit with a tile across the whole vocabulary; may be 0 or less."""
-        available = self.tile_budget(max_buffer_bytes) - self.vocabulary * self.accumulate.itemsize
+        available = self.tile_budget(max_buffer_bytes) - self.vocabulary * self.column_bytes()
         return int(available // (self.vocabulary * self.tile_bytes() + self.row_bytes()))
 
     def plan(self, rows: int, max_buffer_bytes: int, whole: bool = False) -> Plan:
@@ -154,7 +184,7 @@ class Layout:
         least = per_row + min(self.vocabulary, MIN_COLUMNS) * per_element
         square = isqrt(int(available / per_element)) if self.streamed else rows
         chunk = max(1, min(rows, enough, square, int(available // least)))
-        columns = int((available - chunk * per_row) // (chunk * per_element + self.accumulate.itemsize))
+        columns = int((available - chunk * per_row) // (chunk * per_element + self.column_bytes()))
         return Plan(chunk, max(1, min(self.vocabulary, columns)), weight_columns)
 
 
@@ -166,11 +196,13 @@ def layout_of(
     stored: bool = True,
     gathered: bool = True,
     streamed: bool = False,
+    filtered: bool = False,
     vocabulary: int | None = None,
 ) -> Layout:
     """The layout of a head (V, H) under a backend; ``stored`` False if no gradient will follow the fold, so that a
     backend that fuses needs no tile; ``gathered`` False if chunks are rows that follow one another; ``streamed``
-    if the head is frozen or no gradient will follow; ``vocabulary`` to plan for, if not the weight's own."""
+    if the head is frozen or no gradient will follow; ``filtered`` if there is a gradient filter; ``vocabulary`` to plan
+    for, if not the weight's own."""
     accumulate = accumulation_dtype(weight.dtype)
     fused, on_cpu, scratch = backend.fuses(weight.dtype), weight.device.type == "cpu", 0
     if on_cpu and 1 in weight.stride():
@@ -191,6 +223,7 @@ def layout_of(
         converted=weight.dtype != operand or (not fused and 1 not in weight.stride()),
         streamed=streamed and not fused,
         scaled=fused and stored and backend.row_offsets(weight.dtype),
+        filtered=filtered and stored,
     )
 
 
@@ -253,6 +286,7 @@ class LinearHead:
         stored: bool = True,
         gathered: bool = True,
         streamed: bool = False,
+        gradient_filter: float | None = None,
         shard: Shard | None = None,
     ) -> None:
         self.weight = weight
@@ -270,8 +304,11 @@ class LinearHead:
             stored=stored,
             gathered=gathered,
             streamed=streamed,
+            filtered=gradient_filter is not None,
             vocabulary=vocabulary,
         )
+        self.gradient_filter = gradient_filter
+        self._filter_columns = self.layout.filter_columns(max_buffer_bytes)
         self._target_rows = self.layout.target_rows(max_buffer_bytes)
         self.untouched = True
         self.plan = self.layout.plan(rows, max_buffer_bytes, whole)
@@ -527,8 +564,63 @@ class LinearHead:
             coefficient = torch.ones_like(folded.logprob) if coefficient is None else coefficient
             mantissa, exponent = torch.frexp(coefficient)
             coefficient = mantissa * FP16_SCALE
+        if self.gradient_filter is not None and self._unfold_filtered(
+            self.gradient_filter, tile.values, hidden, target, start, stop, folded, coefficient, dhidden, dweight, dbias
+        ):
+            return
         self._gradient_(tile, target, start, stop, folded, coefficient)
         self._backward_products(tile.values, hidden, exponent, start, stop, dhidden, dweight, dbias)
+
+    def _unfold_filtered(
+        self,
+        share: float,
+        products: Tensor,
+        hidden: Tensor,
+        target: Tensor,
+        start: int,
+        stop: int,
+        folded: Folded,
+        coefficient: Tensor | None,
+        dhidden: Tensor | None,
+        dweight: Tensor | None,
+        dbias: Tensor | None,
+    ) -> bool:
+        """:meth:`_unfold_tile` of the columns alone in which an element of the gradient, its slope left out, reaches
+        ``share`` of the largest coefficient of the tile's rows; for so many rows at a time the columns that any of them
+        needs, their targets included. See eq. (43) of docs/method.md.
+
+        Returns:
+            False, and nothing done, where so many columns would be kept that the whole tile is faster.
+        """
+        least = _least_logit(share, folded.logsumexp, coefficient).to(products.dtype)
+        marked = torch.empty(stop - start, dtype=torch.bool)
+        for a, b in row_chunks(hidden.shape[0], FILTER_ROWS):
+            at = (self._bias(start, stop), target[a:b], self._first + start, self.head, least[a:b])
+            self.backend.mark_columns_(marked, products[a:b], *at)
+            kept = marked.nonzero()[:, 0]
+            if a == 0:
+                if kept.shape[0] > FILTER_LARGEST_SHARE * (stop - start):
+                    return False
+                if dweight is not None and self.untouched:
+                    dweight[start:stop].zero_()
+            rows = slice(a, b)
+            for first, last in row_chunks(kept.shape[0], self._filter_columns):
+                columns = kept[first:last]
+                gradient = products[rows].index_select(1, columns)
+                bias = None if self.bias is None else self.bias[start:stop].index_select(0, columns)
+                local = _places(columns, target[rows] - (self._first + start))
+                of_rows = (folded.logsumexp[rows], None if coefficient is None else coefficient[rows])
+                self.backend.gradient_(gradient, bias, local, 0, self.head, *of_rows)
+                if dbias is not None:
+                    dbias[start:stop].index_add_(0, columns, gradient.sum(dim=0))
+                if dhidden is not None:
+                    block = self.weight[start:stop].index_select(0, columns).to(self.layout.operand)
+                    self._product_(dhidden[rows], gradient, block, accumulate=True)
+                if dweight is not None:
+                    part = dweight.new_empty(columns.shape[0], hidden.shape[1])
+                    self._product_(part, gradient.T, hidden[rows])
+                    dweight[start:stop].index_add_(0, columns, part)
+        return True
 
     def _gradient_(
         self, tile: Tile, target: Tensor, start: int, stop: int, folded: Folded, coefficient: Tensor | None
@@ -571,6 +663,22 @@ class LinearHead:
                 dhidden += added.mul_(power)
         if dweight is not None:
             self._product_(dweight[start:stop], operand.T, hidden, accumulate=not self.untouched, alpha=alpha)
+
+
+def _least_logit(share: float, logsumexp: Tensor, coefficient: Tensor | None) -> Tensor:
+    """(R,) in fp64, the logits at which ``|coefficient| exp(z - logsumexp)`` is ``share`` of the largest coefficient,
+    infinite where the coefficient is 0; a coefficient that is not a number keeps every column."""
+    least = logsumexp + log(share)
+    if coefficient is None:
+        return least
+    size = coefficient.abs().double()
+    return least + torch.log(size.amax(0, keepdim=True) / size).where(size != 0, torch.inf)
+
+
+def _places(columns: Tensor, target: Tensor) -> Tensor:
+    """Where targets (R,) stand among ascending columns (C,), C where they do not."""
+    place = torch.searchsorted(columns, target)
+    return place.where(columns[place.clamp(max=columns.shape[0] - 1)] == target, columns.shape[0])
 
 
 def _logsumexp(statistics: list[Tensor]) -> Tensor:

@@ -15,8 +15,8 @@ class LinearMOPOLoss(nn.Module):
 
     Args:
         tau, loss_type, max_ratio, estimator: options of :func:`mopo_kernels.mopo_loss`.
-        ignore_index, softcap, logit_scale, temperature, backend, max_buffer_bytes: options of
-            :func:`mopo_kernels.linear_logprob`.
+        ignore_index, softcap, logit_scale, temperature, backend, max_buffer_bytes, gradient_filter: options
+            of :func:`mopo_kernels.linear_logprob`.
 
     Raises:
         ValueError: an option is wrong (here), or a tensor is (in forward).
@@ -35,10 +35,11 @@ class LinearMOPOLoss(nn.Module):
         temperature: float = 1.0,
         backend: str = "auto",
         max_buffer_bytes: int | None = None,
+        gradient_filter: float | None = None,
     ) -> None:
         super().__init__()
         checks.loss_options(tau, loss_type, max_ratio, estimator)
-        checks.head_options(softcap, logit_scale, temperature, max_buffer_bytes)
+        checks.head_options(softcap, logit_scale, temperature, max_buffer_bytes, gradient_filter)
         checks.choice("backend", backend, backends.NAMES)
         self.options: dict[str, Any] = {
             "tau": tau,
@@ -51,6 +52,7 @@ class LinearMOPOLoss(nn.Module):
             "temperature": temperature,
             "backend": backend,
             "max_buffer_bytes": max_buffer_bytes,
+            "gradient_filter": gradient_filter,
         }
 
     def forward(

@@ -56,7 +56,7 @@ def _saved(tensor: Tensor) -> Tensor:
 
 _CALL = (
     "int ignore_index, float? softcap, float logit_scale, float temperature, str backend, int max_buffer_bytes, "
-    "str? process_group, bool need_hidden, bool need_weight, bool need_bias"
+    "str? process_group, float? gradient_filter, bool need_hidden, bool need_weight, bool need_bias"
 )
 
 
@@ -68,6 +68,7 @@ def _call(
     backend: str,
     max_buffer_bytes: int,
     process_group: str | None,
+    gradient_filter: float | None,
     *needs: bool,
 ) -> Call:
     """The arguments that ``_CALL`` names."""
@@ -78,6 +79,7 @@ def _call(
         backend,
         max_buffer_bytes,
         process_group,
+        gradient_filter,
         (need_hidden, need_weight, need_bias),
     )
 
@@ -367,7 +369,7 @@ def linear_mopo_loss(
     pairs: Tensor,
     *rest: Any,
 ) -> tuple[Tensor, ...]:
-    pair_arguments, call = rest[:-10], _call(*rest[-10:])
+    pair_arguments, call = rest[:-11], _call(*rest[-11:])
     shard = call.shard(hidden, weight, target)
     _check_targets(target, weight, shard, call)
     checks.cu_seqlens(cu_seqlens, hidden.shape[0])
@@ -422,7 +424,7 @@ def _linear_mopo_loss_backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[
         held = list(linear_mopo_loss(*inputs)[-3:])
     gradients: list[Tensor | None] = [None] * len(inputs)
     for position, needed in zip((4, 1, 0), reversed(inputs[-3:]), strict=True):
-        scaled = _scale(held, grad, inputs[0], inputs[-6])
+        scaled = _scale(held, grad, inputs[0], inputs[-7])
         gradients[position] = scaled if needed else None
     return tuple(gradients)
 

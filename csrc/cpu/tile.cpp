@@ -56,6 +56,18 @@ struct Cpu {
   static void gradient(const at::Tensor& tile, const mopo::GradientArgs<T>& args) {
     over_rows(tile, args, kernels_for<T>().gradient);
   }
+
+  // Columns belong to one thread each; those at the targets are marked afterwards.
+  template <class T>
+  static void mark(const at::Tensor& tile, const mopo::MarkArgs<T>& args) {
+    const int64_t grain = std::max<int64_t>(1, grain_elements / std::max<int64_t>(1, args.rows));
+    at::parallel_for(0, args.width, grain,
+                     [&](int64_t begin, int64_t end) { kernels_for<T>().mark(args, begin, end); });
+    for (int64_t r = 0; r < args.rows; ++r) {
+      const int64_t column = args.target[r] - args.start;
+      if (args.target[r] >= 0 && column >= 0 && column < args.width) args.marked[column] = true;
+    }
+  }
 };
 
 }  // namespace
@@ -63,4 +75,5 @@ struct Cpu {
 TORCH_LIBRARY_IMPL(mopo_tile, CPU, m) {
   m.impl("fold", mopo::fold<Cpu>);
   m.impl("gradient_", mopo::gradient_<Cpu>);
+  m.impl("mark_columns_", mopo::mark_columns_<Cpu>);
 }

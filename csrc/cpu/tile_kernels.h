@@ -1,4 +1,4 @@
-// The two kernels, compiled once for each instruction set by tile_default.cpp, tile_avx2.cpp and tile_avx512.cpp, which
+// The three kernels, compiled once for each instruction set by tile_default.cpp, tile_avx2.cpp and tile_avx512.cpp, which
 // define MOPO_VECTOR_BYTES and MOPO_KERNELS, the table's name. No library header but <cstdint>: an inline function of
 // the standard library compiled here for AVX-512 could otherwise be the copy that the linker keeps for everybody.
 #include <cstdint>
@@ -10,6 +10,7 @@ namespace {
 
 using mopo::FoldArgs;
 using mopo::GradientArgs;
+using mopo::MarkArgs;
 using mopo::TileArgs;
 
 // Columns whose logits are held in the first-level cache between finding their maximum and summing their exponentials.
@@ -174,10 +175,50 @@ void gradient(const GradientArgs<T>& a, int64_t begin, int64_t end) {
   }
 }
 
+// Whether a logit of the column is at least its row's least one, or not comparable with it, for columns begin .. end.
+template <class T, bool biased, bool capped>
+void mark_block(const MarkArgs<T>& a, int64_t begin, int64_t end) {
+  using M = SimdMath<T>;
+  using F = typename M::F;
+  using U = typename M::U;
+  // All bits set while every logit of the column so far was less.
+  alignas(64) U less[block_columns / M::lanes];
+  for (int64_t first = begin; first < end; first += block_columns) {
+    const int64_t count = end - first < block_columns ? end - first : block_columns;
+    const int64_t vectors = count / M::lanes;
+    for (int64_t k = 0; k < vectors; ++k) less[k] = ~U{};
+    for (int64_t c = vectors * M::lanes; c < count; ++c) a.marked[first + c] = false;
+    for (int64_t r = 0; r < a.rows; ++r) {
+      const T* row = a.tile + r * a.row_stride;
+      const F least = F{} + a.least[r];
+      for (int64_t k = 0; k < vectors; ++k) {
+        const F x = load_product<T, biased>(a, row, first + k * M::lanes);
+        less[k] &= (U)(mopo::make_logit<M, capped>(x, a.head).value < least);
+      }
+      for (int64_t c = vectors * M::lanes; c < count; ++c) {
+        const F x = splat_product<T, biased>(a, row, first + c);
+        if (!(mopo::make_logit<M, capped>(x, a.head).value[0] < least[0])) a.marked[first + c] = true;
+      }
+    }
+    for (int64_t k = 0; k < vectors; ++k) {
+      for (int lane = 0; lane < M::lanes; ++lane) a.marked[first + k * M::lanes + lane] = less[k][lane] == 0;
+    }
+  }
+}
+
+template <class T>
+void mark(const MarkArgs<T>& a, int64_t begin, int64_t end) {
+  if (a.bias != nullptr) {
+    a.capped ? mark_block<T, true, true>(a, begin, end) : mark_block<T, true, false>(a, begin, end);
+  } else {
+    a.capped ? mark_block<T, false, true>(a, begin, end) : mark_block<T, false, false>(a, begin, end);
+  }
+}
+
 }  // namespace
 
 namespace mopo {
 
-const Kernels MOPO_KERNELS = {{fold<float>, gradient<float>}, {fold<double>, gradient<double>}};
+const Kernels MOPO_KERNELS = {{fold<float>, gradient<float>, mark<float>}, {fold<double>, gradient<double>, mark<double>}};
 
 }  // namespace mopo

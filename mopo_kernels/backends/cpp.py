@@ -61,6 +61,20 @@ class CppBackend(TileBackend):
             tile, bias, target, start, head.softcap, head.logit_scale, head.temperature, logsumexp, coefficient
         )
 
+    def mark_columns_(
+        self,
+        marked: Tensor,
+        tile: Tensor,
+        bias: Tensor | None,
+        target: Tensor,
+        start: int,
+        head: Head,
+        least: Tensor,
+    ) -> None:
+        torch.ops.mopo_tile.mark_columns_(
+            marked, tile, bias, target, start, head.softcap, head.logit_scale, head.temperature, least
+        )
+
     def product_scratch(self, dtype: torch.dtype, available: int) -> int:
         if not has_native_products(dtype):
             return 0

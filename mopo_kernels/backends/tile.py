@@ -73,6 +73,20 @@ class TileBackend:
         ``coefficient`` None stands for 1. Zeros where the token is not scored. See eq. (33) of docs/method.md."""
         raise NotImplementedError
 
+    def mark_columns_(
+        self,
+        marked: Tensor,
+        tile: Tensor,
+        bias: Tensor | None,
+        target: Tensor,
+        start: int,
+        head: Head,
+        least: Tensor,
+    ) -> None:
+        """``marked`` (W,) bool: the columns of products in which a row's logit is not below its ``least`` (R,), in the
+        tile's dtype, or is not a number, or that are a row's target. The tile is left as it was."""
+        raise NotImplementedError
+
     def product_scratch(self, dtype: torch.dtype, available: int) -> int:
         """Bytes of working memory that :meth:`product_` will take, of those available, for factors of this half
         precision dtype on the CPU; 0 if it is not to be used and factors are converted to fp32: PyTorch's own products

@@ -98,5 +98,23 @@ class TorchBackend(TileBackend):
             del slope  # before the next block's is made
             z.masked_fill_((target[rows] < 0)[:, None], 0)
 
+    def mark_columns_(
+        self,
+        marked: Tensor,
+        tile: Tensor,
+        bias: Tensor | None,
+        target: Tensor,
+        start: int,
+        head: Head,
+        least: Tensor,
+    ) -> None:
+        marked.zero_()
+        for rows in _row_blocks(tile):
+            z, _ = _logits_(tile[rows].clone(), bias, head)
+            marked |= (z < least[rows, None]).logical_not_().any(dim=0)
+            del z  # before the next block's copy is made
+        column = target - start
+        marked[column[(target >= 0) & (column >= 0) & (column < tile.shape[1])]] = True
+
 
 BACKEND = TorchBackend()

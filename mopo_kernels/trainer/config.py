@@ -120,6 +120,8 @@ class MOPOConfig(TrainingArguments):
             ``train_sampling_strategy="sequential"`` the examples keep their order. None: by prompts.
         backend: of the fused loss: ``auto``, ``reference``, ``torch``, ``cpp``, ...
         max_buffer_bytes: bytes the fused loss may hold beyond inputs, outputs and gradients; None is the default.
+        gradient_filter: share of the largest element that the fused loss may leave out of its gradients, e.g. 2^-13, on
+            the CPU; see ``mopo_kernels.linear_logprob``. None: exact.
         on_infeasible: ``error`` stops (with a checkpoint when training had begun) with ``ThresholdError`` when the
             thresholds cannot be met, ``warn`` says so once and goes on.
         early_stopping_patience: stop once so many evaluations in a row have not improved ``metric_for_best_model``.
@@ -202,6 +204,9 @@ class MOPOConfig(TrainingArguments):
     )
     backend: str = field(default="auto", metadata={"help": "Backend of the fused loss."})
     max_buffer_bytes: int | None = field(default=None, metadata={"help": "Buffer limit of the fused loss, in bytes."})
+    gradient_filter: float | None = field(
+        default=None, metadata={"help": "Share of the largest element to leave out of the fused loss's gradients."}
+    )
     on_infeasible: str = field(default="error", metadata={"help": f"One of {', '.join(ON_INFEASIBLE)}."})
     early_stopping_patience: int | None = field(
         default=None, metadata={"help": "Evaluations without improvement after which training stops; default: never."}
@@ -291,6 +296,7 @@ class MOPOConfig(TrainingArguments):
             ("max_tokens_per_batch", 1, math.inf, False, True),
             ("early_stopping_patience", 1, math.inf, False, True),
             ("max_buffer_bytes", 1, math.inf, False, True),
+            ("gradient_filter", 0, 1, True, True),
         ):
             value = getattr(self, name)
             if value is None or value == AUTO:

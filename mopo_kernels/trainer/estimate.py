@@ -118,9 +118,12 @@ def loss_buffer_bytes(rows: int, weight: Tensor, args: MOPOConfig, frozen: bool)
     limit = args.max_buffer_bytes or default_buffer_bytes(weight)
     if name == "reference":
         return rows * weight.shape[0] * 4
-    layout = layout_of(weight, backends.tile_backend(name), limit, streamed=frozen)
+    filtered = args.gradient_filter is not None
+    layout = layout_of(weight, backends.tile_backend(name), limit, streamed=frozen, filtered=filtered)
     plan = layout.plan(rows, limit)
-    columns = plan.columns * layout.accumulate.itemsize + plan.weight_columns * layout.hidden_size * 4
+    columns = (
+        plan.columns * layout.column_bytes() + layout.filter_bytes(limit) + plan.weight_columns * layout.hidden_size * 4
+    )
     return min(limit, int(plan.rows * (plan.columns * layout.tile_bytes() + layout.row_bytes())) + columns)
 
 

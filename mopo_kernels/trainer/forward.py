@@ -36,7 +36,7 @@ class PolicyForward:
         tau, loss_type, estimator, max_ratio: see ``mopo_kernels.mopo_loss``.
         label_rate: one share per objective, or None.
         length_normalize: divide log-probabilities by the number of scored tokens.
-        backend, max_buffer_bytes: see ``mopo_kernels.linear_mopo_loss``.
+        backend, max_buffer_bytes, gradient_filter: see ``mopo_kernels.linear_mopo_loss``.
     """
 
     transform: Transform
@@ -50,6 +50,7 @@ class PolicyForward:
     length_normalize: bool
     backend: str
     max_buffer_bytes: int | None
+    gradient_filter: float | None
 
     @property
     def head_options(self) -> dict[str, Any]:
@@ -58,6 +59,7 @@ class PolicyForward:
             **self.transform._asdict(),
             "backend": self.backend,
             "max_buffer_bytes": self.max_buffer_bytes,
+            "gradient_filter": self.gradient_filter,
         }
 
     def sequence_logprob(self, model: nn.Module, layout: Layout) -> Tensor:

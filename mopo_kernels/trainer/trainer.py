@@ -296,6 +296,7 @@ class MOPOTrainer(Trainer):
                 length_normalize=args.length_normalize,
                 backend=args.backend,
                 max_buffer_bytes=args.max_buffer_bytes,
+                gradient_filter=args.gradient_filter,
             ),
         )
         if self.is_deepspeed_enabled:
