@@ -1,5 +1,5 @@
-"""Backend "cuda": tile work in CUDA C++ (csrc/cuda), in the extension ``mopo_kernels._cuda``; the fallback where Triton is
-missing.
+"""Backend "cuda": tile work in CUDA C++ (csrc/cuda), in the extension ``mopo_kernels._cuda``: the fallback where Triton
+is missing.
 
 The extension is optional: where it was not built, or does not load, :func:`unavailable_reason` says why. It implements
 the operators that ``mopo_kernels._C`` defines, and so needs that one as well.
