@@ -21,7 +21,7 @@ from mopo_kernels.head import LinearHead
 
 
 def head_options(limit: int, *need: bool) -> tuple[Any, ...]:
-    return (-100, 3.0, 1.0, 1.0, "torch", limit, None, *need)
+    return (-100, 3.0, 1.0, 1.0, "torch", limit, None, None, *need)
 
 
 @pytest.mark.parametrize("limit", [1 << 20, 6_000], ids=["whole", "narrow"])
