@@ -4,9 +4,10 @@
     python -m bench.gradient_filter --hidden 2048 --vocabulary 51200    # a head of random numbers, as peaked
 
 Rows of SmolLM2 are the demo's training answers: 5,864 scored tokens, as often as it takes. Rows for a random head are
-made so that 64 of its entries, drawn for each row by Zipf's law, have the probabilities by rank that SmolLM2 gives on average, and
-the others share 1 %: the least hidden state with these logits. Contenders take turns; medians are over rounds. Errors
-are of dhidden and dweight against the exact gradients in fp32 of the same numbers, beside plain PyTorch's own.
+made so that 64 of its entries, drawn for each row by Zipf's law, have the probabilities by rank that SmolLM2 gives on
+average, and the others share 1 %: the least hidden state with these logits. Contenders take turns; medians are over
+rounds. Errors are of dhidden and dweight against the exact gradients in fp32 of the same numbers, beside plain
+PyTorch's own.
 """
 
 from __future__ import annotations
