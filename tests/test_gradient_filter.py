@@ -10,6 +10,7 @@ import torch
 from samples import CPU_BACKENDS, make_batch
 from torch import Tensor
 
+from bench.head import peak_mib
 from mopo_kernels import LinearMOPOLoss, linear_logprob, linear_mopo_loss, linear_sequence_logprob, mopo_loss
 from mopo_kernels.head import FILTER_LARGEST_SHARE, FILTER_ROWS, row_chunks
 
@@ -159,6 +160,24 @@ def test_flat_distributions_are_not_filtered(backend: str, trained: bool) -> Non
 
     for one, other in zip(gradients(2.0**-12), gradients(None), strict=True):
         assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("trained", [True, False], ids=["trained", "frozen"])
+def test_the_buffer_holds_what_is_gathered(backend: str, trained: bool) -> None:
+    """2 MiB, of which 4.6 KiB for each entry that is kept; beyond it gradients and a few bytes a token."""
+    g = torch.Generator().manual_seed(0)
+    weight, limit = torch.randn(2000, 512, generator=g), 2 << 20
+    target = torch.randint(2000, (500,), generator=g)
+    hidden = (0.02 * weight[target] + 0.3 * torch.randn(500, 512, generator=g)).requires_grad_()
+    weight.requires_grad_(trained)
+
+    def call(share: float | None) -> list[Tensor]:
+        logprob = linear_logprob(hidden, weight, target, backend=backend, gradient_filter=share, max_buffer_bytes=limit)
+        return list(torch.autograd.grad(logprob.sum(), [hidden, *([weight] if trained else [])]))
+
+    gradients = sum(tensor.nbytes for tensor in call(2.0**-6))
+    assert error(call(2.0**-6)[0], call(None)[0]) > 1e-6
+    assert peak_mib(lambda: call(2.0**-6)) * 2**20 < limit + 2 * gradients + 200 * 500
 
 
 def test_calls_repeat_bit_for_bit(backend: str) -> None:

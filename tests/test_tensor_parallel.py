@@ -109,6 +109,15 @@ def check_functions(mesh: DeviceMesh) -> None:
             got = numbers(make_batch(dtype=torch.float64), mode, mesh, backend=backend, max_buffer_bytes=24_000)
             for a, b in zip(got, expected, strict=True):
                 torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-11 * b.abs().max().item(), equal_nan=True)
+    filtered, exact = (
+        numbers(make_batch(vocabulary=601, scale=2.0), "sequence", None, backend="torch", gradient_filter=share)
+        for share in (0.01, None)
+    )
+    assert not torch.allclose(filtered[2], exact[2], rtol=1e-6)
+    for backend in CPU_BACKENDS:
+        got = numbers(make_batch(vocabulary=601, scale=2.0), "sequence", mesh, backend=backend, gradient_filter=0.01)
+        for a, b in zip(got, filtered, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-11 * b.abs().max().item())
 
 
 def check_refusals(mesh: DeviceMesh) -> None:
