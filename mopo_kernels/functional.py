@@ -142,13 +142,10 @@ def _check_cu_seqlens(cu_seqlens: Tensor, hidden: Tensor) -> None:
 def _group_name(process_group: ProcessGroup | None, backend: str) -> str | None:
     if process_group is None:
         return None
+    checks.expect(hasattr(process_group, "group_name"), "process_group", "be a process group", repr(process_group))
     checks.expect(backend != "reference", "process_group", 'be None with backend "reference"', "a group")
     name: str = process_group.group_name
     return name
-
-
-def _needs(tensor: Tensor | None) -> bool:
-    return tensor is not None and tensor.requires_grad and torch.is_grad_enabled()
 
 
 def linear_logprob(
@@ -232,6 +229,7 @@ def linear_logprob(
             logit_scale=logit_scale,
             temperature=temperature,
         ).view(target.shape)
+    checks.reverse_mode(hidden=hidden, weight=weight, bias=bias)
     logprob = ops.linear_logprob(
         rows,
         weight,
@@ -244,9 +242,9 @@ def linear_logprob(
         name,
         max_buffer_bytes,
         group_name,
-        _needs(rows),
-        _needs(weight),
-        _needs(bias),
+        checks.requires_grad(rows),
+        checks.requires_grad(weight),
+        checks.requires_grad(bias),
     )[0]
     return logprob.view(target.shape)
 
@@ -295,10 +293,13 @@ def linear_sequence_logprob(
         max_buffer_bytes=max_buffer_bytes,
         process_group=process_group,
     )
+    cu_seqlens = to_device(cu_seqlens, hidden.device)
     name = backends.resolve(backend, hidden.device)
-    result: Tensor = ops.segment_sum(
-        token_logprob, to_device(cu_seqlens, hidden.device), "torch" if name == "reference" else name
-    )
+    if name == "reference":
+        if not torch.compiler.is_compiling():
+            checks.cu_seqlens(cu_seqlens, hidden.shape[0])
+        return reference.segment_sum(token_logprob, cu_seqlens)
+    result: Tensor = ops.segment_sum(token_logprob, cu_seqlens, name)
     return result
 
 
@@ -343,11 +344,13 @@ def _check_pairs(
         if tensor is not None:
             checks.shape(name, tensor, (size,), letters)
             checks.device(name, tensor, device)
+            checks.real(name, tensor)
+            checks.constant(name, tensor)
     checks.device("pairs", pairs, device, host=host_pairs)
     for name, tensor in (("preference", preference), ("objective_weight", objective_weight)):
         checks.device(name, tensor, device)
-    for name, tensor in (("preference", preference), ("objective_weight", objective_weight)):
         checks.dtype(name, tensor, checks.FLOATING)
+        checks.constant(name, tensor)
     if margin is not None:
         checks.expect(loss_type == "sigmoid", "margin", 'be None unless loss_type is "sigmoid"', f"{loss_type!r}")
     if label_rate is not None:
@@ -365,8 +368,9 @@ def _normalizer(normalizer: float | Tensor | None, dtype: torch.dtype, device: t
     if isinstance(normalizer, Tensor):
         checks.expect(normalizer.numel() == 1, "normalizer", "have one element", tuple(normalizer.shape))
         checks.device("normalizer", normalizer, device)
+        checks.real("normalizer", normalizer)
         return normalizer.detach().reshape(())
-    checks.number("normalizer", normalizer)
+    checks.normalizer(normalizer)
     return torch.full((), normalizer, dtype=dtype, device=device)
 
 
@@ -455,6 +459,7 @@ def mopo_loss(
         max_ratio,
         estimator,
     )
+    checks.reverse_mode(logprob=logprob)
     logprob = logprob.to(accumulation_dtype(logprob.dtype))
     output = ops.mopo_loss(
         logprob,
@@ -624,6 +629,7 @@ def linear_mopo_loss(
             estimator=estimator,
             normalizer=normalizer,
         )
+    checks.reverse_mode(hidden=hidden, weight=weight, bias=bias)
     output = ops.linear_mopo_loss(
         hidden,
         weight,
@@ -652,9 +658,9 @@ def linear_mopo_loss(
         name,
         max_buffer_bytes,
         group_name,
-        _needs(hidden),
-        _needs(weight),
-        _needs(bias),
+        checks.requires_grad(hidden),
+        checks.requires_grad(weight),
+        checks.requires_grad(bias),
     )
     return MOPOLossOutput(*output[:6])
 
@@ -678,7 +684,7 @@ def pack_responses(hidden: Tensor, labels: Tensor, ignore_index: int = -100) -> 
         ValueError: a shape, dtype or device is wrong.
     """
     checks.tensors(hidden=hidden, labels=labels)
-    checks.integer("ignore_index", ignore_index)
+    checks.ignore_index(ignore_index)
     checks.dimensions("hidden", hidden, "(B, T, H)")
     checks.dtype("hidden", hidden, checks.FLOATING)
     checks.dtype("labels", labels, (torch.int64,))

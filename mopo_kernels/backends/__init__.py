@@ -47,7 +47,7 @@ def resolve(name: str, device: torch.device) -> str:
     """The backend that serves ``name`` on ``device``. Only "auto" falls back; any other name is itself or an error."""
     if name == "auto":
         return next(b for b in _PREFERRED.get(device.type, ("torch",)) if _REASONS[b] is None)
-    if name not in _REASONS:
+    if not isinstance(name, str) or name not in _REASONS:
         raise ValueError(f"backend must be one of {', '.join(NAMES)}; got {name!r}")
     if _REASONS[name] is not None:
         raise BackendUnavailableError(f"backend {name!r} is not available: {_REASONS[name]}")
