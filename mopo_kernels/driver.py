@@ -382,7 +382,8 @@ def linear_mopo_loss(
     """
     weight = call.readable(weight)
     sequences, tokens = cu_seqlens.shape[0] - 1, hidden.shape[0]
-    host_cu_seqlens, cu_seqlens = cu_seqlens, to_device(cu_seqlens, hidden.device)
+    host_cu_seqlens = cu_seqlens.contiguous()
+    cu_seqlens = to_device(host_cu_seqlens, hidden.device)
     owner = torch.searchsorted(cu_seqlens[1:].contiguous(), torch.arange(tokens, device=hidden.device), right=True)
 
     def new_pass(copies: int, gathered: bool = False) -> _Pass:

@@ -166,8 +166,8 @@ def linear_logprob(
 
     Replaces ``log_softmax(z, -1).gather(-1, target[..., None])[..., 0]`` with
     ``z = softcap * tanh(logit_scale * (hidden @ weight.T + bias) / softcap) / temperature`` (no tanh if ``softcap`` is
-    None), 0 where ``target == ignore_index``. Differentiable in hidden, weight and bias for any upstream gradient; not
-    twice differentiable.
+    None), 0 where ``target == ignore_index``. Differentiable in hidden, weight and bias for any upstream gradient, also
+    under ``torch.vmap``; but for "reference" not twice, not in forward mode, and not by ``torch.func``.
 
     With the head frozen (neither weight nor bias requires grad) forward and backward cost two products of N x V x H
     (on a GPU in half precision three, where the logits of 32 rows do not fit ``max_buffer_bytes``); with a trained head
@@ -181,14 +181,14 @@ def linear_logprob(
         target: (...) int64, in 0 .. V - 1 or ``ignore_index``, not shifted: ``hidden[t]`` predicts ``target[t]``.
         bias: (V,) or None.
         ignore_index: the target that marks a token as not scored.
-        softcap: cap of Gemma 2's tanh, in logits, or None.
-        logit_scale: factor on the products, e.g. Cohere's.
-        temperature: divisor of the logits.
+        softcap: cap of Gemma 2's tanh, in logits, 1e-10 to 1e5, or None.
+        logit_scale: factor on the products, e.g. Cohere's, at most 1e10 in size.
+        temperature: divisor of the logits, 1e-10 to 1e10.
         backend: "auto", "reference" (the unchunked oracle), "torch", "cpp", "triton" or "cuda"; only "auto" falls
             back.
         max_buffer_bytes: bound on the memory beyond inputs, outputs and gradients, in bytes; default 256 MiB, on a GPU
-            what 4096 rows of logits take if that is more. A few
-            dozen bytes a token come on top. With "reference" it has no effect.
+            what 4096 rows of logits take if that is more. A few dozen bytes a token come on top, and with "triton" in
+            half precision a copy of a weight whose rows are not contiguous. With "reference" it has no effect.
         process_group: ranks that each hold some rows of one head: weight (W, H) and bias (W,) are this rank's, W may
             differ, and rank after rank they are the V rows. Every rank passes the same hidden and target, whose ids are
             those of the whole vocabulary, and gets the same log-probabilities and the whole gradient for hidden. All
@@ -203,6 +203,7 @@ def linear_logprob(
     Raises:
         ValueError: a shape, dtype, device or value is wrong; the message names the argument.
         BackendUnavailableError: the named backend cannot run here; a RuntimeError.
+        NotImplementedError: forward-mode AD, or a gradient of ``torch.func``.
     """
     checks.tensors(hidden=hidden, weight=weight, target=target)
     checks.optional_tensors(bias=bias)
@@ -411,7 +412,7 @@ def mopo_loss(
             tie does: NaN and 0.5 give the same loss, a pair without any label is drawn to margin 0, and the policy
             stays nearer to the reference than w and tau say. ``label_rate`` makes up for that.
         objective_weight: (K,), 1 for the primary objective and the multipliers (>= 0) of the others.
-        tau: strength of the KL regularisation, on the scale of preferences; beta of "sigmoid".
+        tau: strength of the KL regularisation, on the scale of preferences, 1e-10 to 1e10; beta of "sigmoid".
         pair_weight: (P,) >= 0, default 1. "cloning" does not weigh labels by it, "satisfaction" does.
         label_rate: (K,) in (0, 1], the share of pairs labelled for each objective: labels that exist count 1 / rate, so
             that T_p is right on average if labels are missing at random or each pair is labelled for one objective
@@ -425,7 +426,7 @@ def mopo_loss(
             its own ratio, picks the preferred one: bounded, low variance, 0.5 at the reference, but not the win rate
             P_k, so its thresholds are on its own scale. "snis": win rate by self-normalised importance weights,
             consistent when the reference wrote the data; log-ratios beyond 60 nats either way count as 60.
-            "closed_form": the value of the frozen ratio on the labels.
+            "closed_form": the value of the frozen ratio on the labels; ratios below ``exp(-300)`` count as that.
         normalizer: divide by this in place of the batch's own ``sum_p a_p`` (or S for "cloning"): the total over
             micro-batches and ranks makes accumulation and data parallelism exact. 0 counts as 1, like the weight of a
             batch without pairs.
@@ -435,7 +436,10 @@ def mopo_loss(
         ratio is then 1.
 
     Raises:
-        ValueError: a shape, dtype, device or value is wrong; the message names the argument.
+        ValueError: a shape, dtype, device or value is wrong; the message names the argument. All but logprob are
+            constants: preference, weights, margin and length must not require grad. Weights, margins, lengths and the
+            normalizer beyond 1e10, and divisors below 1e-10, are wrong as well: fp32 would make NaN of them.
+        NotImplementedError: forward-mode AD, or a gradient of ``torch.func``.
     """
     checks.tensors(logprob=logprob, ref_logprob=ref_logprob)
     checks.dimensions("logprob", logprob, "(S,)")
@@ -540,6 +544,7 @@ def linear_mopo_loss(
     Raises:
         ValueError: a shape, dtype, device or value is wrong; the message names the argument.
         BackendUnavailableError: the named backend cannot run here; a RuntimeError.
+        NotImplementedError: forward-mode AD, or a gradient of ``torch.func``.
     """
     checks.tensors(hidden=hidden, weight=weight, target=target, cu_seqlens=cu_seqlens)
     checks.optional_tensors(

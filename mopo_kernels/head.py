@@ -114,12 +114,12 @@ class Layout:
         return self.hidden_size * component + ROW_OVERHEAD
 
     def least_bytes(self) -> int:
-        """The smallest buffer to work in: one row, however its rows have to be put together, and tiles wide enough that
-        a small problem is quick."""
+        """The smallest buffer to work in, forward and backward: one row, however its rows have to be put together, and
+        tiles wide enough that a small problem is quick."""
         fixed = self.weight_columns(0) * self.hidden_size * self.operand.itemsize + self.scratch + self._target_bytes(0)
-        row_bytes = replace(self, gathered=True).row_bytes()
-        column_bytes = self.tile_bytes() + self.accumulate.itemsize
-        return int(row_bytes + min(self.vocabulary, MIN_COLUMNS) * column_bytes + fixed) + 1
+        stored = replace(self, gathered=True, tile=self.tile or self.operand, scaled=self.scaled or self.tile is None)
+        column_bytes = stored.tile_bytes() + self.accumulate.itemsize
+        return int(stored.row_bytes() + min(self.vocabulary, MIN_COLUMNS) * column_bytes + fixed) + 1
 
     def target_rows(self, max_buffer_bytes: int) -> int:
         """Target rows of the weight that a streamed gradient takes at a time."""
