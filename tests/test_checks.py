@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from decimal import Decimal
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -150,6 +152,78 @@ WRONG_OPTIONS: dict[str, tuple[dict[str, Any], str]] = {
     "both references": ({"ref_hidden": torch.zeros(3, 3)}, "ref_logprob and ref_hidden must be given one without"),
     "reference shape": ({"ref_logprob": torch.zeros(3)}, r"ref_logprob must have shape \(S,\) = \(12,\); got \(3,\)"),
 }
+
+
+NO_NUMBERS = (True, "1", b"1", 1j, [1.0], (1.0,), np.zeros(2), np.array(2.0), np.True_, Fraction(1, 2), Decimal(2))
+NUMBERS = ("tau", "max_ratio", "normalizer", "softcap", "logit_scale", "temperature")
+
+
+@pytest.mark.parametrize("name", [*NUMBERS, "max_buffer_bytes", "ignore_index"])
+def test_what_is_no_number_is_named(name: str) -> None:
+    batch = make_batch()
+    kind = "a number" if name in NUMBERS else "an integer"
+    for value in (*NO_NUMBERS, torch.tensor(2.0), torch.tensor(2)):
+        if name == "normalizer" and isinstance(value, torch.Tensor):
+            continue
+        with pytest.raises(ValueError, match=f"^{name} must be {kind}; got "):
+            linear_mopo_loss(*batch.loss_arguments(), ref_logprob=batch.ref_logprob, **{name: value})
+
+
+@pytest.mark.parametrize("name", ["loss_type", "estimator", "backend", "process_group"])
+def test_what_is_no_choice_is_named(name: str) -> None:
+    batch = make_batch()
+    for value in NO_NUMBERS:
+        with pytest.raises(ValueError, match=f"^{name} must be "):
+            linear_mopo_loss(*batch.loss_arguments(), ref_logprob=batch.ref_logprob, **{name: value})
+
+
+# In fp32 each gave NaN, another number, or an error from inside PyTorch.
+EXTREMES: dict[str, tuple[float, ...]] = {
+    "tau": (1e-320, 1e-40, 1e40, 1e308, 10**400),
+    "softcap": (1e-320, 1e-40, 1e6, 1e40, 1e308, 10**400),
+    "logit_scale": (1e40, -1e308, 10**400),
+    "temperature": (1e-320, 1e-40, 1e308, 10**400),
+    "max_ratio": (1e40, 1e308, 10**400),
+    "normalizer": (1e-320, 1e-40, 1e40, 1e308, 10**400),
+    "max_buffer_bytes": (2**63, 10**400),
+    "ignore_index": (2**63, -(10**400)),
+}
+
+
+@pytest.mark.parametrize("name", EXTREMES)
+def test_a_number_that_the_precision_cannot_hold_is_named(name: str) -> None:
+    batch = make_batch(dtype=torch.float32)
+    for value in EXTREMES[name]:
+        with pytest.raises(ValueError, match=f"^{name} must (be 0 or )?(lie in|fit 64 bits)"):
+            linear_mopo_loss(*batch.loss_arguments(), ref_logprob=batch.ref_logprob, **{name: value})
+
+
+@pytest.mark.parametrize("name", ["objective_weight", "pair_weight", "label_rate", "margin", "length", "normalizer"])
+def test_a_tensor_that_the_precision_cannot_hold_is_named(name: str) -> None:
+    batch = make_batch(dtype=torch.float32)
+    arguments = {
+        "objective_weight": batch.objective_weight,
+        "pair_weight": batch.pair_weight,
+        "label_rate": torch.ones(3),
+        "margin": torch.zeros(12),
+        "length": batch.length,
+        "normalizer": torch.ones(1),
+    }
+    values = {"label_rate": (1e-40,), "length": (1e-40, 3e38), "normalizer": (1e-40, 3e38)}.get(name, (3e38,))
+    labels = {"pairs": batch.pairs, "preference": batch.preference, "loss_type": "sigmoid"}
+    for value in values:
+        wrong = {**arguments, name: with_value(arguments[name], 0, value)}
+        with pytest.raises(ValueError, match=f"^{name} must (be 0 or )?lie in"):
+            mopo_loss(batch.ref_logprob * 2, batch.ref_logprob, **labels, **wrong)
+    imaginary = {**arguments, name: arguments[name].cfloat()}
+    with pytest.raises(ValueError, match=f"^{name} must have (a real dtype|dtype float32)"):
+        mopo_loss(batch.ref_logprob * 2, batch.ref_logprob, **labels, **imaginary)
+
+
+def test_a_sparse_tensor_is_named() -> None:
+    batch = make_batch()
+    with pytest.raises(ValueError, match=r"^weight must be a dense tensor; got one of layout torch.sparse_coo"):
+        linear_logprob(batch.hidden, batch.weight.to_sparse(), batch.target)
 
 
 @pytest.mark.parametrize("case", WRONG_OPTIONS)
