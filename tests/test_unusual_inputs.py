@@ -15,6 +15,9 @@ from mopo_kernels import backends, linear_logprob, linear_sequence_logprob, mopo
 from mopo_kernels.head import FARTHEST_ROWS, MIN_CONVERTED, LinearHead, row_major
 from mopo_kernels.reference import LOSS_TYPES
 
+# numpy's, in the interpreter of Triton, for what a mask leaves out.
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
+
 EVERY_BACKEND = [*CPU_BACKENDS, *(["triton"] if backends.availability()["triton"] is None else [])]
 # Layouts of a matrix that are not its rows one after the other.
 MATRICES: dict[str, Callable[[Tensor], Tensor]] = {
