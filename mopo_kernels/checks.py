@@ -7,14 +7,21 @@ checked on the host for CPU tensors and by asynchronous device asserts for CUDA 
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from mopo_kernels.reference import ESTIMATORS, LOSS_TYPES
 
 FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+# Of positive numbers that are divided by, and of all that are multiplied with: beyond, squares, quotients and sums of a
+# few of them leave the range of fp32, and the result would be NaN, or that of another number.
+SMALLEST, LARGEST = 1e-10, 1e10
+# The Triton kernel that fuses loses 2^-23 of the softcap from every logit, which is as much as bf16 does at 1e5.
+LARGEST_SOFTCAP = 1e5
 
 
 def expect(holds: bool, argument: str, expectation: str, got: object) -> None:
@@ -23,14 +30,15 @@ def expect(holds: bool, argument: str, expectation: str, got: object) -> None:
         raise ValueError(f"{argument} must {expectation}; got {got}")
 
 
-def choice(argument: str, got: str, allowed: tuple[str, ...]) -> None:
-    expect(got in allowed, argument, f"be one of {', '.join(allowed)}", repr(got))
+def choice(argument: str, got: object, allowed: tuple[str, ...]) -> None:
+    expect(isinstance(got, str) and got in allowed, argument, f"be one of {', '.join(allowed)}", repr(got))
 
 
 def tensors(**arguments: object) -> None:
     for argument, got in arguments.items():
         if not isinstance(got, Tensor):
             raise ValueError(f"{argument} must be a tensor; got {type(got).__name__}")
+        expect(got.layout == torch.strided, argument, "be a dense tensor", f"one of layout {got.layout}")
 
 
 def optional_tensors(**arguments: object) -> None:
@@ -39,29 +47,33 @@ def optional_tensors(**arguments: object) -> None:
 
 def number(argument: str, got: object) -> None:
     # numpy's numbers pass by the second test, which torch.compile cannot make of one that changes from call to call.
-    if not isinstance(got, (int, float)) and not hasattr(got, "__float__"):
+    if isinstance(got, bool) or not (isinstance(got, (int, float)) or _of_numpy(got, numbers.Real)):
         raise ValueError(f"{argument} must be a number; got {got!r}")
 
 
 def integer(argument: str, got: object) -> None:
-    if not isinstance(got, int) and not hasattr(got, "__index__"):
+    if isinstance(got, bool) or not (isinstance(got, int) or _of_numpy(got, numbers.Integral)):
         raise ValueError(f"{argument} must be an integer; got {got!r}")
 
 
-def positive(argument: str, got: float) -> None:
+def _of_numpy(got: object, kind: type) -> bool:
+    """A fraction is a real number too, but none that an op takes."""
+    return isinstance(got, kind) and hasattr(got, "dtype")
+
+
+def within(argument: str, got: float, smallest: float, largest: float) -> None:
     number(argument, got)
-    expect(got > 0 and got != float("inf"), argument, "be positive and finite", got)
+    expect(smallest <= got <= largest, argument, f"lie in {smallest:g} .. {largest:g}", got)
 
 
 def loss_options(tau: float, loss_type: str, max_ratio: float | None, estimator: str) -> None:
     """Options of :func:`mopo_kernels.mopo_loss`."""
     choice("loss_type", loss_type, LOSS_TYPES)
     choice("estimator", estimator, ESTIMATORS)
-    positive("tau", tau)
+    within("tau", tau, SMALLEST, LARGEST)
     if max_ratio is not None:
-        number("max_ratio", max_ratio)
         # Where labels favour no response the ratio is 1: a smaller cap would bind even there.
-        expect(1 <= max_ratio < float("inf"), "max_ratio", "be finite and at least 1", max_ratio)
+        within("max_ratio", max_ratio, 1, LARGEST)
 
 
 def head_options(
@@ -73,16 +85,51 @@ def head_options(
 ) -> None:
     """Options of :func:`mopo_kernels.linear_logprob`."""
     if softcap is not None:
-        positive("softcap", softcap)
-    number("logit_scale", logit_scale)
-    expect(abs(logit_scale) < float("inf"), "logit_scale", "be finite", logit_scale)
-    positive("temperature", temperature)
+        within("softcap", softcap, SMALLEST, LARGEST_SOFTCAP)
+    within("logit_scale", logit_scale, -LARGEST, LARGEST)
+    within("temperature", temperature, SMALLEST, LARGEST)
     if max_buffer_bytes is not None:
         integer("max_buffer_bytes", max_buffer_bytes)
         expect(max_buffer_bytes > 0, "max_buffer_bytes", "be positive", max_buffer_bytes)
+        expect(max_buffer_bytes < 2**63, "max_buffer_bytes", "fit 64 bits", max_buffer_bytes)
     if gradient_filter is not None:
         number("gradient_filter", gradient_filter)
         expect(0 < gradient_filter < 1, "gradient_filter", "be None or between 0 and 1", gradient_filter)
+
+
+def reverse_mode(**arguments: Tensor | None) -> None:
+    """Of all ways to differentiate the ops know torch.autograd's reverse mode; forward mode would find 0."""
+    if torch.compiler.is_compiling():
+        return
+    for argument, tensor in arguments.items():
+        layer = tensor
+        while layer is not None:
+            tangent = forward_ad.unpack_dual(layer).tangent is not None
+            if tangent or (torch._C._functorch.is_gradtrackingtensor(layer) and layer.requires_grad):
+                got = "a tangent of forward mode" if tangent else "a tensor that torch.func differentiates by"
+                raise NotImplementedError(
+                    f"{argument} must be differentiated by torch.autograd in reverse mode; got {got}; the functions of "
+                    "mopo_kernels.reference take any"
+                )
+            layer = _inside(layer)
+
+
+def _inside(tensor: Tensor) -> Tensor | None:
+    """What a wrapper of torch.func holds; None for other tensors."""
+    wrapped = torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+    return torch._C._functorch.get_unwrapped(tensor) if wrapped else None
+
+
+def requires_grad(tensor: Tensor | None) -> bool:
+    """Whether a gradient for the tensor is wanted, be it by somebody outside torch.vmap, whose wrapper says no."""
+    if tensor is None or not torch.is_grad_enabled():
+        return False
+    inside = None if torch.compiler.is_compiling() else _inside(tensor)
+    return tensor.requires_grad or requires_grad(inside)
+
+
+def constant(argument: str, tensor: Tensor) -> None:
+    expect(not requires_grad(tensor), argument, "be a constant, as no gradient reaches it", "one that requires grad")
 
 
 def shape(argument: str, tensor: Tensor, expected: tuple[int, ...], letters: str) -> None:
@@ -106,6 +153,10 @@ def dtype(argument: str, tensor: Tensor, allowed: tuple[torch.dtype, ...]) -> No
     if tensor.dtype not in allowed:
         names = ", ".join(str(d).removeprefix("torch.") for d in allowed)
         raise ValueError(f"{argument} must have dtype {names}; got {str(tensor.dtype).removeprefix('torch.')}")
+
+
+def real(argument: str, tensor: Tensor) -> None:
+    expect(not tensor.is_complex(), argument, "have a real dtype", str(tensor.dtype).removeprefix("torch."))
 
 
 def device(argument: str, tensor: Tensor, expected: torch.device, host: bool = False) -> None:
@@ -139,9 +190,11 @@ def value(
         raise ValueError(f"{argument} must {expectation}; got {tensor[position].item()} at {where} {label}")
 
 
-def ignore_index(got: int, vocabulary: int) -> None:
+def ignore_index(got: int, vocabulary: int = 0) -> None:
+    """``vocabulary``: how many ids it must not be one of."""
     integer("ignore_index", got)
     expect(not 0 <= got < vocabulary, "ignore_index", f"lie outside 0 .. V - 1 = {vocabulary - 1}", got)
+    expect(-(2**63) <= got < 2**63, "ignore_index", "fit 64 bits, as target does", got)
 
 
 def targets(target: Tensor, vocabulary: int, ignored: int) -> None:
@@ -180,6 +233,11 @@ def ref_logprob(tensor: Tensor) -> None:
         value("ref_logprob", tensor, torch.isfinite, "be finite")
 
 
+def normalizer(got: float) -> None:
+    number("normalizer", got)
+    expect(got == 0 or SMALLEST <= got <= LARGEST, "normalizer", f"be 0 or lie in {SMALLEST:g} .. {LARGEST:g}", got)
+
+
 def pair_values(
     pairs: Tensor,
     preference: Tensor,
@@ -203,14 +261,19 @@ def pair_values(
             "join responses to one prompt, as prompt_index has it",
         )
     value("preference", preference, lambda t: torch.isnan(t) | ((t >= 0) & (t <= 1)), "lie in [0, 1] or be NaN")
-    value("objective_weight", objective_weight, lambda t: (t >= 0) & torch.isfinite(t), "be finite and not negative")
+    value("objective_weight", objective_weight, lambda t: (t >= 0) & (t <= LARGEST), f"lie in 0 .. {LARGEST:g}")
     if pair_weight is not None:
-        value("pair_weight", pair_weight, lambda t: (t >= 0) & torch.isfinite(t), "be finite and not negative")
+        value("pair_weight", pair_weight, lambda t: (t >= 0) & (t <= LARGEST), f"lie in 0 .. {LARGEST:g}")
     if label_rate is not None:
-        value("label_rate", label_rate, lambda t: (t > 0) & (t <= 1), "lie in (0, 1]")
+        value("label_rate", label_rate, lambda t: (t >= SMALLEST) & (t <= 1), f"lie in {SMALLEST:g} .. 1")
     if margin is not None:
-        value("margin", margin, torch.isfinite, "be finite")
+        value("margin", margin, lambda t: (t >= -LARGEST) & (t <= LARGEST), f"lie in {-LARGEST:g} .. {LARGEST:g}")
     if length is not None:
-        value("length", length, lambda t: (t > 0) & torch.isfinite(t), "be positive and finite")
+        value("length", length, lambda t: (t >= SMALLEST) & (t <= LARGEST), f"lie in {SMALLEST:g} .. {LARGEST:g}")
     if normalizer is not None:
-        value("normalizer", normalizer.reshape(1), lambda t: (t >= 0) & torch.isfinite(t), "be finite and not negative")
+        value(
+            "normalizer",
+            normalizer.reshape(1),
+            lambda t: (t == 0) | ((t >= SMALLEST) & (t <= LARGEST)),
+            f"be 0 or lie in {SMALLEST:g} .. {LARGEST:g}",
+        )

@@ -83,7 +83,7 @@ def frozen_coefficient(data: PairData, sequences: int) -> Tensor:
     rho = reference.policy_ratio(
         data.preference, data.pairs, data.objective_weight, data.tau, data.prompt_index, data.max_ratio
     )
-    g = -rho / divisor(data, sequences)
+    g = -rho.to(data.objective_weight) / divisor(data, sequences)
     return g if data.length is None else g / data.length
 
 

@@ -19,7 +19,7 @@ from mopo_kernels.backends import Head, tile_backend
 from mopo_kernels.backends.tile import NOT_SCORED
 from mopo_kernels.coefficients import PairData
 from mopo_kernels.groups import closed_groups
-from mopo_kernels.head import Folded, LinearHead, Tile, accumulation_dtype, layout_of, row_chunks
+from mopo_kernels.head import Folded, LinearHead, Tile, accumulation_dtype, layout_of, row_chunks, row_major
 
 
 def _kept_budget(max_buffer_bytes: int) -> int:
@@ -55,21 +55,22 @@ class Call:
             return None
         return parallel.open_shard(self.process_group, hidden, weight, target, self.needs)
 
+    def readable(self, weight: Tensor) -> Tensor:
+        """The weight itself, or, where the backend fuses, a copy if its kernels cannot read it as it stands."""
+        return row_major(weight) if tile_backend(self.backend).fuses(weight.dtype) else weight
+
     def keeps_products(self, rows: int, weight: Tensor) -> bool:
         """Whether a trained head's products are kept for backward: they fit three quarters of the buffer, the last
         quarter being left for turning them into gradients."""
         if not self.trained or self.process_group is not None:
             return False
-        layout = layout_of(
-            weight,
-            tile_backend(self.backend),
-            _kept_budget(self.max_buffer_bytes),
-            filtered=self.gradient_filter is not None,
-        )
+        budget = _kept_budget(self.max_buffer_bytes)
+        backend, filtered = tile_backend(self.backend), self.gradient_filter is not None
+        layout = layout_of(weight, backend, budget, filtered=filtered)
         assert layout.tile is not None
-        if rows * weight.shape[0] * layout.tile.itemsize > self.max_buffer_bytes - _kept_budget(self.max_buffer_bytes):
+        if rows * weight.shape[0] * layout.tile.itemsize > self.max_buffer_bytes - budget:
             return False
-        return layout.whole_rows(_kept_budget(self.max_buffer_bytes)) >= 1
+        return budget >= layout.least_bytes() and layout.whole_rows(budget) >= 1
 
 
 def on_host(tensor: Tensor) -> bool:
@@ -112,7 +113,7 @@ class _Pass:
     ) -> None:
         """``copies``: how many rows of the head stand for one of the batch; ``gathered``: chunks will be of rows that
         do not follow one another; ``whole``, ``stored``: see :class:`mopo_kernels.head.LinearHead`."""
-        self.hidden, self.target, self.ignore_index = hidden, target, call.ignore_index
+        self.hidden, self.target, self.ignore_index = hidden, target.contiguous(), call.ignore_index
         self.compact = on_host(target)
         self.scored: Tensor | None = None
         self.count = target.shape[0]
@@ -158,6 +159,8 @@ class _Pass:
 
     def gather(self, hidden: Tensor, rows: Rows) -> Tensor:
         chunk = hidden[rows].to(self.head.layout.operand)
+        if self.head.fused:
+            return row_major(chunk)
         # Products want unit stride in one dimension.
         return chunk if 1 in chunk.stride() else chunk.contiguous()
 
@@ -233,6 +236,7 @@ def linear_logprob(
     * head trained: the tile (N, V), scored rows first, and its offsets or scale, if it fits the buffer (3 products in
       all), else nothing (4).
     """
+    weight = call.readable(weight)
     dtype = accumulation_dtype(hidden.dtype)
     logprob = hidden.new_zeros(hidden.shape[0], dtype=dtype)
     logsumexp = hidden.new_zeros(hidden.shape[0], dtype=torch.float64)
@@ -268,6 +272,7 @@ def linear_logprob_backward(
     shard: parallel.Shard | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of ``sum grad * logprob``, in the accumulation dtype; ``kept`` is the tile left by forward, if any."""
+    weight = call.readable(weight)
     budget = call.max_buffer_bytes if kept is None else _kept_budget(call.max_buffer_bytes)
     work = _Pass(hidden, weight, target, bias, call, shard, budget, whole=kept is not None)
     gradients = work.accumulate(*call.needs)
@@ -378,8 +383,10 @@ def linear_mopo_loss(
     ``ref_logprob`` (S,) or ``ref_hidden`` (N, H) under the same head, one more product: in one with the policy's where
     the buffer holds both. ``pairs`` are those of ``data``, on the CPU if they can be read.
     """
+    weight = call.readable(weight)
     sequences, tokens = cu_seqlens.shape[0] - 1, hidden.shape[0]
-    host_cu_seqlens, cu_seqlens = cu_seqlens, to_device(cu_seqlens, hidden.device)
+    host_cu_seqlens = cu_seqlens.contiguous()
+    cu_seqlens = to_device(host_cu_seqlens, hidden.device)
     owner = torch.searchsorted(cu_seqlens[1:].contiguous(), torch.arange(tokens, device=hidden.device), right=True)
 
     def new_pass(copies: int, gathered: bool = False) -> _Pass:

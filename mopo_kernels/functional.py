@@ -149,13 +149,10 @@ def _check_cu_seqlens(cu_seqlens: Tensor, hidden: Tensor) -> None:
 def _group_name(process_group: ProcessGroup | None, backend: str) -> str | None:
     if process_group is None:
         return None
+    checks.expect(hasattr(process_group, "group_name"), "process_group", "be a process group", repr(process_group))
     checks.expect(backend != "reference", "process_group", 'be None with backend "reference"', "a group")
     name: str = process_group.group_name
     return name
-
-
-def _needs(tensor: Tensor | None) -> bool:
-    return tensor is not None and tensor.requires_grad and torch.is_grad_enabled()
 
 
 def linear_logprob(
@@ -177,8 +174,8 @@ def linear_logprob(
 
     Replaces ``log_softmax(z, -1).gather(-1, target[..., None])[..., 0]`` with
     ``z = softcap * tanh(logit_scale * (hidden @ weight.T + bias) / softcap) / temperature`` (no tanh if ``softcap`` is
-    None), 0 where ``target == ignore_index``. Differentiable in hidden, weight and bias for any upstream gradient; not
-    twice differentiable.
+    None), 0 where ``target == ignore_index``. Differentiable in hidden, weight and bias for any upstream gradient, also
+    under ``torch.vmap``; but for "reference" not twice, not in forward mode, and not by ``torch.func``.
 
     With the head frozen (neither weight nor bias requires grad) forward and backward cost two products of N x V x H
     (on a GPU in half precision three, where the logits of 32 rows do not fit ``max_buffer_bytes``); with a trained head
@@ -192,14 +189,14 @@ def linear_logprob(
         target: (...) int64, in 0 .. V - 1 or ``ignore_index``, not shifted: ``hidden[t]`` predicts ``target[t]``.
         bias: (V,) or None.
         ignore_index: the target that marks a token as not scored.
-        softcap: cap of Gemma 2's tanh, in logits, or None.
-        logit_scale: factor on the products, e.g. Cohere's.
-        temperature: divisor of the logits.
+        softcap: cap of Gemma 2's tanh, in logits, 1e-10 to 1e5, or None.
+        logit_scale: factor on the products, e.g. Cohere's, at most 1e10 in size.
+        temperature: divisor of the logits, 1e-10 to 1e10.
         backend: "auto", "reference" (the unchunked oracle), "torch", "cpp", "triton" or "cuda"; only "auto" falls
             back.
         max_buffer_bytes: bound on the memory beyond inputs, outputs and gradients, in bytes; default 256 MiB, on a GPU
-            what 4096 rows of logits take if that is more. A few
-            dozen bytes a token come on top. With "reference" it has no effect.
+            what 4096 rows of logits take if that is more. A few dozen bytes a token come on top, and with "triton" in
+            half precision a copy of a weight whose rows are not contiguous. With "reference" it has no effect.
         gradient_filter: None for exact gradients, or the share of the largest element that may be left out of them,
             e.g. 2^-12, on the CPU ("gradient filtering" of cut cross-entropy, arXiv:2411.09009). A model's
             distributions are peaked: nearly all of ``d logprob / d logits`` is nothing beside the rest. With rows of
@@ -224,6 +221,7 @@ def linear_logprob(
     Raises:
         ValueError: a shape, dtype, device or value is wrong; the message names the argument.
         BackendUnavailableError: the named backend cannot run here; a RuntimeError.
+        NotImplementedError: forward-mode AD, or a gradient of ``torch.func``.
     """
     checks.tensors(hidden=hidden, weight=weight, target=target)
     checks.optional_tensors(bias=bias)
@@ -252,6 +250,7 @@ def linear_logprob(
             logit_scale=logit_scale,
             temperature=temperature,
         ).view(target.shape)
+    checks.reverse_mode(hidden=hidden, weight=weight, bias=bias)
     logprob = ops.linear_logprob(
         rows,
         weight,
@@ -265,9 +264,9 @@ def linear_logprob(
         max_buffer_bytes,
         group_name,
         gradient_filter,
-        _needs(rows),
-        _needs(weight),
-        _needs(bias),
+        checks.requires_grad(rows),
+        checks.requires_grad(weight),
+        checks.requires_grad(bias),
     )[0]
     return logprob.view(target.shape)
 
@@ -318,10 +317,13 @@ def linear_sequence_logprob(
         gradient_filter=gradient_filter,
         process_group=process_group,
     )
+    cu_seqlens = to_device(cu_seqlens, hidden.device)
     name = backends.resolve(backend, hidden.device)
-    result: Tensor = ops.segment_sum(
-        token_logprob, to_device(cu_seqlens, hidden.device), "torch" if name == "reference" else name
-    )
+    if name == "reference":
+        if not torch.compiler.is_compiling():
+            checks.cu_seqlens(cu_seqlens, hidden.shape[0])
+        return reference.segment_sum(token_logprob, cu_seqlens)
+    result: Tensor = ops.segment_sum(token_logprob, cu_seqlens, name)
     return result
 
 
@@ -366,11 +368,13 @@ def _check_pairs(
         if tensor is not None:
             checks.shape(name, tensor, (size,), letters)
             checks.device(name, tensor, device)
+            checks.real(name, tensor)
+            checks.constant(name, tensor)
     checks.device("pairs", pairs, device, host=host_pairs)
     for name, tensor in (("preference", preference), ("objective_weight", objective_weight)):
         checks.device(name, tensor, device)
-    for name, tensor in (("preference", preference), ("objective_weight", objective_weight)):
         checks.dtype(name, tensor, checks.FLOATING)
+        checks.constant(name, tensor)
     if margin is not None:
         checks.expect(loss_type == "sigmoid", "margin", 'be None unless loss_type is "sigmoid"', f"{loss_type!r}")
     if label_rate is not None:
@@ -388,8 +392,9 @@ def _normalizer(normalizer: float | Tensor | None, dtype: torch.dtype, device: t
     if isinstance(normalizer, Tensor):
         checks.expect(normalizer.numel() == 1, "normalizer", "have one element", tuple(normalizer.shape))
         checks.device("normalizer", normalizer, device)
+        checks.real("normalizer", normalizer)
         return normalizer.detach().reshape(())
-    checks.number("normalizer", normalizer)
+    checks.normalizer(normalizer)
     return torch.full((), normalizer, dtype=dtype, device=device)
 
 
@@ -430,7 +435,7 @@ def mopo_loss(
             tie does: NaN and 0.5 give the same loss, a pair without any label is drawn to margin 0, and the policy
             stays nearer to the reference than w and tau say. ``label_rate`` makes up for that.
         objective_weight: (K,), 1 for the primary objective and the multipliers (>= 0) of the others.
-        tau: strength of the KL regularisation, on the scale of preferences; beta of "sigmoid".
+        tau: strength of the KL regularisation, on the scale of preferences, 1e-10 to 1e10; beta of "sigmoid".
         pair_weight: (P,) >= 0, default 1. "cloning" does not weigh labels by it, "satisfaction" does.
         label_rate: (K,) in (0, 1], the share of pairs labelled for each objective: labels that exist count 1 / rate, so
             that T_p is right on average if labels are missing at random or each pair is labelled for one objective
@@ -444,7 +449,7 @@ def mopo_loss(
             its own ratio, picks the preferred one: bounded, low variance, 0.5 at the reference, but not the win rate
             P_k, so its thresholds are on its own scale. "snis": win rate by self-normalised importance weights,
             consistent when the reference wrote the data; log-ratios beyond 60 nats either way count as 60.
-            "closed_form": the value of the frozen ratio on the labels.
+            "closed_form": the value of the frozen ratio on the labels; ratios below ``exp(-300)`` count as that.
         normalizer: divide by this in place of the batch's own ``sum_p a_p`` (or S for "cloning"): the total over
             micro-batches and ranks makes accumulation and data parallelism exact. 0 counts as 1, like the weight of a
             batch without pairs.
@@ -454,7 +459,10 @@ def mopo_loss(
         ratio is then 1.
 
     Raises:
-        ValueError: a shape, dtype, device or value is wrong; the message names the argument.
+        ValueError: a shape, dtype, device or value is wrong; the message names the argument. All but logprob are
+            constants: preference, weights, margin and length must not require grad. Weights, margins, lengths and the
+            normalizer beyond 1e10, and divisors below 1e-10, are wrong as well: fp32 would make NaN of them.
+        NotImplementedError: forward-mode AD, or a gradient of ``torch.func``.
     """
     checks.tensors(logprob=logprob, ref_logprob=ref_logprob)
     checks.dimensions("logprob", logprob, "(S,)")
@@ -478,6 +486,7 @@ def mopo_loss(
         max_ratio,
         estimator,
     )
+    checks.reverse_mode(logprob=logprob)
     logprob = logprob.to(accumulation_dtype(logprob.dtype))
     output = ops.mopo_loss(
         logprob,
@@ -559,6 +568,7 @@ def linear_mopo_loss(
     Raises:
         ValueError: a shape, dtype, device or value is wrong; the message names the argument.
         BackendUnavailableError: the named backend cannot run here; a RuntimeError.
+        NotImplementedError: forward-mode AD, or a gradient of ``torch.func``.
     """
     checks.tensors(hidden=hidden, weight=weight, target=target, cu_seqlens=cu_seqlens)
     checks.optional_tensors(
@@ -651,6 +661,7 @@ def linear_mopo_loss(
             estimator=estimator,
             normalizer=normalizer,
         )
+    checks.reverse_mode(hidden=hidden, weight=weight, bias=bias)
     output = ops.linear_mopo_loss(
         hidden,
         weight,
@@ -680,9 +691,9 @@ def linear_mopo_loss(
         max_buffer_bytes,
         group_name,
         gradient_filter,
-        _needs(hidden),
-        _needs(weight),
-        _needs(bias),
+        checks.requires_grad(hidden),
+        checks.requires_grad(weight),
+        checks.requires_grad(bias),
     )
     return MOPOLossOutput(*output[:6])
 
@@ -706,7 +717,7 @@ def pack_responses(hidden: Tensor, labels: Tensor, ignore_index: int = -100) -> 
         ValueError: a shape, dtype or device is wrong.
     """
     checks.tensors(hidden=hidden, labels=labels)
-    checks.integer("ignore_index", ignore_index)
+    checks.ignore_index(ignore_index)
     checks.dimensions("hidden", hidden, "(B, T, H)")
     checks.dtype("hidden", hidden, checks.FLOATING)
     checks.dtype("labels", labels, (torch.int64,))

@@ -26,6 +26,8 @@ from mopo_kernels.parallel import Shard
 # Fewer rows than this make a product so narrow that computing it twice over a tiled vocabulary is faster.
 MIN_ROWS = 32
 MIN_COLUMNS = 128
+# Fewer vocabulary entries than this are never converted, or gathered, at a time.
+MIN_CONVERTED = 16
 # Products of so many rows are as fast as any. More would only make for narrower tiles where the vocabulary is tiled.
 STREAMED_ROWS = 1024
 # Bytes of target rows of the weight that a streamed gradient takes at a time, and at most a sixteenth of the buffer.
@@ -49,11 +51,19 @@ FILTER_COLUMN_BYTES = 1 + 8
 # Gradients in fp16 are multiplied by this before they are rounded: they lie between -1 and 1, and what is below 2^-24
 # would be lost.
 FP16_SCALE = 2.0**14
+# Offsets within a block, of at most 256 rows, fit 32 bits in the kernels that fuse, if rows are no further apart.
+FARTHEST_ROWS = 2**23
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     """fp64 for fp64 input, else fp32."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def row_major(matrix: Tensor) -> Tensor:
+    """(R, H) with unit stride in H and rows near each other, as kernels that fuse read it; a copy unless it is so."""
+    near = matrix.stride(0) < FARTHEST_ROWS or matrix.shape[0] <= 1
+    return matrix if matrix.stride(1) == 1 and near else matrix.contiguous()
 
 
 @dataclass(frozen=True)
@@ -118,11 +128,13 @@ class Layout:
         return self.accumulate.itemsize + (FILTER_COLUMN_BYTES if self.filtered else 0)
 
     def least_bytes(self) -> int:
-        """The smallest buffer that can work at all, one row, one column, however its rows have to be put together."""
-        converted = self.hidden_size * self.operand.itemsize if self.converted else 0
+        """The smallest buffer to work in, forward and backward: one row, however its rows have to be put together, and
+        tiles wide enough that a small problem is quick."""
+        converted = self.weight_columns(0) * self.hidden_size * self.operand.itemsize
         fixed = converted + self.scratch + self._target_bytes(0) + self.filter_bytes(0)
-        row_bytes = replace(self, gathered=True).row_bytes()
-        return int(row_bytes + self.tile_bytes() + self.column_bytes() + fixed) + 1
+        stored = replace(self, gathered=True, tile=self.tile or self.operand, scaled=self.scaled or self.tile is None)
+        column_bytes = stored.tile_bytes() + self.column_bytes()
+        return int(stored.row_bytes() + min(self.vocabulary, MIN_COLUMNS) * column_bytes + fixed) + 1
 
     def _filter_column_bytes(self) -> int:
         """Bytes of a gathered column: of ``FILTER_ROWS`` rows, its row of the weight (twice where it is converted) and
@@ -133,7 +145,7 @@ class Layout:
     def filter_columns(self, max_buffer_bytes: int) -> int:
         """Columns that a filtered gradient gathers and multiplies at a time."""
         columns = min(max_buffer_bytes // 8, FILTER_BYTES) // self._filter_column_bytes()
-        return max(1, min(self.vocabulary, columns))
+        return min(self.vocabulary, max(MIN_CONVERTED, columns))
 
     def filter_bytes(self, max_buffer_bytes: int) -> int:
         """What a filtered gradient gathers and multiplies at a time; 0 without a filter."""
@@ -155,7 +167,7 @@ class Layout:
         if not self.converted:
             return 0
         scratch = min(max_buffer_bytes // 4, WEIGHT_SCRATCH_BYTES)
-        return min(self.vocabulary, max(1, scratch // (self.hidden_size * self.operand.itemsize)))
+        return min(self.vocabulary, max(MIN_CONVERTED, scratch // (self.hidden_size * self.operand.itemsize)))
 
     def tile_budget(self, max_buffer_bytes: int) -> int:
         """What is left for rows and tiles."""
@@ -223,7 +235,7 @@ def layout_of(
         converted=weight.dtype != operand or (not fused and 1 not in weight.stride()),
         streamed=streamed and not fused,
         scaled=fused and stored and backend.row_offsets(weight.dtype),
-        filtered=filtered and stored,
+        filtered=filtered,
     )
 
 
@@ -312,7 +324,7 @@ class LinearHead:
         self._target_rows = self.layout.target_rows(max_buffer_bytes)
         self.untouched = True
         self.plan = self.layout.plan(rows, max_buffer_bytes, whole)
-        self.bias = None if bias is None else bias.to(self.layout.accumulate)
+        self.bias = None if bias is None else bias.to(self.layout.accumulate).contiguous()
 
     @property
     def whole(self) -> bool:

@@ -40,6 +40,7 @@ class LinearMOPOLoss(nn.Module):
         super().__init__()
         checks.loss_options(tau, loss_type, max_ratio, estimator)
         checks.head_options(softcap, logit_scale, temperature, max_buffer_bytes, gradient_filter)
+        checks.ignore_index(ignore_index)
         checks.choice("backend", backend, backends.NAMES)
         self.options: dict[str, Any] = {
             "tau": tau,

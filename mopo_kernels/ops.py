@@ -22,15 +22,18 @@ from mopo_kernels.head import Folded, Tile, accumulation_dtype
 from mopo_kernels.parallel import Shard
 
 
-def _traced(tensor: Tensor) -> bool:
-    """Under torch.compile tensors are wrappers, and memory is the compiler's business."""
-    return type(tensor) is not Tensor
+def _wrapped(tensor: Tensor) -> bool:
+    """Under torch.compile tensors are wrappers, and memory is the compiler's business; upstream factors are by
+    is_grads_batched or torch.vmap, and nothing can be scaled by several in place."""
+    functorch = torch._C._functorch
+    batched = functorch.is_functorch_wrapped_tensor(tensor) or functorch.is_legacy_batchedtensor(tensor)
+    return type(tensor) is not Tensor or batched
 
 
 def _take(ctx: Any) -> list[Tensor] | None:
     """The gradients that forward left, once; None after that."""
     held: list[Tensor] | None = ctx.held
-    if held is not None and _traced(held[0]):
+    if held is not None and _wrapped(held[0]):
         return list(held)
     ctx.held = None
     return held
@@ -39,7 +42,7 @@ def _take(ctx: Any) -> list[Tensor] | None:
 def _scale(held: list[Tensor], factor: Tensor, like: Tensor, backend: str) -> Tensor:
     """The last of the held gradients times ``factor``, in the input's dtype; in place unless somebody else sees it."""
     gradient = held.pop()
-    if _traced(gradient):
+    if _wrapped(gradient) or _wrapped(factor):
         return (gradient * factor).to(like.dtype)
     # Two references: the name above and the call's own argument.
     alone = sys.getrefcount(gradient) == 2

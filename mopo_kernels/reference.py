@@ -23,6 +23,8 @@ ESTIMATORS = ("pair", "snis", "closed_form")
 # exp(60) = 1.1e26 leaves room in fp32 for sums and squares of importance weights (largest fp32 is 3.4e38 only for the
 # weight itself; the squares are taken after dividing by the largest weight), and exp(-60) stays above its smallest.
 MAX_LOG_IMPORTANCE = 60.0
+# In fp64 the squares of such numbers are still above 0.
+MIN_LOG_RATIO = -300.0
 
 
 def head_logits(
@@ -142,19 +144,20 @@ def policy_ratio(
     prompt_index: Tensor,
     max_ratio: float | None = None,
 ) -> Tensor:
-    """``rho = n softmax(sum_k w_k sbar_k / tau)`` within each prompt's n responses, optionally capped, (S,).
+    """``rho = n softmax(sum_k w_k sbar_k / tau)`` within each prompt's n responses, optionally capped, (S,) in fp64.
 
-    Eq. (21) of docs/method.md; (23) there is its bias.
+    Eq. (21) of docs/method.md; (23) there is its bias. In fp32 the ratios of all responses that an objective has labels
+    of could become 0 together, and it would have no value; here they are at least ``exp(-300)``.
     """
     sequences = prompt_index.shape[0]
-    score = (mean_label(preference, pairs, sequences) * objective_weight).sum(dim=1) / tau
+    score = (mean_label(preference, pairs, sequences) * objective_weight).sum(dim=1).double() / tau
     group = prompt_number(prompt_index)
     top = score.new_full((sequences,), -torch.inf).scatter_reduce(0, group, score, "amax")
     tilted = torch.exp(score - top[group])
     total = scatter_sum(torch.zeros_like(score), group, tilted)
     count = scatter_sum(torch.zeros_like(score), group, torch.ones_like(score))
     rho = count[group] * tilted / total[group]
-    return rho if max_ratio is None else rho.clamp(max=max_ratio)
+    return rho.clamp(min=math.exp(MIN_LOG_RATIO), max=max_ratio)
 
 
 def satisfaction(
@@ -176,8 +179,10 @@ def satisfaction(
     The second result is the denominator, so values merge over micro-batches and ranks as
     ``sum(value * labelled) / sum(labelled)``. An objective without a label has value NaN and labelled 0.
     """
-    value, total = satisfaction_terms(log_ratio, pairs, preference, pair_weight, estimator, rho)
-    return value.sum(dim=0) / total.sum(dim=0), total.sum(dim=0)
+    terms = satisfaction_terms(log_ratio, pairs, preference, pair_weight, estimator, rho)
+    value, total = (part.sum(dim=0) for part in terms)
+    smallest = torch.finfo(log_ratio.dtype).tiny
+    return (value / total).to(log_ratio), total.where(total == 0, total.clamp(min=smallest)).to(log_ratio)
 
 
 def satisfaction_terms(
@@ -301,7 +306,7 @@ def mopo_loss(
 
     if loss_type == "cloning":
         assert rho is not None
-        total, count = -(rho * logprob).sum(), h.new_full((), float(logprob.shape[0]))
+        total, count = -(rho.to(logprob) * logprob).sum(), h.new_full((), float(logprob.shape[0]))
     else:
         if loss_type == "regression":
             per_pair = regression_loss(h, pair_target(preference, objective_weight, tau, label_rate))
@@ -314,5 +319,5 @@ def mopo_loss(
     loss = total / torch.where(count == 0, torch.ones_like(count), count)
 
     value, labelled = satisfaction(log_ratio.detach(), pairs, preference, weight, estimator, rho)
-    ess = effective_sample_size(log_ratio.detach() if rho is None else torch.log(rho))
+    ess = effective_sample_size(log_ratio.detach() if rho is None else torch.log(rho).to(h))
     return PairLoss(loss, log_ratio, h, value, labelled, ess)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from decimal import Decimal
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -91,11 +93,11 @@ WRONG: dict[str, tuple[Callable[[Batch], dict[str, Any]], str]] = {
     ),
     "objective_weight negative": (
         lambda b: {"objective_weight": with_value(b.objective_weight, 2, -0.5)},
-        "objective_weight must be finite and not negative; got -0.5 at index 2",
+        "objective_weight must lie in 0 .. 1e.10; got -0.5 at index 2",
     ),
     "objective_weight infinite": (
         lambda b: {"objective_weight": with_value(b.objective_weight, 1, torch.inf)},
-        "objective_weight must be finite",
+        "objective_weight must lie in 0 .. 1e.10; got inf",
     ),
     "device": (lambda b: {"pairs": b.pairs.to("meta")}, "pairs must be on cpu, as hidden or logprob is; got meta"),
 }
@@ -113,7 +115,7 @@ def test_a_wrong_tensor_is_named_with_expectation_and_value(case: str, backend: 
 
 
 WRONG_OPTIONS: dict[str, tuple[dict[str, Any], str]] = {
-    "tau": ({"tau": 0.0}, "tau must be positive and finite; got 0.0"),
+    "tau": ({"tau": 0.0}, "tau must lie in 1e-10 .. 1e.10; got 0.0"),
     "tau is text": ({"tau": "0.1"}, "tau must be a number; got '0.1'"),
     "loss_type": ({"loss_type": "ppo"}, "loss_type must be one of regression, cloning, sigmoid; got 'ppo'"),
     "estimator": ({"estimator": "mean"}, "estimator must be one of pair, snis, closed_form; got 'mean'"),
@@ -121,20 +123,20 @@ WRONG_OPTIONS: dict[str, tuple[dict[str, Any], str]] = {
     "prompt_index missing for the estimator": ({"estimator": "closed_form"}, "prompt_index must be given"),
     "margin without sigmoid": ({"margin": torch.zeros(12)}, 'margin must be None unless loss_type is "sigmoid"'),
     "pair_weight shape": ({"pair_weight": torch.ones(3)}, r"pair_weight must have shape \(P,\) = \(12,\); got \(3,\)"),
-    "pair_weight negative": ({"pair_weight": -torch.ones(12)}, "pair_weight must be finite and not negative; got -1.0"),
-    "label_rate range": ({"label_rate": torch.tensor([1.0, 0.0, 1.0])}, r"label_rate must lie in \(0, 1\]; got 0.0"),
-    "length zero": ({"length": torch.zeros(12)}, "length must be positive and finite; got 0.0 at index 0"),
-    "max_ratio": ({"max_ratio": -1.0}, "max_ratio must be finite and at least 1; got -1.0"),
-    "max_ratio below 1": ({"max_ratio": 0.5}, "max_ratio must be finite and at least 1; got 0.5"),
-    "max_ratio infinite": ({"max_ratio": float("inf")}, "max_ratio must be finite and at least 1; got inf"),
+    "pair_weight negative": ({"pair_weight": -torch.ones(12)}, "pair_weight must lie in 0 .. 1e.10; got -1.0"),
+    "label_rate range": ({"label_rate": torch.tensor([1.0, 0.0, 1.0])}, "label_rate must lie in 1e-10 .. 1; got 0.0"),
+    "length zero": ({"length": torch.zeros(12)}, "length must lie in 1e-10 .. 1e.10; got 0.0 at index 0"),
+    "max_ratio": ({"max_ratio": -1.0}, "max_ratio must lie in 1 .. 1e.10; got -1.0"),
+    "max_ratio below 1": ({"max_ratio": 0.5}, "max_ratio must lie in 1 .. 1e.10; got 0.5"),
+    "max_ratio infinite": ({"max_ratio": float("inf")}, "max_ratio must lie in 1 .. 1e.10; got inf"),
     "max_ratio is text": ({"max_ratio": "2"}, "max_ratio must be a number; got '2'"),
     "normalizer is a list": ({"normalizer": [3.0]}, r"normalizer must be a number; got \[3.0\]"),
-    "normalizer": ({"normalizer": -3.0}, "normalizer must be finite and not negative; got -3.0"),
-    "softcap": ({"softcap": 0.0}, "softcap must be positive"),
+    "normalizer": ({"normalizer": -3.0}, "normalizer must be 0 or lie in 1e-10 .. 1e.10; got -3.0"),
+    "softcap": ({"softcap": 0.0}, "softcap must lie in 1e-10 .. 100000; got"),
     "softcap is text": ({"softcap": "30"}, "softcap must be a number; got '30'"),
     "temperature is text": ({"temperature": "1"}, "temperature must be a number; got '1'"),
-    "temperature": ({"temperature": -1.0}, "temperature must be positive"),
-    "logit_scale": ({"logit_scale": float("nan")}, "logit_scale must be finite; got nan"),
+    "temperature": ({"temperature": -1.0}, "temperature must lie in 1e-10 .. 1e.10; got"),
+    "logit_scale": ({"logit_scale": float("nan")}, "logit_scale must lie in -1e.10 .. 1e.10; got nan"),
     "logit_scale missing": ({"logit_scale": None}, "logit_scale must be a number; got None"),
     "ignore_index is no integer": ({"ignore_index": -100.0}, "ignore_index must be an integer; got -100.0"),
     "max_buffer_bytes is no integer": ({"max_buffer_bytes": 1e6}, "max_buffer_bytes must be an integer; got 1000000.0"),
@@ -150,6 +152,78 @@ WRONG_OPTIONS: dict[str, tuple[dict[str, Any], str]] = {
     "both references": ({"ref_hidden": torch.zeros(3, 3)}, "ref_logprob and ref_hidden must be given one without"),
     "reference shape": ({"ref_logprob": torch.zeros(3)}, r"ref_logprob must have shape \(S,\) = \(12,\); got \(3,\)"),
 }
+
+
+NO_NUMBERS = (True, "1", b"1", 1j, [1.0], (1.0,), np.zeros(2), np.array(2.0), np.True_, Fraction(1, 2), Decimal(2))
+NUMBERS = ("tau", "max_ratio", "normalizer", "softcap", "logit_scale", "temperature")
+
+
+@pytest.mark.parametrize("name", [*NUMBERS, "max_buffer_bytes", "ignore_index"])
+def test_what_is_no_number_is_named(name: str) -> None:
+    batch = make_batch()
+    kind = "a number" if name in NUMBERS else "an integer"
+    for value in (*NO_NUMBERS, torch.tensor(2.0), torch.tensor(2)):
+        if name == "normalizer" and isinstance(value, torch.Tensor):
+            continue
+        with pytest.raises(ValueError, match=f"^{name} must be {kind}; got "):
+            linear_mopo_loss(*batch.loss_arguments(), ref_logprob=batch.ref_logprob, **{name: value})
+
+
+@pytest.mark.parametrize("name", ["loss_type", "estimator", "backend", "process_group"])
+def test_what_is_no_choice_is_named(name: str) -> None:
+    batch = make_batch()
+    for value in NO_NUMBERS:
+        with pytest.raises(ValueError, match=f"^{name} must be "):
+            linear_mopo_loss(*batch.loss_arguments(), ref_logprob=batch.ref_logprob, **{name: value})
+
+
+# In fp32 each gave NaN, another number, or an error from inside PyTorch.
+EXTREMES: dict[str, tuple[float, ...]] = {
+    "tau": (1e-320, 1e-40, 1e40, 1e308, 10**400),
+    "softcap": (1e-320, 1e-40, 1e6, 1e40, 1e308, 10**400),
+    "logit_scale": (1e40, -1e308, 10**400),
+    "temperature": (1e-320, 1e-40, 1e308, 10**400),
+    "max_ratio": (1e40, 1e308, 10**400),
+    "normalizer": (1e-320, 1e-40, 1e40, 1e308, 10**400),
+    "max_buffer_bytes": (2**63, 10**400),
+    "ignore_index": (2**63, -(10**400)),
+}
+
+
+@pytest.mark.parametrize("name", EXTREMES)
+def test_a_number_that_the_precision_cannot_hold_is_named(name: str) -> None:
+    batch = make_batch(dtype=torch.float32)
+    for value in EXTREMES[name]:
+        with pytest.raises(ValueError, match=f"^{name} must (be 0 or )?(lie in|fit 64 bits)"):
+            linear_mopo_loss(*batch.loss_arguments(), ref_logprob=batch.ref_logprob, **{name: value})
+
+
+@pytest.mark.parametrize("name", ["objective_weight", "pair_weight", "label_rate", "margin", "length", "normalizer"])
+def test_a_tensor_that_the_precision_cannot_hold_is_named(name: str) -> None:
+    batch = make_batch(dtype=torch.float32)
+    arguments = {
+        "objective_weight": batch.objective_weight,
+        "pair_weight": batch.pair_weight,
+        "label_rate": torch.ones(3),
+        "margin": torch.zeros(12),
+        "length": batch.length,
+        "normalizer": torch.ones(1),
+    }
+    values = {"label_rate": (1e-40,), "length": (1e-40, 3e38), "normalizer": (1e-40, 3e38)}.get(name, (3e38,))
+    labels = {"pairs": batch.pairs, "preference": batch.preference, "loss_type": "sigmoid"}
+    for value in values:
+        wrong = {**arguments, name: with_value(arguments[name], 0, value)}
+        with pytest.raises(ValueError, match=f"^{name} must (be 0 or )?lie in"):
+            mopo_loss(batch.ref_logprob * 2, batch.ref_logprob, **labels, **wrong)
+    imaginary = {**arguments, name: arguments[name].cfloat()}
+    with pytest.raises(ValueError, match=f"^{name} must have (a real dtype|dtype float32)"):
+        mopo_loss(batch.ref_logprob * 2, batch.ref_logprob, **labels, **imaginary)
+
+
+def test_a_sparse_tensor_is_named() -> None:
+    batch = make_batch()
+    with pytest.raises(ValueError, match=r"^weight must be a dense tensor; got one of layout torch.sparse_coo"):
+        linear_logprob(batch.hidden, batch.weight.to_sparse(), batch.target)
 
 
 @pytest.mark.parametrize("case", WRONG_OPTIONS)

@@ -140,10 +140,10 @@ def test_a_wrong_argument_of_the_reference_is_named_as_such(case: str) -> None:
 @pytest.mark.parametrize(
     ("option", "message"),
     [
-        ({"max_ratio": -1.0}, "max_ratio must be finite and at least 1; got -1.0"),
-        ({"softcap": -1.0}, "softcap must be positive"),
-        ({"logit_scale": float("nan")}, "logit_scale must be finite; got nan"),
-        ({"temperature": 0.0}, "temperature must be positive"),
+        ({"max_ratio": -1.0}, "max_ratio must lie in 1 .. 1e.10; got -1.0"),
+        ({"softcap": -1.0}, "softcap must lie in 1e-10 .. 100000; got"),
+        ({"logit_scale": float("nan")}, "logit_scale must lie in -1e.10 .. 1e.10; got nan"),
+        ({"temperature": 0.0}, "temperature must lie in 1e-10 .. 1e.10; got"),
         ({"max_buffer_bytes": 1e6}, "max_buffer_bytes must be an integer; got 1000000.0"),
         ({"tau": "0.1"}, "tau must be a number; got '0.1'"),
         ({"max_buffer_bytes": 0}, "max_buffer_bytes must be positive; got 0"),
@@ -160,7 +160,7 @@ def test_a_margin_that_is_not_finite_is_refused() -> None:
     batch = make_batch()
     margin = torch.zeros(12)
     margin[3] = torch.nan
-    with pytest.raises(ValueError, match="margin must be finite; got nan at index 3"):
+    with pytest.raises(ValueError, match=r"margin must lie in -1e\+10 .. 1e\+10; got nan at index 3"):
         loss_of(batch, loss_type="sigmoid", margin=margin)
 
 
@@ -430,7 +430,7 @@ def test_a_response_without_a_label_counts_as_parity_in_the_frozen_ratio() -> No
     got = reference.policy_ratio(
         torch.ones(1, 1), torch.tensor([[0, 1]]), torch.ones(1), 1.0, torch.zeros(3, dtype=torch.int64)
     )
-    torch.testing.assert_close(got, 3 * torch.softmax(torch.tensor([1.0, 0.0, 0.5]), 0))
+    torch.testing.assert_close(got, 3 * torch.softmax(torch.tensor([1.0, 0.0, 0.5], dtype=torch.float64), 0))
 
 
 @pytest.mark.parametrize("fused", [False, True], ids=["mopo_loss", "linear_mopo_loss"])

@@ -45,10 +45,10 @@ def _serves(name: str) -> tuple[str, ...] | None:
 
 def resolve(name: str, device: torch.device) -> str:
     """The backend that serves ``name`` on ``device``. Only "auto" falls back; any other name is itself or an error."""
+    if not isinstance(name, str) or name not in NAMES:
+        raise ValueError(f"backend must be one of {', '.join(NAMES)}; got {name!r}")
     if name == "auto":
         return next(b for b in _PREFERRED.get(device.type, ("torch",)) if _REASONS[b] is None)
-    if name not in _REASONS:
-        raise ValueError(f"backend must be one of {', '.join(NAMES)}; got {name!r}")
     if _REASONS[name] is not None:
         raise BackendUnavailableError(f"backend {name!r} is not available: {_REASONS[name]}")
     kinds = _serves(name)

@@ -39,7 +39,7 @@ BAD: dict[str, tuple[Callable[[Batch], dict[str, Tensor]], str]] = {
     "pair": (_put("pairs", (0, 1), 12), "pairs must lie in 0 .. S - 1 = 11"),
     "pair of one": (_put("pairs", (0, 1), 0), "pairs must name two different responses"),
     "preference": (_put("preference", (0, 0), 1.5), "preference must lie in"),
-    "multiplier": (_put("objective_weight", (1,), -1.0), "objective_weight must be finite and not negative"),
+    "multiplier": (_put("objective_weight", (1,), -1.0), "objective_weight must lie in 0 .. "),
 }
 
 
