@@ -340,7 +340,7 @@ def test_threads_may_change_between_forward_and_backward(monkeypatch: pytest.Mon
         return torch.autograd.grad(value.sum(), leaves)
 
     limit = 1_000_000
-    assert Call(-100, Head(None, 1.0, 1.0), "cpp", limit, None, (True, True, False)).keeps_products(3, batch.weight)
+    assert Call(-100, Head(None, 1.0, 1.0), "cpp", limit, None, None, (True, True, False)).keeps_products(3, batch.weight)
     for got, want in zip(gradients(limit, 60_000, 120_000), gradients(64 << 20, 60_000), strict=True):
         torch.testing.assert_close(got, want, rtol=2e-2, atol=2e-2)
 
@@ -368,7 +368,7 @@ def test_fp16_products_stand_loss_scaling(scale: float, monkeypatch: pytest.Monk
 
     monkeypatch.setattr("mopo_kernels.head.layout_of", unconverted)
     batch = make_batch(vocabulary=101, dtype=torch.float16)
-    call = Call(-100, Head(None, 1.0, 1.0), "torch", 100_000, None, (True, True, True))
+    call = Call(-100, Head(None, 1.0, 1.0), "torch", 100_000, None, None, (True, True, True))
     inputs = (batch.hidden, batch.weight, batch.target, batch.bias)
     logprob, logsumexp, *_ = driver.linear_logprob(*inputs, call, None)
     ignored = batch.target == -100
@@ -385,7 +385,7 @@ def test_kept_products_and_what_turns_them_into_gradients_share_the_buffer(backe
     batch = make_batch(prompts=12, responses=4, longest=9, hidden=64, vocabulary=2003, dtype=torch.float32)
     leaves = batch.leaves("hidden", "weight", "bias")
     limit = batch.hidden.shape[0] * 2003 * 4 * 4 // 3 + 4
-    call_options = Call(-100, Head(None, 1.0, 1.0), backend, limit, None, (True, True, True))
+    call_options = Call(-100, Head(None, 1.0, 1.0), backend, limit, None, None, (True, True, True))
     assert call_options.keeps_products(batch.hidden.shape[0], batch.weight)
 
     def call() -> tuple[Tensor, ...]:
