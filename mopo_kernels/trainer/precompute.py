@@ -76,9 +76,9 @@ def config_fingerprint(model: nn.Module) -> str:
 
 
 def data_fingerprint(data: PreferenceData) -> str:
-    """Tells data sets apart by their prompts and responses, in order; labels and weights do not matter."""
+    """Tells data sets apart by their prompts, with what the template is told, and responses; labels do not matter."""
     digest = hashlib.sha256()
-    for rows in data.dataset.select_columns(["prompt", "responses"]).iter(batch_size=1000):
+    for rows in data.dataset.select_columns(["prompt", "responses", *data.template_columns]).iter(batch_size=1000):
         digest.update(json.dumps(rows, sort_keys=True, ensure_ascii=False).encode())
     return digest.hexdigest()
 
