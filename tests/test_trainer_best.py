@@ -18,9 +18,9 @@ def drifting(folder, **changes):
         "eval_steps": 1,
         "save_strategy": "steps",
         "save_steps": 1,
-        "thresholds": {"brief": 0.49},
+        "thresholds": {"brief": 0.445},
         "initial_multiplier": "zero",
-        "learning_rate": 1e-2,
+        "learning_rate": 3e-3,
         "load_best_model_at_end": True,
         "on_infeasible": "warn",
     }

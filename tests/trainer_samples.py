@@ -150,6 +150,15 @@ def make_trainer(folder: Path, model: Any = None, data: PreferenceData | None = 
     )
 
 
+def fresh(model: Any) -> Any:
+    """``model``, of :func:`lora`, with the B of a new adapter, which is 0."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.zero_()
+    return model
+
+
 def lora(model: Any, **changes: Any) -> Any:
     """``model`` under LoRA whose B is not 0, so that every adapter weight has a gradient."""
     from peft import LoraConfig, get_peft_model

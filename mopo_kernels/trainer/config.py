@@ -127,8 +127,10 @@ class MOPOConfig(TrainingArguments):
             goes by it, too): the primary objective's satisfaction where every slack is at least 0, and the worst slack
             elsewhere, so that a checkpoint which keeps the thresholds always comes before one that does not. Without an
             ``eval_dataset`` the dual data are evaluated; the multipliers were moved by them, so their slacks flatter.
-        disable_dropout: set every dropout outside the adapters to 0. With dropout the policy differs from the
-            reference by noise at the first step.
+        disable_dropout: set every dropout and jitter to 0, as a module, a number of a layer or an entry of the model's
+            configuration (which is saved as it was), and refuse a model that then computes in training mode what it
+            does not in evaluation mode. With dropout the policy differs from the reference by noise at the first step.
+            Inside adapters it stays where they are fresh and so add nothing at the first step.
     """
 
     objectives: list[str] | None = field(default=None, metadata={"help": "Objective names; default: the data set's."})
@@ -206,7 +208,7 @@ class MOPOConfig(TrainingArguments):
     early_stopping_patience: int | None = field(
         default=None, metadata={"help": "Evaluations without improvement after which training stops; default: never."}
     )
-    disable_dropout: bool = field(default=True, metadata={"help": "Set dropout outside the adapters to 0."})
+    disable_dropout: bool = field(default=True, metadata={"help": "Set dropout to 0, but inside fresh adapters."})
 
     # The collator needs every column, and a log line every 500 steps hides a run that is going wrong.
     remove_unused_columns: bool = field(default=False, metadata={"help": "Must stay False."})

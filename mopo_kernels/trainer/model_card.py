@@ -63,10 +63,10 @@ def model_card(trainer: MOPOTrainer, base_model: str | None = None, merged: bool
         "tau": f"{args.tau:g}",
         "loss_type": args.loss_type,
         "estimator": f"{args.estimator} (the scale of thresholds and satisfaction)",
-        "Reference": _reference(args),
+        "Reference": _reference(args, trainer.reference.without_adapters or not adapter),
         "Learning rate": f"{args.learning_rate:g}, {getattr(args.optim, 'value', args.optim)}",
         "Seed": str(args.seed),
-        "Held-out KL to the base model": _number(found.get("eval_kl_first"), "{:.4g} nats a response"),
+        "Held-out KL to the first reference": _number(found.get("eval_kl_first"), "{:.4g} nats a response"),
         "Versions": ", ".join(
             f"{name} {installed_version(name)}" for name in ("mopo-kernels", "torch", "transformers", "peft")
         ),
@@ -227,8 +227,9 @@ def _held_out_size(data: Any) -> str:
     return _size(data)
 
 
-def _reference(args: Any) -> str:
+def _reference(args: Any, is_base: bool) -> str:
+    """``is_base``: training started from the base model itself, not from an adapter that adds something."""
     if args.reference_update_steps is None:
-        return "the base model"
+        return "the base model" if is_base else "the policy as training started"
     relaxed = "" if args.threshold_relaxation is None else f", thresholds relaxed by {args.threshold_relaxation:g}"
     return f"the policy itself, every {args.reference_update_steps} steps{relaxed}"

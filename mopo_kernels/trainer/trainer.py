@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from transformers import (
     TrainerState,
     TrainingArguments,
 )
+from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, TrainOutput, rotate_checkpoints
 
 from mopo_kernels.data import PreferenceCollator, PreferenceData, PreferenceExample, win_rates
@@ -34,6 +35,7 @@ from mopo_kernels.data.dataset import prompt_key
 from mopo_kernels.driver import to_device
 from mopo_kernels.dual import DualAscent, LabelSolution, ThresholdError, Unmet, solve_labels
 from mopo_kernels.evaluation import Judge, sample_responses
+from mopo_kernels.trainer.adapters import StackedAdapters, adapters_add_nothing, turn_off_adapter_dropout
 from mopo_kernels.trainer.attention import share_prompts
 from mopo_kernels.trainer.checkpoint import (
     MANIFEST_FILE,
@@ -58,6 +60,7 @@ from mopo_kernels.trainer.forward import PolicyForward, attach
 from mopo_kernels.trainer.head import causal_lm, check_model, find_transform, is_peft
 from mopo_kernels.trainer.layout import forward_arguments, scored_lengths
 from mopo_kernels.trainer.model_card import model_card
+from mopo_kernels.trainer.noise import NoiseOff, check_noise_off
 from mopo_kernels.trainer.precompute import SUFFIX, reference_logprobs
 from mopo_kernels.trainer.reference_model import (
     ReferenceModel,
@@ -236,8 +239,16 @@ class MOPOTrainer(Trainer):
             raise ValueError(f"data_collator: expected shared_prompts=False, as the model cannot share them: {reason}")
         if args.process_index == 0:
             _warn_of_moving_positions(model, getattr(data_collator, "max_length", args.max_length))
+        self._noise: NoiseOff | None = None
         if args.disable_dropout:
-            _disable_dropout(model)
+            self._noise = NoiseOff(model)
+            continued = is_peft(model) and not adapters_add_nothing(model)
+            if continued and turn_off_adapter_dropout(model) and args.process_index == 0:
+                logger.warning(
+                    "dropout inside the adapters is off, as they are not fresh: the policy would differ from the "
+                    "reference by noise at the first step (disable_dropout=false keeps it)"
+                )
+            check_noise_off(model)
 
         self.label_solution: LabelSolution | None
         self._initial_multiplier, self.label_solution = starting_multipliers(
@@ -263,22 +274,32 @@ class MOPOTrainer(Trainer):
         self.model_accepts_loss_kwargs = True
         self._statistics = Statistics(self.objectives)
         self._reference_fingerprint = fingerprint(model)
+        without_adapters = is_peft(model) and adapters_add_nothing(model)
+        sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
         self._precompute = train_dataset is None or precomputes(
-            args, is_peft(model), len(train_dataset), self.get_total_train_batch_size(args)
+            args,
+            without_adapters or (is_peft(model) and not sharded),
+            len(train_dataset),
+            self.get_total_train_batch_size(args),
         )
-        keep_copy = not is_peft(model) and args.reference == "model"
-        if (self.is_fsdp_enabled or self.is_deepspeed_enabled) and (
-            keep_copy or args.reference_update_steps is not None
-        ):
+        keep_copy = not without_adapters and (args.reference == "model" or (is_peft(model) and not sharded))
+        if sharded and (keep_copy or args.reference_update_steps is not None):
             raise ValueError(
-                "reference: expected 'precomputed' (or LoRA) and reference_update_steps=None under FSDP and DeepSpeed, "
-                f"whose shards cannot be swapped; got {args.reference!r} and {args.reference_update_steps}"
+                "reference: expected 'precomputed' (or fresh LoRA) and reference_update_steps=None under FSDP and "
+                f"DeepSpeed, whose shards cannot be swapped; got {args.reference!r} and {args.reference_update_steps}"
+            )
+        self._stacked = StackedAdapters.of(model)
+        if self._stacked is not None and sharded:
+            raise ValueError(
+                "model: expected one active adapter under FSDP and DeepSpeed; got " + ", ".join(self._stacked.active)
             )
         if judges is not None and (self.is_fsdp_enabled or self.is_deepspeed_enabled or self.get_tp_size() > 1):
             raise ValueError("judges: expected None under FSDP, DeepSpeed and tensor parallelism, which do not sample")
         _warn_of_missing_labels(args, self.objectives, self.primary, train_dataset)
         self.reference = ReferenceModel(
-            dtype=torch.bfloat16 if args.reference_dtype == "bfloat16" else None, offload=args.reference_offload
+            dtype=torch.bfloat16 if args.reference_dtype == "bfloat16" else None,
+            offload=args.reference_offload,
+            without_adapters=without_adapters,
         )
         if keep_copy:
             self.reference.keep_first(model)
@@ -552,7 +573,7 @@ class MOPOTrainer(Trainer):
         lacking = {name: indices for name, part in parts.items() if (indices := _without_reference(part))}
         if not lacking:
             return
-        if self.reference.initial is None and not is_peft(self.model):
+        if self.reference.initial is None and not self.reference.without_adapters:
             with gathered(self.model):
                 changed = fingerprint(self.model) != self._reference_fingerprint
             if changed:
@@ -969,6 +990,31 @@ class MOPOTrainer(Trainer):
         if self.args.should_save:
             model_card(self).save(Path(output_dir or str(self.args.output_dir)) / "README.md")
 
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        """As of ``transformers.Trainer``, with the model's own dropout in its configuration; adapters that act together
+        become one."""
+        if self._stacked is None:
+            with nullcontext() if self._noise is None else self._noise.as_configured():
+                super()._save(output_dir, state_dict)
+        elif self.args.should_save:
+            folder = Path(output_dir or str(self.args.output_dir))
+            self._stacked.save(self.model, folder)
+            if self.processing_class is not None:
+                self.processing_class.save_pretrained(folder)
+            torch.save(self.args, folder / TRAINING_ARGS_NAME)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        if self._stacked is None:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        else:
+            self._stacked.load(self.model, Path(resume_from_checkpoint))
+
+    def _load_best_model(self) -> None:
+        if self._stacked is None:
+            super()._load_best_model()
+        else:
+            self._stacked.load(self.model, Path(str(self.state.best_model_checkpoint)))
+
     def _load_callback_state(self) -> None:
         """A resumed run stops early where an undisturbed one would."""
         super()._load_callback_state()
@@ -1296,17 +1342,6 @@ def _warn_of_moving_positions(model: nn.Module, max_length: int | None) -> None:
                 limit,
                 max_length,
             )
-
-
-def _disable_dropout(model: nn.Module) -> None:
-    """Every dropout outside adapters, as a module or as a number of an attention layer, becomes 0."""
-    for name, module in model.named_modules():
-        if "lora_dropout" in name:
-            continue
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-        elif isinstance(getattr(module, "attention_dropout", None), float):
-            module.attention_dropout = 0.0
 
 
 def _fp64_device(device: torch.device) -> torch.device:
