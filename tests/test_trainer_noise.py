@@ -15,9 +15,11 @@ from mopo_kernels.trainer.noise import NoiseOff, check_noise_off
 _HIDDEN = {"vocab_size": VOCABULARY, "hidden_size": 16, "num_attention_heads": 2, "num_hidden_layers": 2}
 _TINY = {**_HIDDEN, "intermediate_size": 24, "max_position_embeddings": 64}
 _ENDS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 1}
-# What each has: a number of a layer, an entry of its configuration that is read in the forward pass, or a router's noise.
+# What each has: a layer's number, an entry of its configuration that is read in the forward pass, or a router's noise.
 NOISY = {
-    "opt": {**_HIDDEN, "word_embed_proj_dim": 12, "ffn_dim": 24, "max_position_embeddings": 64, "attention_dropout": 0.1},
+    "opt": {
+        **_HIDDEN, "word_embed_proj_dim": 12, "ffn_dim": 24, "max_position_embeddings": 64, "attention_dropout": 0.1,
+    },
     "bloom": {**_HIDDEN, "n_layer": 2, "n_head": 2, "hidden_dropout": 0.1, "attention_dropout": 0.1},
     "falcon": {**_HIDDEN, "hidden_dropout": 0.1, "attention_dropout": 0.1, "parallel_attn": False},
     "gpt_bigcode": {"vocab_size": VOCABULARY, "n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 64},

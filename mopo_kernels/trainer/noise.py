@@ -38,7 +38,7 @@ class NoiseOff:
                 self._set(module, "p")
             else:
                 self._set_all(module)
-        for config in _configurations(causal_lm(model).config):
+        for config in configurations(causal_lm(model).config):
             self._set_all(config)
 
     def _set_all(self, owner: Any) -> None:
@@ -64,12 +64,12 @@ class NoiseOff:
                 setattr(owner, name, type(value)(0))
 
 
-def _configurations(config: Any) -> Iterator[Any]:
+def configurations(config: Any) -> Iterator[Any]:
     """A model's configuration and those inside it."""
     yield config
     for value in list(vars(config).values()):
         if hasattr(value, "to_diff_dict") and value is not config:
-            yield from _configurations(value)
+            yield from configurations(value)
 
 
 @torch.no_grad()

@@ -14,7 +14,8 @@ from mopo_kernels import reference
 from mopo_kernels.reference import MAX_LOG_IMPORTANCE
 
 _SCALARS = (
-    "loss",  # the loss of the batch, as returned
+    "loss",  # the preference loss of the batch
+    "aux_loss",  # its part of the step's load-balancing loss, without the coefficient
     "items",  # what the loss is a mean of: sum of pair weights, or responses for cloning
     "margin",  # sum a sign(T) h
     "margin_weight",  # sum a over pairs with T != 0
@@ -32,7 +33,7 @@ _SCALARS = (
 
 @dataclass(frozen=True)
 class Statistics:
-    """The layout of the vector of sums: 6 K + 13 numbers in fp64, the first 6 K those of ``reference.ratio_moments``.
+    """The layout of the vector of sums: 6 K + 14 numbers in fp64, the first 6 K those of ``reference.ratio_moments``.
 
     Args:
         objectives: names of the K objectives.

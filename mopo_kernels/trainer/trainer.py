@@ -56,6 +56,7 @@ from mopo_kernels.trainer.distributed import (
     resolve_fsdp,
     with_whole_model,
 )
+from mopo_kernels.trainer.experts import load_balancing
 from mopo_kernels.trainer.forward import PolicyForward, attach
 from mopo_kernels.trainer.head import causal_lm, check_model, find_transform, is_peft
 from mopo_kernels.trainer.layout import forward_arguments, scored_lengths
@@ -250,6 +251,9 @@ class MOPOTrainer(Trainer):
                 )
             check_noise_off(model)
 
+        self._balance = load_balancing(model, announce=args.process_index == 0)
+        self._expert_load: Tensor | None = None
+
         self.label_solution: LabelSolution | None
         self._initial_multiplier, self.label_solution = starting_multipliers(
             args, self.objectives, self.primary, train_dataset
@@ -317,6 +321,7 @@ class MOPOTrainer(Trainer):
                 length_normalize=args.length_normalize,
                 backend=args.backend,
                 max_buffer_bytes=args.max_buffer_bytes,
+                balance=self._balance,
             ),
         )
         if self.is_deepspeed_enabled:
@@ -766,8 +771,9 @@ class MOPOTrainer(Trainer):
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Tensor:
         """What the loss is a mean of, over the micro-batches of an optimiser step and all ranks: () fp64.
 
-        Total pair weight, or responses for cloning.
+        Total pair weight, or responses for cloning. A mixture of experts' choices are counted on the way.
         """
+        self._expert_load = self._count_experts(batch_samples)
         total = torch.zeros((), dtype=torch.float64)
         for batch in batch_samples:
             if self.args.loss_type == "cloning" and "cu_seqlens" in batch:
@@ -777,6 +783,20 @@ class MOPOTrainer(Trainer):
             else:
                 total += batch["pair_weight"].to("cpu", torch.float64).sum()
         return self._over_ranks(to_device(total, _fp64_device(device)))
+
+    def _count_experts(self, batch_samples: list[Any]) -> Tensor | None:
+        """How often the step chooses each expert; None where its loss has none, or a single batch that counts its
+        own."""
+        if self._balance is None or len(batch_samples) * self.accelerator.num_processes == 1:
+            return None
+        device = self.args.device
+        total = torch.zeros(self._balance.experts + 1, dtype=torch.float64, device=_fp64_device(device))
+        with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.no_grad():
+            for batch in batch_samples:
+                inputs = self._prepare_inputs(batch)
+                with self.compute_loss_context_manager():
+                    total += self.model(**inputs, expert_load_only=True)["expert_load"].to(total)
+        return self._over_ranks(total)
 
     def _over_ranks(self, sums: Tensor) -> Tensor:
         """The sum over ranks that have a batch of their own; every rank must call it."""
@@ -800,7 +820,8 @@ class MOPOTrainer(Trainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         """The batch's share of the step's loss, times the ranks over which DDP and FSDP average gradients."""
-        outputs = model(**inputs, **self._policy_arguments(num_items_in_batch))
+        balance = {} if self._balance is None else {"balanced": True, "expert_load": self._expert_load}
+        outputs = model(**inputs, **self._policy_arguments(num_items_in_batch), **balance)
         self._step_sums = self._step_sums + outputs["statistics"].to(self._step_sums.device)
         loss = outputs["loss"] * (self.accelerator.num_processes // self.get_tp_size())
         return (loss, outputs) if return_outputs else loss
@@ -895,6 +916,8 @@ class MOPOTrainer(Trainer):
         result |= self._multiplier_metrics()
         if self._window_sizes:
             result["effective_sample_size"] = sum(self._window_sizes) / len(self._window_sizes)
+        if self._balance is not None:
+            result["aux_loss"] = self._statistics.scalar(self._window_sums, "aux_loss") / self._window_steps
         seconds = max(self._window_seconds, 1e-9)
         result["tokens_per_second"] = self._statistics.scalar(self._window_sums, "tokens") / seconds
         result["scored_tokens_per_second"] = self._statistics.scalar(self._window_sums, "scored_tokens") / seconds
