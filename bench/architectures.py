@@ -25,6 +25,7 @@ from mopo_kernels.data import PreferenceCollator
 from mopo_kernels.data.synthetic import byte_tokenizer, random_preferences
 from mopo_kernels.trainer import MOPOConfig, MOPOTrainer
 from mopo_kernels.trainer.layout import take_layout
+from mopo_kernels.trainer.noise import configurations
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "architectures.md"
 NAMES = sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
@@ -41,7 +42,7 @@ _HIDDEN, _HEADS, _HEAD = 32, 4, 8
 _SIZES: dict[str, Any] = {
     **dict.fromkeys(("hidden_size", "d_model", "n_embd", "dim", "embedding_size", "lru_width"), _HIDDEN),
     **dict.fromkeys(("intermediate_size", "ffn_dim", "d_ff", "dff", "n_inner", "decoder_ffn_dim"), 48),
-    **dict.fromkeys(("ffn_hidden_size", "encoder_ffn_dim", "d_inner", "dim_ff", "expert_ffn_hidden_size", "feed_forward_size"), 48),
+    **dict.fromkeys(("ffn_hidden_size", "encoder_ffn_dim", "d_inner", "dim_ff", "expert_ffn_hidden_size"), 48),
     **dict.fromkeys(("moe_intermediate_size", "shared_expert_intermediate_size", "shared_intermediate_size"), 16),
     **dict.fromkeys(("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers", "encoder_layers"), 2),
     **dict.fromkeys(("num_decoder_layers", "num_encoder_layers"), 2),
@@ -67,9 +68,8 @@ _SIZES: dict[str, Any] = {
     "word_embed_proj_dim": _HIDDEN,
     "rotary_dim": 4,
     "num_kv_shared_layers": 0,
-    "bos_token_id": 0,
-    "eos_token_id": 256,
-    "pad_token_id": 257,
+    # None of the tokens that rows here have: some models count positions by it.
+    **dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), 0),
     "is_decoder": True,
 }  # fmt: skip
 
@@ -100,7 +100,7 @@ class Result:
 def tiny_config(name: str) -> Any:
     """The configuration of an architecture with small sizes; its dropout and all else are its own."""
     config = AutoConfig.for_model(name)
-    for part in {id(part): part for part in (config, config.get_text_config(decoder=True))}.values():
+    for part in configurations(config):
         own = {key for key in dir(part) if not key.startswith("_")}
         for key, value in _SIZES.items():
             if key.endswith("_token_id") or (key in own and getattr(part, key, None) is not None):

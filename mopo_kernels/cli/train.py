@@ -10,12 +10,21 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from functools import cached_property, partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
 import yaml
-from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, set_seed
+from transformers import (
+    CONFIG_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    HfArgumentParser,
+    set_seed,
+)
 from transformers.trainer_utils import TrainOutput
 from transformers.utils import find_adapter_config_file
 
@@ -29,11 +38,16 @@ from mopo_kernels.evaluation import is_adapter
 from mopo_kernels.mappings import parse_mapping
 from mopo_kernels.trainer import MOPOConfig, MOPOTrainer, TrainingInterrupted, last_complete_checkpoint
 from mopo_kernels.trainer.checkpoint import write_atomically
+from mopo_kernels.trainer.head import causal_lm
 from mopo_kernels.trainer.model_card import installed_version, model_card
 
 SUMMARY_FILE = "training_summary.json"
 # What random data is labelled for when no objectives are named.
 RANDOM_OBJECTIVES = ["first", "second"]
+MERGE_LATER = (
+    "the sum would be rounded to 4 bits again (peft's AutoPeftModelForCausalLM loads output_dir on the model in full "
+    "precision, and merge_and_unload merges there)"
+)
 # The name of a frozen adapter under the one that is trained.
 _UNDER = "under"
 
@@ -82,6 +96,9 @@ class ModelArguments:
         default=None, metadata={"help": "Names of modules that get an adapter; default: every linear one but the head."}
     )
     lora_modules_to_save: list[str] | None = field(default=None, metadata={"help": "Modules trained in full."})
+    load_in_4bit: bool = field(
+        default=False, metadata={"help": "QLoRA: the weights under the adapters in 4 bits (NF4, by bitsandbytes)."}
+    )
     merge_adapters: bool = field(
         default=False,
         metadata={"help": "Also save the model with its adapters merged, in output_dir/merged."},
@@ -115,9 +132,26 @@ class ModelArguments:
             raise ValueError("lora_r: expected a rank with sweep, which trains adapters on one frozen model; got none")
         if self.merge_adapters and self.lora_r is None and self.adapter is None:
             raise ValueError("lora_r: expected a rank with merge_adapters; got none")
+        if self.load_in_4bit:
+            self._check_4bit()
         if self.sweep is not None and (self.merge_adapters or self.dry_run):
             name = "merge_adapters" if self.merge_adapters else "dry_run"
             raise ValueError(f"{name}: expected false with sweep; got true")
+
+    def _check_4bit(self) -> None:
+        if find_spec("bitsandbytes") is None:
+            raise ValueError(
+                "load_in_4bit: expected bitsandbytes (pip install 'mopo-kernels[qlora]') to be installed; it is not"
+            )
+        for name, why in (
+            ("random_weights", "weights are quantised as they are loaded"),
+            ("dry_run", "memory is estimated for weights that are not quantised"),
+            ("merge_adapters", MERGE_LATER),
+        ):
+            if getattr(self, name):
+                raise ValueError(f"{name}: expected false with load_in_4bit, as {why}; got true")
+        if self.lora_r is None and self.adapter is None:
+            raise ValueError("lora_r: expected a rank with load_in_4bit, whose weights cannot be trained; got none")
 
     @property
     def has_folder(self) -> bool:
@@ -419,6 +453,15 @@ def load_model(arguments: ModelArguments, device: torch.device) -> Any:
         options: dict[str, Any] = {"dtype": arguments.dtype, "revision": revision}
         if arguments.attn_implementation is not None:
             options["attn_implementation"] = arguments.attn_implementation
+        if arguments.load_in_4bit:
+            dtype = model_config(arguments).dtype if arguments.dtype == "auto" else getattr(torch, arguments.dtype)
+            options["quantization_config"] = BitsAndBytesConfig(
+                load_in_4bit=True,
+                bnb_4bit_quant_type="nf4",
+                bnb_4bit_use_double_quant=True,
+                bnb_4bit_compute_dtype=dtype or torch.float32,
+            )
+            options["device_map"] = {"": device}
         with _loading(name):
             model = AutoModelForCausalLM.from_pretrained(name, **options)
     return add_adapters(model, arguments)
@@ -586,6 +629,8 @@ def train(argv: list[str]) -> None:
         )
     except ThresholdError as error:
         raise ValueError(f"thresholds: {error}") from error
+    if model_arguments.merge_adapters and getattr(causal_lm(trainer.model), "is_quantized", False):
+        raise ValueError(f"merge_adapters: expected false with quantised weights, as {MERGE_LATER}; got true")
     if model_arguments.merge_adapters and (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
         raise ValueError("merge_adapters: expected false with sharded weights; got true")
     try:

@@ -127,6 +127,7 @@ class MOPOConfig(TrainingArguments):
             goes by it, too): the primary objective's satisfaction where every slack is at least 0, and the worst slack
             elsewhere, so that a checkpoint which keeps the thresholds always comes before one that does not. Without an
             ``eval_dataset`` the dual data are evaluated; the multipliers were moved by them, so their slacks flatter.
+            Of a dict of evaluation sets it is the least of theirs, and ``name_feasible_primary`` that of one.
         disable_dropout: set every dropout and jitter to 0, as a module, a number of a layer or an entry of the model's
             configuration (which is saved as it was), and refuse a model that then computes in training mode what it
             does not in evaluation mode. With dropout the policy differs from the reference by noise at the first step.

@@ -24,7 +24,13 @@ from mopo_kernels.trainer.experts import LoadBalancing
 from mopo_kernels.trainer.head import Transform, output_head
 from mopo_kernels.trainer.layout import Layout, OnHost, PaddedRows, Scored, take_layout
 from mopo_kernels.trainer.reference_model import ReferenceModel
-from mopo_kernels.trainer.statistics import Statistics, double, importance_sums, satisfaction_moments
+from mopo_kernels.trainer.statistics import (
+    Statistics,
+    double,
+    importance_sums,
+    preferred_sums,
+    satisfaction_moments,
+)
 
 
 @dataclass
@@ -39,6 +45,7 @@ class PolicyForward:
         label_rate: one share per objective, or None.
         length_normalize: divide log-probabilities by the number of scored tokens.
         backend, max_buffer_bytes: see ``mopo_kernels.linear_mopo_loss``.
+        primary: place of the primary objective, whose preferred responses TRL's figures are of.
         balance: the load-balancing loss of a mixture of experts that is added in training, or None.
     """
 
@@ -53,6 +60,7 @@ class PolicyForward:
     length_normalize: bool
     backend: str
     max_buffer_bytes: int | None
+    primary: int = 0
     balance: LoadBalancing | None = None
 
     @property
@@ -218,6 +226,10 @@ class PolicyForward:
             )
             statistics["tokens"] = to_device(layout.tokens(), device)
             statistics["aux_loss"] = auxiliary
+            logprob = output.log_ratio * (1 if length is None else length) + current
+            statistics |= preferred_sums(
+                output.log_ratio, logprob, pairs, preference[:, self.primary], pair_weight, self.tau
+            )
             packed = self.statistics.pack(statistics.pop("moments"), statistics)
         return {"loss": loss, "statistics": packed}
 

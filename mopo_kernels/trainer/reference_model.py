@@ -174,8 +174,12 @@ def fingerprint(model: nn.Module) -> str:
         parameters = model.named_parameters()
     for name, parameter in parameters:
         digest.update(f"{name}{tuple(parameter.shape)}{parameter.dtype}".encode())
-        for piece in whole(parameter.detach()).reshape(-1).split(_HASHED_AT_ONCE):
-            digest.update(piece.cpu().view(torch.uint8).numpy())
+        # Weights in 4 bits are codes, of blocks whose scales are kept beside them.
+        quantised = getattr(parameter, "quant_state", None)
+        scales = [] if quantised is None else list(quantised.as_dict(packed=True).values())
+        for tensor in (whole(parameter.detach()), *scales):
+            for piece in tensor.reshape(-1).split(_HASHED_AT_ONCE):
+                digest.update(piece.cpu().view(torch.uint8).numpy())
     return digest.hexdigest()
 
 

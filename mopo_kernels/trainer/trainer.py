@@ -132,6 +132,22 @@ class _StepCallback(TrainerCallback):
         self.trainer._end_step(control)
 
 
+class _EarlyStopping(EarlyStoppingCallback):
+    """Looks at evaluations that have its metric: of several data sets each is one, and all of them together another."""
+
+    def on_evaluate(  # type: ignore[override]
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        metrics: dict[str, float],
+        **kwargs: Any,
+    ) -> None:
+        name = str(args.metric_for_best_model)
+        if (name if name.startswith("eval_") else f"eval_{name}") in metrics:
+            super().on_evaluate(args, state, control, metrics, **kwargs)
+
+
 class MOPOTrainer(Trainer):
     """Trains a causal language model on pairwise preferences for several objectives under thresholds.
 
@@ -220,6 +236,7 @@ class MOPOTrainer(Trainer):
             eval_dataset = {name: as_preference_data(part, "eval_dataset") for name, part in eval_dataset.items()}
         elif eval_dataset is not None:
             eval_dataset = as_preference_data(eval_dataset, "eval_dataset")
+        _check_best_metric(args, eval_dataset)
         _check_margins(args, train_dataset, "train_dataset")
         for part in eval_dataset.values() if isinstance(eval_dataset, dict) else (eval_dataset,):
             _check_margins(args, part, "eval_dataset")
@@ -321,6 +338,7 @@ class MOPOTrainer(Trainer):
                 length_normalize=args.length_normalize,
                 backend=args.backend,
                 max_buffer_bytes=args.max_buffer_bytes,
+                primary=self.objectives.index(self.primary),
                 balance=self._balance,
             ),
         )
@@ -335,7 +353,7 @@ class MOPOTrainer(Trainer):
         self._reset_sums()
         self.add_callback(_StepCallback(self))
         if args.early_stopping_patience is not None:
-            self.add_callback(EarlyStoppingCallback(args.early_stopping_patience))
+            self.add_callback(_EarlyStopping(args.early_stopping_patience))
 
     def create_accelerator_and_postprocess(self) -> None:
         """As of ``transformers.Trainer``, with FSDP2 on CPUs as well."""
@@ -911,8 +929,12 @@ class MOPOTrainer(Trainer):
     def _window_metrics(self) -> dict[str, float]:
         summary = self._statistics.summary(self._window_sums)
         summary.pop("effective_sample_size", None)
-        # The policy fits these pairs: by its name no one should take a figure of theirs for a measure of it.
-        result = {f"in_sample/{key}" if "/" in key else key: value for key, value in summary.items()}
+        # The policy fits these pairs: by its name no one should take a figure of theirs for a measure of it. TRL's
+        # figures have TRL's names.
+        result = {
+            f"in_sample/{key}" if "/" in key and not key.startswith(("rewards/", "logps/")) else key: value
+            for key, value in summary.items()
+        }
         result |= self._multiplier_metrics()
         if self._window_sizes:
             result["effective_sample_size"] = sum(self._window_sizes) / len(self._window_sizes)
@@ -950,6 +972,8 @@ class MOPOTrainer(Trainer):
         The loss is the one training minimises, under the multipliers of the moment: it is not comparable between steps
         at which they differ; satisfaction is. ``feasible_primary`` orders policies as the problem does: the primary
         objective's satisfaction where no threshold is missed, else the worst slack, which is below any satisfaction.
+
+        Of several data sets, ``feasible_primary`` is the least of theirs: no threshold is missed on any of them.
         """
         self._prepare_references()
         if isinstance(eval_dataset, dict):
@@ -957,6 +981,14 @@ class MOPOTrainer(Trainer):
         elif eval_dataset is not None and not isinstance(eval_dataset, str):
             eval_dataset = as_preference_data(eval_dataset, "eval_dataset")
         result: dict[str, float] = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        parts = self.eval_dataset if eval_dataset is None else eval_dataset
+        if isinstance(parts, dict):
+            found = [result.get(f"{metric_key_prefix}_{name}_{BEST_METRIC}") for name in parts]
+            if found and None not in found:
+                least = {f"{metric_key_prefix}_{BEST_METRIC}": min(value for value in found if value is not None)}
+                self.log(dict(least))
+                self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, least)
+                result |= least
         return result
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
@@ -1042,8 +1074,8 @@ class MOPOTrainer(Trainer):
         """A resumed run stops early where an undisturbed one would."""
         super()._load_callback_state()
         state: Any = self.state
-        stored = state.stateful_callbacks.get(EarlyStoppingCallback.__name__, {})
         for callback in self.callback_handler.callbacks:
+            stored = state.stateful_callbacks.get(type(callback).__name__, {})
             if isinstance(callback, EarlyStoppingCallback) and isinstance(stored, dict):
                 for name, value in stored.get("attributes", {}).items():
                     setattr(callback, name, value)
@@ -1197,6 +1229,18 @@ def _check_margins(args: MOPOConfig, data: PreferenceData | None, argument: str)
         raise ValueError(
             f"{argument}: expected pairs without a margin, which only loss_type 'sigmoid' takes; got some with one and "
             f"loss_type {args.loss_type!r}"
+        )
+
+
+def _check_best_metric(args: MOPOConfig, evaluation: Any) -> None:
+    """Of several data sets every metric has the name of its own, but for the one that all have together."""
+    metric = (args.metric_for_best_model or BEST_METRIC).removeprefix("eval_")
+    if not isinstance(evaluation, dict) or metric == BEST_METRIC:
+        return
+    if not any(metric.startswith(f"{name}_") for name in evaluation):
+        raise ValueError(
+            f"metric_for_best_model: expected {BEST_METRIC} or a metric of one of the evaluation sets, as "
+            f"{next(iter(evaluation), 'name')}_{metric}; got {args.metric_for_best_model!r}"
         )
 
 
