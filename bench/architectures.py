@@ -40,7 +40,7 @@ _MOST_PARAMETERS = 20_000_000
 _HIDDEN, _HEADS, _HEAD = 32, 4, 8
 # Sizes that fit each other, by the names that configurations have for them. Those a configuration has not are left out.
 _SIZES: dict[str, Any] = {
-    **dict.fromkeys(("hidden_size", "d_model", "n_embd", "dim", "embedding_size", "lru_width"), _HIDDEN),
+    **dict.fromkeys(("hidden_size", "d_model", "n_embd", "dim", "embedding_size", "lru_width", "emb_dim"), _HIDDEN),
     **dict.fromkeys(("intermediate_size", "ffn_dim", "d_ff", "dff", "n_inner", "decoder_ffn_dim"), 48),
     **dict.fromkeys(("ffn_hidden_size", "encoder_ffn_dim", "d_inner", "dim_ff", "expert_ffn_hidden_size"), 48),
     **dict.fromkeys(("moe_intermediate_size", "shared_expert_intermediate_size", "shared_intermediate_size"), 16),
@@ -63,10 +63,11 @@ _SIZES: dict[str, Any] = {
     **dict.fromkeys(("mamba_n_heads", "mamba_num_heads"), 8),
     **dict.fromkeys(("mamba_d_head", "mamba_head_dim"), 8),
     **dict.fromkeys(("mamba_n_groups", "n_groups", "mamba_d_conv"), 2),
-    **dict.fromkeys(("vocab_size", "vocab_size_per_layer_input"), 258),
+    **dict.fromkeys(("vocab_size", "vocab_size_per_layer_input", "n_words"), 258),
     "hidden_size_per_layer_input": 8,
     "word_embed_proj_dim": _HIDDEN,
     "rotary_dim": 4,
+    "attn_layer_indices": [1],
     "num_kv_shared_layers": 0,
     # None of the tokens that rows here have: some models count positions by it.
     **dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), 0),
@@ -105,6 +106,8 @@ def tiny_config(name: str) -> Any:
         for key, value in _SIZES.items():
             if key.endswith("_token_id") or (key in own and getattr(part, key, None) is not None):
                 _try_set(part, key, value)
+        if "kv_lora_rank" in own:
+            _try_set(part, "num_key_value_heads", _HEADS)
         kinds = list(getattr(part, "layer_types", None) or [])
         if kinds:
             # One layer of every kind.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+
 from bench.architectures import EXACT, LIMITS, NAMES, NOT_BUILT, PAGE, REFUSED, survey
 
 

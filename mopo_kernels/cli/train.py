@@ -564,7 +564,8 @@ def save_merged(trainer: MOPOTrainer) -> None:
         return
     folder = Path(str(trainer.args.output_dir)) / "merged"
     card = model_card(trainer, merged=True)
-    trainer.model.merge_and_unload().save_pretrained(folder)
+    with trainer.as_configured():
+        trainer.model.merge_and_unload().save_pretrained(folder)
     tokenizer: Any = trainer.processing_class
     tokenizer.save_pretrained(folder)
     card.save(folder / "README.md")

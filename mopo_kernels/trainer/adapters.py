@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from mopo_kernels.parallel import whole
 from mopo_kernels.trainer.head import is_peft
 
+# What a LoRA adapter can be more than its two factors.
+_MORE = ("use_dora", "modules_to_save", "trainable_token_indices", "target_parameters", "lora_bias")
 # The weights of the trained adapters as they are, beside the sum of all: to resume from.
 TRAINED_FILE = "trained_adapters.safetensors"
 _WEIGHTS_FILE = "adapter_model.safetensors"
@@ -117,17 +119,7 @@ class StackedAdapters:
         for name in self.active:
             config = model.peft_config[name]
             kind = str(getattr(config.peft_type, "value", config.peft_type))
-            more = [
-                option
-                for option in (
-                    "use_dora",
-                    "modules_to_save",
-                    "trainable_token_indices",
-                    "target_parameters",
-                    "lora_bias",
-                )
-                if getattr(config, option, None)
-            ]
+            more = [option for option in _MORE if getattr(config, option, None)]
             if kind != "LORA" or more:
                 raise ValueError(
                     "model: expected plain LoRA adapters where several are active, as they are saved as one; got "
@@ -153,7 +145,7 @@ class StackedAdapters:
             for name, layer in _tuner_layers(model)
             if set(layer.scaling) & set(self.active)
         }
-        alone = {
+        alone: dict[str, dict[str, Tensor]] = {
             name: get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
             for name in self.active
         }

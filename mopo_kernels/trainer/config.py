@@ -89,9 +89,9 @@ class MOPOConfig(TrainingArguments):
             mapping gives numbers (in the forms of ``thresholds``).
         reference: where the first reference's log-probabilities come from, for examples without ``ref_logprob``.
             ``precomputed``: one pass before training, kept in a file (see ``reference_path``). ``model``: during
-            training, from the same network with the adapter switched off (LoRA) or with a frozen copy of the starting
-            weights (full fine-tuning). ``auto``: precomputed, except that LoRA training for less than one epoch uses
-            ``model``, which is then the cheaper.
+            training, from the same network with fresh adapters switched off, or with a frozen copy of the starting
+            weights (adapters that were trained before, full fine-tuning). ``auto``: precomputed, except that LoRA
+            training for less than one epoch uses ``model``, which is then the cheaper.
         reference_path: the folder for the precomputed log-probabilities, a file for each model, data set, tokenizer,
             precision and length limit: runs that differ in other things share it, whichever comes first. A name ending
             in ``.logprob`` is the training data's file itself, which is refused when any of these is another. None:

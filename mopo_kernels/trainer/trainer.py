@@ -36,7 +36,7 @@ from mopo_kernels.driver import to_device
 from mopo_kernels.dual import DualAscent, LabelSolution, ThresholdError, Unmet, solve_labels
 from mopo_kernels.evaluation import Judge, sample_responses
 from mopo_kernels.trainer.adapters import StackedAdapters, adapters_add_nothing, turn_off_adapter_dropout
-from mopo_kernels.trainer.attention import share_prompts
+from mopo_kernels.trainer.attention import check_padded_rows, share_prompts
 from mopo_kernels.trainer.checkpoint import (
     MANIFEST_FILE,
     STATE_FILE,
@@ -157,7 +157,8 @@ class MOPOTrainer(Trainer):
     loss never fits. Figures of the training pairs are logged as ``in_sample/...`` and steer nothing.
 
     Args:
-        model: a decoder-only transformers model, or a ``PeftModel`` of one.
+        model: a decoder-only transformers model, or a ``PeftModel`` of one, whose adapters may be trained already. The
+            policy that it is now is the reference.
         args: the configuration.
         data_collator: default ``PreferenceCollator`` over ``processing_class`` with the configured lengths.
         train_dataset: ``PreferenceData``, or a sequence of ``PreferenceExample``, or a ``datasets.Dataset`` with the
@@ -255,6 +256,8 @@ class MOPOTrainer(Trainer):
             reason := share_prompts(model, data_collator.max_length)
         ):
             raise ValueError(f"data_collator: expected shared_prompts=False, as the model cannot share them: {reason}")
+        if not getattr(data_collator, "shared_prompts", False):
+            check_padded_rows(model)
         if args.process_index == 0:
             _warn_of_moving_positions(model, getattr(data_collator, "max_length", args.max_length))
         self._noise: NoiseOff | None = None
@@ -1049,7 +1052,7 @@ class MOPOTrainer(Trainer):
         """As of ``transformers.Trainer``, with the model's own dropout in its configuration; adapters that act together
         become one."""
         if self._stacked is None:
-            with nullcontext() if self._noise is None else self._noise.as_configured():
+            with self.as_configured():
                 super()._save(output_dir, state_dict)
         elif self.args.should_save:
             folder = Path(output_dir or str(self.args.output_dir))
@@ -1057,6 +1060,12 @@ class MOPOTrainer(Trainer):
             if self.processing_class is not None:
                 self.processing_class.save_pretrained(folder)
             torch.save(self.args, folder / TRAINING_ARGS_NAME)
+
+    @contextmanager
+    def as_configured(self) -> Iterator[None]:
+        """The model has the dropout of its own configuration, to be saved with it."""
+        with nullcontext() if self._noise is None else self._noise.as_configured():
+            yield
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         if self._stacked is None:
