@@ -43,7 +43,7 @@ PYTEST := python -m pytest -q -n auto --dist loadfile
 test: install lint
 	$(BIN)/$(PYTEST)
 
-# A model of 1.4 billion parameters, trained for two steps in less than 12 GB.
+# A model of 1.4 billion parameters, trained for two steps in less than 12 GB; every causal architecture of transformers.
 test-slow: install
 	$(BIN)/python -m pytest -q -m slow
 

@@ -26,7 +26,7 @@ def test_before_training_nothing_is_claimed(tmp_path):
     start = f"{trainer.dual.multiplier['brief']:.4f}"
     assert table["brief"] == ["held", "0.4", start, "not measured", "not measured", "not measured", "not measured"]
     assert table["Dual data"] == ["none"]
-    assert table["Held-out KL to the base model"] == ["not measured"]
+    assert table["Held-out KL to the first reference"] == ["not measured"]
     assert table["Held-out data"] == ["none"]
     assert table["Optimizer steps"] == ["0"]
 
@@ -107,7 +107,7 @@ def test_weights_of_the_best_checkpoint_come_with_its_figures(tmp_path):
     table = rows(model_card(trainer))
     assert table["Weights"][0].startswith(f"of step {best}, the best by `kl_first` (")
     assert table["brief"][5].startswith(f"{line['eval_satisfaction/brief']:.4f} ± ")
-    assert table["Held-out KL to the base model"] == [f"{line['eval_kl_first']:.4g} nats a response"]
+    assert table["Held-out KL to the first reference"] == [f"{line['eval_kl_first']:.4g} nats a response"]
     assert f"Held-out: measured after step {best}." in model_card(trainer).text
 
 

@@ -384,7 +384,7 @@ def test_a_live_copy_evaluates_data_that_came_later_and_precomputed_refuses_it(t
     assert trainer.evaluate(later)["eval_kl"] > 0
     trainer = make_trainer(tmp_path / "precomputed", reference="precomputed")
     trainer.train()
-    with pytest.raises(ValueError, match="full fine-tuning keeps no reference model"):
+    with pytest.raises(ValueError, match="no copy of the starting weights is kept"):
         trainer.evaluate(later)
 
 
@@ -458,12 +458,7 @@ def test_a_lagged_reference_is_the_policy_as_it_was_and_thresholds_follow(kind, 
             for name, parameter in model.named_parameters():
                 if name in weights:
                     parameter.data = weights[name].clone()
-            if kind == "lora" and expected is first:
-                with model.disable_adapter():
-                    found = model._mopo_policy.sequence_logprob(*arguments)
-            else:
-                found = model._mopo_policy.sequence_logprob(*arguments)
-            torch.testing.assert_close(found, expected)
+            torch.testing.assert_close(model._mopo_policy.sequence_logprob(*arguments), expected)
         for name, value in live.items():
             dict(model.named_parameters())[name].data = value
 
@@ -888,3 +883,58 @@ def test_thresholds_come_as_mapping_text_or_json(tmp_path):
         for name in ("thresholds", "fixed_multipliers"):
             config = MOPOConfig(output_dir=str(tmp_path), use_cpu=True, **{name: value})
             assert getattr(config, name) == {"a": 0.25, "b": 0.5}
+
+
+@pytest.mark.parametrize("length_normalize", [False, True], ids=["sums", "a token"])
+def test_chosen_and_rejected_responses_are_logged_as_trl_logs_them(length_normalize, tmp_path):
+    """Of the primary objective's labels, by their own formulas: rewards are beta times log-ratios."""
+    data = make_data(6)
+    trainer = make_trainer(
+        tmp_path,
+        make_model(),
+        data,
+        reference="model",
+        loss_type="sigmoid",
+        thresholds={},
+        per_device_train_batch_size=6,
+        train_sampling_strategy="sequential",
+        length_normalize=length_normalize,
+        eval_dataset=data,
+        max_steps=3,
+    )
+    trainer.train()
+    model, batch = trainer.model, trainer.data_collator(list(data))
+    policy, arguments = model._mopo_policy, (model, take_layout(dict(batch)))
+    with torch.no_grad():
+        logprob = policy.sequence_logprob(*arguments)
+        before = policy.reference_logprob(*arguments, None)[0]
+    length = torch.ones(len(logprob))
+    if length_normalize:
+        rows = PreferenceCollator(make_tokenizer(), data.objectives)(list(data))
+        length = (rows["labels"][:, 1:] != -100).sum(1)
+    reward = 0.5 * (logprob - before) / length
+    rows = []
+    for (i, j), label, weight in zip(
+        batch["pairs"].tolist(), batch["preference"][:, 0].tolist(), batch["pair_weight"].tolist(), strict=True
+    ):
+        if label in (0.0, 1.0):
+            won, lost = (i, j) if label else (j, i)
+            margin = reward[won] - reward[lost]
+            rows.append([weight, reward[won], reward[lost], margin > 0, margin, logprob[won], logprob[lost]])
+    assert 0 < len(rows) < len(batch["pairs"]), "some are ties or have no label"
+    table = torch.tensor(rows, dtype=DOUBLE)
+    expected = (table[:, :1] * table[:, 1:]).sum(0) / table[:, 0].sum()
+    names = [f"rewards/{name}" for name in ("chosen", "rejected", "accuracies", "margins")]
+    names += ["logps/chosen", "logps/rejected"]
+    found = trainer.evaluate()
+    assert [found[f"eval_{name}"] for name in names] == pytest.approx(expected.tolist(), rel=1e-4, abs=1e-6)
+    first = next(line for line in trainer.state.log_history if "loss" in line)
+    assert set(names) <= set(first)
+    assert first["rewards/chosen"] == pytest.approx(0, abs=1e-6)
+
+
+def test_the_names_are_trls():
+    source = Path(pytest.importorskip("trl").__file__).parent / "trainer" / "dpo_trainer.py"
+    text = source.read_text()
+    for name in ("rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins", "logps/chosen"):
+        assert f'["{name}"]' in text

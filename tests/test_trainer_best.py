@@ -18,9 +18,9 @@ def drifting(folder, **changes):
         "eval_steps": 1,
         "save_strategy": "steps",
         "save_steps": 1,
-        "thresholds": {"brief": 0.49},
+        "thresholds": {"brief": 0.445},
         "initial_multiplier": "zero",
-        "learning_rate": 1e-2,
+        "learning_rate": 3e-3,
         "load_best_model_at_end": True,
         "on_infeasible": "warn",
     }
@@ -142,3 +142,40 @@ def test_multipliers_and_slacks_reach_tensorboard(tmp_path):
         assert [(event.step, event.value) for event in events.Scalars(tag)] == [
             (step, pytest.approx(value, rel=1e-6)) for step, value in logged
         ]
+
+
+# ---------------------------------------------------------------------------------------------- several evaluation sets
+
+
+def test_of_several_evaluation_sets_the_least_decides(tmp_path):
+    sets = {"own": make_data(), "other": make_data(6, seed=9)}
+    trainer = drifting(tmp_path, eval_dataset=sets, early_stopping_patience=2, max_steps=6)
+    trainer.train()
+    history = trainer.state.log_history
+    own, other, both = (
+        {line["step"]: line[key] for line in history if key in line}
+        for key in ("eval_own_feasible_primary", "eval_other_feasible_primary", "eval_feasible_primary")
+    )
+    assert both
+    assert both == {step: min(own[step], other[step]) for step in both}
+    best = trainer.state.best_global_step
+    assert best == max(both, key=both.get)
+    assert trainer.state.global_step == min(best + 2, 6)
+    trainer.save_model()
+    card = (tmp_path / "README.md").read_text()
+    line = next(line for line in history if line["step"] == best and "eval_other_satisfaction/helpful" in line)
+    assert f"| Held out: other | helpful {line['eval_other_satisfaction/helpful']:.4f} ±" in card
+
+
+def test_one_of_several_evaluation_sets_can_decide_and_a_metric_of_none_is_refused(tmp_path):
+    sets = {"own": make_data(), "other": make_data(3, seed=9)}
+    trainer = drifting(
+        tmp_path, eval_dataset=sets, max_steps=2, metric_for_best_model="other_loss", early_stopping_patience=2
+    )
+    trainer.train()
+    found = {line["step"]: line["eval_other_loss"] for line in trainer.state.log_history if "eval_other_loss" in line}
+    assert trainer.state.best_global_step == min(found, key=found.get)
+    with pytest.raises(
+        ValueError, match=r"metric_for_best_model: expected feasible_primary or .* as own_loss; got 'loss'"
+    ):
+        drifting(tmp_path, eval_dataset=sets, metric_for_best_model="loss")

@@ -355,6 +355,7 @@ def test_measuring_leaves_no_trace_in_random_states_and_modes(judges, tmp_path):
         trainer = make_trainer(
             tmp_path / name,
             lora(make_model(), lora_dropout=0.3),
+            disable_dropout=False,
             estimator="snis",
             dual_dataset=make_dual_data(5),
             judges=judges,

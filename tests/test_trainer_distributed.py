@@ -105,7 +105,10 @@ def test_multipliers_thresholds_and_logs_equal_those_of_one_process(ranks, name,
     assert found["dual"]["steps"] == STEPS
     assert expected["dual"]["multiplier"]["brief"] != 0.2
     for first, second in zip(expected["log"], found["log"], strict=True):
-        for key in ("loss", "margin", "kl", "kl_first", "effective_sample_size", "in_sample/satisfaction/helpful"):
+        for key in (
+            *("loss", "aux_loss", "margin", "kl", "kl_first"),
+            *("effective_sample_size", "in_sample/satisfaction/helpful"),
+        ):
             assert second.get(key) == pytest.approx(first.get(key), rel=1e-5, abs=1e-7), key
     assert len(expected["measured"]) == len(found["measured"]) == STEPS
     for first, second in zip(expected["measured"], found["measured"], strict=True):

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import nn
-from trainer_samples import CONFIGS, lora, make_data, make_model, make_trainer
+from trainer_samples import CONFIGS, fresh, lora, make_data, make_model, make_trainer
 
 from mopo_kernels import reference
 from mopo_kernels.trainer.head import find_transform, output_head
@@ -281,8 +281,12 @@ def test_adapters_injected_without_peft_model_are_refused(tmp_path):
 
 
 def test_the_reference_pass_has_no_dropout_and_leaves_every_mode_and_flag_as_it_was(tmp_path):
-    model = lora(make_model(), lora_dropout=0.5)
+    model = fresh(lora(make_model(), lora_dropout=0.5))
     trainer = make_trainer(tmp_path, model, reference="model", reference_update_steps=1)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(0.0, 0.1)
     batch = batch_of(trainer)
     del batch["ref_logprob"]
     model.train()
@@ -311,14 +315,15 @@ def test_the_reference_pass_has_no_dropout_and_leaves_every_mode_and_flag_as_it_
     torch.testing.assert_close(first, base)
 
 
-def test_dropout_is_switched_off_outside_adapters_unless_asked(tmp_path):
+@pytest.mark.parametrize("start", [fresh, lambda model: model], ids=["fresh", "trained before"])
+def test_dropout_is_switched_off_outside_fresh_adapters_unless_asked(start, tmp_path):
     for disable in (True, False):
         model = lora(make_model("gpt2"), target_modules=["c_attn"], lora_dropout=0.25, fan_in_fan_out=True)
-        make_trainer(tmp_path, model, disable_dropout=disable)
+        make_trainer(tmp_path, start(model), disable_dropout=disable)
         rates = {
             "lora_dropout" in name: module.p for name, module in model.named_modules() if isinstance(module, nn.Dropout)
         }
-        assert rates == {True: 0.25, False: 0.0 if disable else 0.1}
+        assert rates == {True: 0.25 if start is fresh or not disable else 0.0, False: 0.0 if disable else 0.1}
 
 
 def test_gradients_survive_activation_checkpointing(tmp_path):

@@ -380,3 +380,11 @@ def test_training_by_tokens_resumes_in_the_middle_of_an_epoch(tmp_path: Path) ->
     ]
     with pytest.raises(ValueError, match="train_sampling_strategy: expected random or sequential"):
         make_trainer(tmp_path, train_sampling_strategy="group_by_length")
+
+
+def test_a_model_whose_rows_depend_on_their_padding_is_refused(tmp_path):
+    model = make_model()
+    make_trainer(tmp_path, model, shared_prompts="never")
+    model.model.embed_tokens.register_forward_hook(lambda module, given, output: output + output.mean(1, keepdim=True))
+    with pytest.raises(ValueError, match=r"model: expected LlamaForCausalLM to compute a row as it computes it alone"):
+        make_trainer(tmp_path, model, shared_prompts="never")

@@ -21,7 +21,17 @@ import yaml
 from filelock import FileLock
 from test_trainer_resume import same
 from torch import nn
-from trainer_samples import CONFIGS, WORDS, lora, make_config, make_data, make_model, make_tokenizer, make_trainer
+from trainer_samples import (
+    CONFIGS,
+    WORDS,
+    fresh,
+    lora,
+    make_config,
+    make_data,
+    make_model,
+    make_tokenizer,
+    make_trainer,
+)
 from transformers import AutoModelForCausalLM
 
 from mopo_kernels.cli.train import parse, train
@@ -109,8 +119,8 @@ def test_runs_that_differ_in_anything_else_share_one_file(tmp_path, passes):
             {"data": PreferenceData.from_examples(labelled, ["brief", "helpful"]), "length_normalize": True},
         ),
         (make_model(), {"per_device_eval_batch_size": 5, "shared_prompts": "never"}),
-        (lora(make_model()), {}),
-        (lora(make_model(), target_modules=["o_proj"], modules_to_save=["lm_head"]), {}),
+        (fresh(lora(make_model())), {}),
+        (fresh(lora(make_model(), target_modules=["o_proj"], modules_to_save=["lm_head"])), {}),
     ):
         assert values(prepared(tmp_path, model, **changes)) == values(first)
     assert len(passes) == BATCHES

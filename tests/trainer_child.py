@@ -45,7 +45,7 @@ def build(kind: str, folder: Path) -> MOPOTrainer:
         settings |= {"judges": {"brief": brevity}, "estimator": "snis", "dual_samples": 5}
     if kind != "full":
         # Dropout, so that the run depends on the random state.
-        return make_trainer(folder, lora(model, lora_dropout=0.3), make_data(8), **settings)
+        return make_trainer(folder, lora(model, lora_dropout=0.3), make_data(8), disable_dropout=False, **settings)
     return make_trainer(folder, model, make_data(8), save_total_limit=1, reference="precomputed", **settings)
 
 

@@ -28,7 +28,7 @@ from mopo_kernels.data import PreferenceCollator, PreferenceData
 from mopo_kernels.parallel import whole
 from mopo_kernels.trainer import MOPOTrainer
 
-KINDS = ("full", "lora", "lagged", "cloning", "hollow", "scarce", "judged")
+KINDS = ("full", "lora", "lagged", "cloning", "hollow", "scarce", "judged", "experts")
 SHARDED = ("full", "lora", "hollow")
 HELD_OUT = 5
 STEPS = 4
@@ -81,7 +81,7 @@ def hollow_data() -> PreferenceData:
 
 
 def make_policy(kind: str, dtype: torch.dtype) -> Any:
-    model = make_model(dtype=dtype)
+    model = make_model("experts" if kind == "experts" else "llama", dtype=dtype)
     if kind not in ("lora", "lagged", "judged"):
         return model
     return lora(model, target_modules=["q_proj", "lm_head"]).to(dtype)

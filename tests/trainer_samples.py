@@ -17,6 +17,7 @@ from transformers import (
     GPT2Config,
     GraniteConfig,
     LlamaConfig,
+    MixtralConfig,
     OPTConfig,
     PreTrainedTokenizerFast,
 )
@@ -53,6 +54,17 @@ CONFIGS = {
 }
 
 
+# A mixture of experts that asks for its load-balancing loss, with a coefficient that shows.
+EXPERTS = MixtralConfig(
+    **_SMALL,
+    **_HEADS,
+    num_local_experts=4,
+    num_experts_per_tok=2,
+    router_aux_loss_coef=0.3,
+    output_router_logits=True,
+)
+
+
 def make_tokenizer() -> PreTrainedTokenizerFast:
     vocabulary = {"<pad>": 0, "<eos>": 1, "<unk>": 2, **{word: i + 3 for i, word in enumerate(WORDS)}}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
@@ -64,7 +76,11 @@ def make_model(name: str = "llama", seed: int = 0, dtype: torch.dtype = torch.fl
     """A random model whose logits spread over a few nats."""
     torch.manual_seed(seed)
     # A copy: the Trainer writes the tokenizer's padding token into a model's configuration.
-    model = AutoModelForCausalLM.from_config(copy.deepcopy(CONFIGS[name])).to(dtype)
+    if name == "experts":
+        # torch's grouped products have no fp64.
+        model = AutoModelForCausalLM.from_config(copy.deepcopy(EXPERTS), experts_implementation="eager").to(dtype)
+    else:
+        model = AutoModelForCausalLM.from_config(copy.deepcopy(CONFIGS[name])).to(dtype)
     with torch.no_grad():
         model.get_output_embeddings().weight.mul_(20)
     return model
@@ -148,6 +164,15 @@ def make_trainer(folder: Path, model: Any = None, data: PreferenceData | None = 
         processing_class=make_tokenizer(),
         **given,
     )
+
+
+def fresh(model: Any) -> Any:
+    """``model``, of :func:`lora`, with the B of a new adapter, which is 0."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.zero_()
+    return model
 
 
 def lora(model: Any, **changes: Any) -> Any:

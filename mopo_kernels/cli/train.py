@@ -9,14 +9,24 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
-from functools import partial
+from functools import cached_property, partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
 import yaml
-from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, set_seed
+from transformers import (
+    CONFIG_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    HfArgumentParser,
+    set_seed,
+)
 from transformers.trainer_utils import TrainOutput
+from transformers.utils import find_adapter_config_file
 
 from mopo_kernels import backends
 from mopo_kernels.cli.plan import plan
@@ -26,14 +36,22 @@ from mopo_kernels.data.columns import parse_columns
 from mopo_kernels.data.loaders import detect_format
 from mopo_kernels.data.synthetic import byte_tokenizer, random_preferences
 from mopo_kernels.dual import ThresholdError
+from mopo_kernels.evaluation import is_adapter
 from mopo_kernels.mappings import parse_mapping
 from mopo_kernels.trainer import MOPOConfig, MOPOTrainer, TrainingInterrupted, last_complete_checkpoint
 from mopo_kernels.trainer.checkpoint import write_atomically
+from mopo_kernels.trainer.head import causal_lm
 from mopo_kernels.trainer.model_card import installed_version, model_card
 
 SUMMARY_FILE = "training_summary.json"
 # What random data is labelled for when no objectives are named.
 RANDOM_OBJECTIVES = ["first", "second"]
+MERGE_LATER = (
+    "the sum would be rounded to 4 bits again (peft's AutoPeftModelForCausalLM loads output_dir on the model in full "
+    "precision, and merge_and_unload merges there)"
+)
+# The name of a frozen adapter under the one that is trained.
+_UNDER = "under"
 
 
 def _parse_json(name: str, value: dict[str, Any] | str | None) -> dict[str, Any]:
@@ -52,7 +70,13 @@ def _parse_json(name: str, value: dict[str, Any] | str | None) -> dict[str, Any]
 class ModelArguments:
     """What is trained, and what comes of it."""
 
-    model_name_or_path: str = field(default="", metadata={"help": "Folder or hub name of a causal language model."})
+    model_name_or_path: str = field(
+        default="",
+        metadata={
+            "help": "Folder or hub name of a causal language model, or of an adapter: it is trained further or, with "
+            "lora_r, kept frozen under a new one. The policy as training starts is the reference."
+        },
+    )
     model_revision: str | None = field(default=None, metadata={"help": "Revision on the hub."})
     dtype: str = field(default="auto", metadata={"help": "auto, float32, bfloat16 or float16."})
     attn_implementation: str | None = field(default=None, metadata={"help": "eager, sdpa, flash_attention_2, ..."})
@@ -74,6 +98,9 @@ class ModelArguments:
         default=None, metadata={"help": "Names of modules that get an adapter; default: every linear one but the head."}
     )
     lora_modules_to_save: list[str] | None = field(default=None, metadata={"help": "Modules trained in full."})
+    load_in_4bit: bool = field(
+        default=False, metadata={"help": "QLoRA: the weights under the adapters in 4 bits (NF4, by bitsandbytes)."}
+    )
     merge_adapters: bool = field(
         default=False,
         metadata={"help": "Also save the model with its adapters merged, in output_dir/merged."},
@@ -88,6 +115,10 @@ class ModelArguments:
     def __post_init__(self) -> None:
         self.architecture_options = _parse_json("architecture_options", self.architecture_options)
         if self.random_weights:
+            if self.adapter is not None:
+                raise ValueError(
+                    f"random_weights: expected false with an adapter, which is trained further; {self.adapter} is one"
+                )
             if self.architecture is None and not self.has_folder:
                 raise ValueError(
                     "architecture: expected a type of model that transformers knows, such as llama, as random_weights "
@@ -99,18 +130,63 @@ class ModelArguments:
             raise ValueError(f"dtype: expected auto, float32, bfloat16 or float16; got {self.dtype!r}")
         if self.lora_r is not None and self.lora_r < 1:
             raise ValueError(f"lora_r: expected a positive rank, or none; got {self.lora_r}")
-        if self.sweep is not None and self.lora_r is None:
+        if self.sweep is not None and self.lora_r is None and self.adapter is None:
             raise ValueError("lora_r: expected a rank with sweep, which trains adapters on one frozen model; got none")
-        if self.merge_adapters and self.lora_r is None:
+        if self.merge_adapters and self.lora_r is None and self.adapter is None:
             raise ValueError("lora_r: expected a rank with merge_adapters; got none")
+        if self.load_in_4bit:
+            self._check_4bit()
         if self.sweep is not None and (self.merge_adapters or self.dry_run):
             name = "merge_adapters" if self.merge_adapters else "dry_run"
             raise ValueError(f"{name}: expected false with sweep; got true")
+
+    def _check_4bit(self) -> None:
+        if find_spec("bitsandbytes") is None:
+            raise ValueError(
+                "load_in_4bit: expected bitsandbytes (pip install 'mopo-kernels[qlora]') to be installed; it is not"
+            )
+        for name, why in (
+            ("random_weights", "weights are quantised as they are loaded"),
+            ("dry_run", "memory is estimated for weights that are not quantised"),
+            ("merge_adapters", MERGE_LATER),
+        ):
+            if getattr(self, name):
+                raise ValueError(f"{name}: expected false with load_in_4bit, as {why}; got true")
+        if self.lora_r is None and self.adapter is None:
+            raise ValueError("lora_r: expected a rank with load_in_4bit, whose weights cannot be trained; got none")
 
     @property
     def has_folder(self) -> bool:
         """Whether the model's configuration is in a local folder."""
         return bool(self.model_name_or_path) and (Path(self.model_name_or_path) / "config.json").is_file()
+
+    @cached_property
+    def adapter(self) -> str | None:
+        """The adapter that training starts from, or None."""
+        # A folder tells; for a name on the hub its files there do.
+        if Path(self.model_name_or_path).is_dir():
+            return self.model_name_or_path if is_adapter(self.model_name_or_path) else None
+        if self.random_weights:
+            return None
+        check_model_name(self.model_name_or_path)
+        with _loading(self.model_name_or_path):
+            found = find_adapter_config_file(self.model_name_or_path, revision=self.model_revision)
+        return None if found is None else self.model_name_or_path
+
+    @cached_property
+    def base(self) -> tuple[str, str | None]:
+        """The model under it all, by folder or hub name, and its revision on the hub."""
+        if self.adapter is None:
+            return self.model_name_or_path, self.model_revision
+        from peft import PeftConfig
+
+        with _loading(self.adapter):
+            config = PeftConfig.from_pretrained(self.adapter, revision=self.model_revision)
+        if not config.base_model_name_or_path:
+            raise ValueError(
+                f"model_name_or_path: expected an adapter_config.json with a base model; {self.adapter} names none"
+            )
+        return config.base_model_name_or_path, config.revision
 
     @property
     def description(self) -> str:
@@ -313,15 +389,16 @@ def _loading(name: str) -> Iterator[None]:
     """The libraries' errors do not all say which model they are about, or where its name was given."""
     try:
         yield
-    except (OSError, ValueError) as error:
-        raise ValueError(f"model_name_or_path: {name} cannot be loaded: {error}") from error
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ValueError(f"model_name_or_path: {name} cannot be loaded: {' '.join(str(error).split())}") from error
 
 
 def model_config(arguments: ModelArguments) -> Any:
     """The configuration of the model; with ``random_weights`` nothing is asked for over the network."""
     if not arguments.random_weights or arguments.has_folder:
-        with _loading(arguments.model_name_or_path):
-            return AutoConfig.from_pretrained(arguments.model_name_or_path, revision=arguments.model_revision)
+        name, revision = arguments.base
+        with _loading(name):
+            return AutoConfig.from_pretrained(name, revision=revision)
     try:
         return AutoConfig.for_model(
             str(arguments.architecture), **_parse_json("architecture_options", arguments.architecture_options)
@@ -335,14 +412,19 @@ def model_config(arguments: ModelArguments) -> Any:
         raise ValueError(f"architecture_options: {error}") from error
 
 
+def _has_tokenizer(folder: Path) -> bool:
+    return any((folder / file).is_file() for file in ("tokenizer.json", "tokenizer_config.json"))
+
+
 def load_tokenizer(arguments: ModelArguments) -> Any:
     """The model's tokenizer; with random weights and no folder that has one, a byte each."""
     folder = Path(arguments.model_name_or_path)
-    if not arguments.random_weights or (
-        arguments.has_folder and any((folder / file).is_file() for file in ("tokenizer.json", "tokenizer_config.json"))
-    ):
-        with _loading(arguments.model_name_or_path):
-            return AutoTokenizer.from_pretrained(arguments.model_name_or_path, revision=arguments.model_revision)
+    if not arguments.random_weights or (arguments.has_folder and _has_tokenizer(folder)):
+        name, revision = arguments.model_name_or_path, arguments.model_revision
+        if arguments.adapter is not None and not _has_tokenizer(Path(name)):
+            name, revision = arguments.base
+        with _loading(name):
+            return AutoTokenizer.from_pretrained(name, revision=revision)
     return byte_tokenizer()
 
 
@@ -369,20 +451,54 @@ def empty_model(arguments: ModelArguments, device: torch.device) -> Any:
 
 
 def load_model(arguments: ModelArguments, device: torch.device) -> Any:
-    """The model, with fresh LoRA adapters when asked for; only random weights are made on ``device`` at once."""
+    """The model with its adapters; only random weights are made on ``device`` at once."""
     if arguments.random_weights:
         model = empty_model(arguments, device)
     else:
-        options: dict[str, Any] = {"dtype": arguments.dtype, "revision": arguments.model_revision}
+        name, revision = arguments.base
+        options: dict[str, Any] = {"dtype": arguments.dtype, "revision": revision}
         if arguments.attn_implementation is not None:
             options["attn_implementation"] = arguments.attn_implementation
-        with _loading(arguments.model_name_or_path):
-            model = AutoModelForCausalLM.from_pretrained(arguments.model_name_or_path, **options)
+        if arguments.load_in_4bit:
+            dtype = model_config(arguments).dtype if arguments.dtype == "auto" else getattr(torch, arguments.dtype)
+            options["quantization_config"] = BitsAndBytesConfig(
+                load_in_4bit=True,
+                bnb_4bit_quant_type="nf4",
+                bnb_4bit_use_double_quant=True,
+                bnb_4bit_compute_dtype=dtype or torch.float32,
+            )
+            options["device_map"] = {"": device}
+        with _loading(name):
+            model = AutoModelForCausalLM.from_pretrained(name, **options)
     return add_adapters(model, arguments)
 
 
 def add_adapters(model: Any, arguments: ModelArguments) -> Any:
-    """``model`` under fresh LoRA adapters, or as it is when none are asked for."""
+    """``model`` under the adapter it is named by, or a fresh one, or that over the other, or as it is."""
+    if arguments.adapter is None:
+        return _with_fresh_adapter(model, arguments)
+    from peft import PeftConfig, PeftModel, get_peft_model
+
+    source: dict[str, Any] = {"revision": arguments.model_revision}
+    with _loading(arguments.adapter):
+        if model.device.type == "meta":
+            config = PeftConfig.from_pretrained(arguments.adapter, **source)
+            config.inference_mode = False
+            model = get_peft_model(model, config)
+        elif arguments.lora_r is None:
+            return PeftModel.from_pretrained(model, arguments.adapter, is_trainable=True, **source)
+        else:
+            model = _with_fresh_adapter(model, arguments)
+            fresh = model.active_adapter
+            model.load_adapter(arguments.adapter, adapter_name=_UNDER, is_trainable=False, **source)
+            model.base_model.set_adapter([fresh, _UNDER])
+            for name, parameter in model.named_parameters():
+                if _UNDER in name.split("."):
+                    parameter.requires_grad_(False)
+    return model
+
+
+def _with_fresh_adapter(model: Any, arguments: ModelArguments) -> Any:
     if arguments.lora_r is None:
         return model
     from peft import LoraConfig, get_peft_model
@@ -454,7 +570,8 @@ def save_merged(trainer: MOPOTrainer) -> None:
         return
     folder = Path(str(trainer.args.output_dir)) / "merged"
     card = model_card(trainer, merged=True)
-    trainer.model.merge_and_unload().save_pretrained(folder)
+    with trainer.as_configured():
+        trainer.model.merge_and_unload().save_pretrained(folder)
     tokenizer: Any = trainer.processing_class
     tokenizer.save_pretrained(folder)
     card.save(folder / "README.md")
@@ -505,7 +622,7 @@ def train(argv: list[str]) -> None:
             train_data,
             eval_data,
             save=partial(save_results, model_name=model_arguments.description),
-            settings={name: value for name, value in vars(model_arguments).items() if name != "sweep"},
+            settings={name: value for name, value in asdict(model_arguments).items() if name != "sweep"},
             started=started,
         )
         return
@@ -519,6 +636,8 @@ def train(argv: list[str]) -> None:
         )
     except ThresholdError as error:
         raise ValueError(f"thresholds: {error}") from error
+    if model_arguments.merge_adapters and getattr(causal_lm(trainer.model), "is_quantized", False):
+        raise ValueError(f"merge_adapters: expected false with quantised weights, as {MERGE_LATER}; got true")
     if model_arguments.merge_adapters and (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
         raise ValueError("merge_adapters: expected false with sharded weights; got true")
     try:

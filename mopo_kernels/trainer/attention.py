@@ -234,3 +234,38 @@ def _difference_from_separate_rows(model: nn.Module) -> float:
             module.training = training
     truth = torch.cat(expected).float()
     return float((torch.cat(found).float() - truth).norm() / truth.norm())
+
+
+@torch.no_grad()
+def check_padded_rows(model: nn.Module) -> None:
+    """Try whether a row has the hidden states that it has alone when it is padded beside a longer one.
+
+    Raises:
+        ValueError: it has others, as where a model looks at what follows, or its rows share something.
+    """
+    base = causal_lm(model)
+    embedding = base.get_input_embeddings().weight
+    ids = (torch.arange(20, device=embedding.device) * 7 + 3).reshape(2, 10) % embedding.shape[0]
+    mask = torch.ones_like(ids)
+    mask[0, 4:] = 0
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        together = base.base_model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
+        rows = [
+            base.base_model(
+                input_ids=ids[row : row + 1, :length], attention_mask=mask[row : row + 1, :length], use_cache=False
+            ).last_hidden_state[0]
+            for row, length in ((0, 4), (1, 10))
+        ]
+    finally:
+        for module, training in modes:
+            module.training = training
+    alone = torch.cat(rows).float()
+    found = torch.cat([together[0, :4], together[1]]).float()
+    difference = float((found - alone).norm() / alone.norm())
+    if not difference <= max(1e-4, 8 * torch.finfo(embedding.dtype).eps):
+        raise ValueError(
+            f"model: expected {type(base).__name__} to compute a row as it computes it alone; padded beside a longer "
+            f"one its hidden states are off by {difference:.2g} of their norm, and so would log-probabilities be"
+        )

@@ -89,9 +89,9 @@ class MOPOConfig(TrainingArguments):
             mapping gives numbers (in the forms of ``thresholds``).
         reference: where the first reference's log-probabilities come from, for examples without ``ref_logprob``.
             ``precomputed``: one pass before training, kept in a file (see ``reference_path``). ``model``: during
-            training, from the same network with the adapter switched off (LoRA) or with a frozen copy of the starting
-            weights (full fine-tuning). ``auto``: precomputed, except that LoRA training for less than one epoch uses
-            ``model``, which is then the cheaper.
+            training, from the same network with fresh adapters switched off, or with a frozen copy of the starting
+            weights (adapters that were trained before, full fine-tuning). ``auto``: precomputed, except that LoRA
+            training for less than one epoch uses ``model``, which is then the cheaper.
         reference_path: the folder for the precomputed log-probabilities, a file for each model, data set, tokenizer,
             precision and length limit: runs that differ in other things share it, whichever comes first. A name ending
             in ``.logprob`` is the training data's file itself, which is refused when any of these is another. None:
@@ -129,8 +129,11 @@ class MOPOConfig(TrainingArguments):
             goes by it, too): the primary objective's satisfaction where every slack is at least 0, and the worst slack
             elsewhere, so that a checkpoint which keeps the thresholds always comes before one that does not. Without an
             ``eval_dataset`` the dual data are evaluated; the multipliers were moved by them, so their slacks flatter.
-        disable_dropout: set every dropout outside the adapters to 0. With dropout the policy differs from the
-            reference by noise at the first step.
+            Of a dict of evaluation sets it is the least of theirs, and ``name_feasible_primary`` that of one.
+        disable_dropout: set every dropout and jitter to 0, as a module, a number of a layer or an entry of the model's
+            configuration (which is saved as it was), and refuse a model that then computes in training mode what it
+            does not in evaluation mode. With dropout the policy differs from the reference by noise at the first step.
+            Inside adapters it stays where they are fresh and so add nothing at the first step.
     """
 
     objectives: list[str] | None = field(default=None, metadata={"help": "Objective names; default: the data set's."})
@@ -211,7 +214,7 @@ class MOPOConfig(TrainingArguments):
     early_stopping_patience: int | None = field(
         default=None, metadata={"help": "Evaluations without improvement after which training stops; default: never."}
     )
-    disable_dropout: bool = field(default=True, metadata={"help": "Set dropout outside the adapters to 0."})
+    disable_dropout: bool = field(default=True, metadata={"help": "Set dropout to 0, but inside fresh adapters."})
 
     # The collator needs every column, and a log line every 500 steps hides a run that is going wrong.
     remove_unused_columns: bool = field(default=False, metadata={"help": "Must stay False."})

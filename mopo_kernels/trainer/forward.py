@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import types
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,10 +20,17 @@ from mopo_kernels import reference
 from mopo_kernels.driver import to_device
 from mopo_kernels.functional import MOPOLossOutput, linear_mopo_loss, linear_sequence_logprob
 from mopo_kernels.reference import MAX_LOG_IMPORTANCE
+from mopo_kernels.trainer.experts import LoadBalancing
 from mopo_kernels.trainer.head import Transform, output_head
-from mopo_kernels.trainer.layout import Layout, OnHost, Scored, take_layout
+from mopo_kernels.trainer.layout import Layout, OnHost, PaddedRows, Scored, take_layout
 from mopo_kernels.trainer.reference_model import ReferenceModel
-from mopo_kernels.trainer.statistics import Statistics, double, importance_sums, satisfaction_moments
+from mopo_kernels.trainer.statistics import (
+    Statistics,
+    double,
+    importance_sums,
+    preferred_sums,
+    satisfaction_moments,
+)
 
 
 @dataclass
@@ -37,6 +45,8 @@ class PolicyForward:
         label_rate: one share per objective, or None.
         length_normalize: divide log-probabilities by the number of scored tokens.
         backend, max_buffer_bytes, gradient_filter: see ``mopo_kernels.linear_mopo_loss``.
+        primary: place of the primary objective, whose preferred responses TRL's figures are of.
+        balance: the load-balancing loss of a mixture of experts that is added in training, or None.
     """
 
     transform: Transform
@@ -51,6 +61,8 @@ class PolicyForward:
     backend: str
     max_buffer_bytes: int | None
     gradient_filter: float | None
+    primary: int = 0
+    balance: LoadBalancing | None = None
 
     @property
     def head_options(self) -> dict[str, Any]:
@@ -72,6 +84,13 @@ class PolicyForward:
         rows, weight, bias = output_head(model).operands(scored.hidden)
         logprob = linear_sequence_logprob(rows, weight, scored.target, scored.cu_seqlens, bias, **self.head_options)
         return logprob, scored.lengths
+
+    def expert_load(self, model: nn.Module, layout: Layout) -> Tensor:
+        """How often the batch chooses each expert, see ``LoadBalancing.load``."""
+        assert self.balance is not None
+        with torch.no_grad(), self.balance.recording(model) as logits:
+            layout.scored(model)
+            return self.balance.load(logits, _attention_mask(layout, logits[0].device))
 
     def first_log_ratio(self, model: nn.Module, layout: Layout, given: Tensor | None) -> Tensor:
         """Log-ratio of the model as it is to the first reference, (S,) nats (a token with ``length_normalize``)."""
@@ -114,6 +133,9 @@ class PolicyForward:
         reference_only: bool = False,
         host: OnHost | None = None,
         log_ratio_only: bool = False,
+        expert_load_only: bool = False,
+        balanced: bool = False,
+        expert_load: Tensor | None = None,
         **tokens: Tensor,
     ) -> dict[str, Tensor]:
         """The loss of a preference batch and its statistics; the tensors are those of ``PreferenceCollator``.
@@ -127,11 +149,14 @@ class PolicyForward:
             host: what of the batch is on the CPU, see ``layout.forward_arguments``. Without it, that is read from the
                 device before the backbone runs.
             log_ratio_only: return only the policy's log-ratios to the first reference, without gradient.
+            expert_load_only: return only how often the batch chooses each expert.
+            balanced: add the load-balancing loss, if there is one.
+            expert_load: (E + 1,) that of the whole optimiser step; None is the batch's own.
             tokens: the tensors of one of the collator's layouts.
 
         Returns:
             ``loss`` () and ``statistics``, the vector of ``Statistics``; or ``ref_logprob`` (S,), or ``log_ratio``
-            (S,).
+            (S,), or ``expert_load`` (E + 1,).
         """
         layout = take_layout(tokens, host)
         if tokens:
@@ -140,11 +165,17 @@ class PolicyForward:
             return {"ref_logprob": self.reference_logprob(model, layout, None)[0]}
         if log_ratio_only:
             return {"log_ratio": self.first_log_ratio(model, layout, ref_logprob)}
+        if expert_load_only:
+            return {"expert_load": self.expert_load(model, layout)}
         device = pairs.device
         # From the CPU it lets the chunks be planned so that pairs close in them.
         host_pairs = pairs.cpu() if host is None else host.tensors["pairs"]
         first, current = self.reference_logprob(model, layout, ref_logprob)
-        scored = layout.scored(model)
+        balance = self.balance if balanced else None
+        recording: AbstractContextManager[list[Tensor]]
+        recording = nullcontext([]) if balance is None else balance.recording(model)
+        with recording as router_logits:
+            scored = layout.scored(model)
         rows, weight, bias = output_head(model).operands(scored.hidden)
         count = to_device(scored.lengths, device)
         length = count.clamp(min=1) if self.length_normalize else None
@@ -172,6 +203,12 @@ class PolicyForward:
             normalizer=normalizer,
             **self.head_options,
         )
+        loss, auxiliary = output.loss, torch.zeros((), device=device)
+        if balance is not None:
+            mask = _attention_mask(layout, device)
+            load = balance.load(router_logits, mask) if expert_load is None else expert_load
+            auxiliary = balance.loss(router_logits, mask, load)
+            loss = loss + balance.coefficient * auxiliary.to(loss.dtype)
         with torch.no_grad():
             first_ratio = output.log_ratio
             if self.reference.is_lagged:
@@ -190,8 +227,13 @@ class PolicyForward:
                 label_rate,
             )
             statistics["tokens"] = to_device(layout.tokens(), device)
+            statistics["aux_loss"] = auxiliary
+            logprob = output.log_ratio * (1 if length is None else length) + current
+            statistics |= preferred_sums(
+                output.log_ratio, logprob, pairs, preference[:, self.primary], pair_weight, self.tau
+            )
             packed = self.statistics.pack(statistics.pop("moments"), statistics)
-        return {"loss": output.loss, "statistics": packed}
+        return {"loss": loss, "statistics": packed}
 
     def _statistics(
         self,
@@ -233,6 +275,11 @@ class PolicyForward:
             "ratio_square": double(ratio).square().sum(),
             "scored_tokens": count.sum(),
         }
+
+
+def _attention_mask(layout: Layout, device: torch.device) -> Tensor | None:
+    """Of a batch in padded rows; a shared row has no padding."""
+    return to_device(layout.attention_mask, device) if isinstance(layout, PaddedRows) else None
 
 
 def _present(scored: Scored, device: torch.device) -> Tensor | slice:

@@ -49,9 +49,17 @@ def model_card(trainer: MOPOTrainer, base_model: str | None = None, merged: bool
     if best is not None and state.best_metric is not None:
         weights = f"of step {best}, the best by `{args.metric_for_best_model}` ({state.best_metric:.4g})"
     found, measured_at = _held_out(state.log_history, best)
+    several: dict[str, str] = {}
+    for name in trainer.eval_dataset if isinstance(trainer.eval_dataset, dict) else ():
+        part, measured_at = _held_out(state.log_history, best, f"eval_{name}_")
+        several[f"Held out: {name}"] = ", ".join(
+            f"{objective} {_number(part.get(f'eval_{name}_satisfaction/{objective}'))}"
+            f"{_error(part.get(f'eval_{name}_standard_error/{objective}'))}"
+            for objective in trainer.objectives
+        )
     steps = f"{state.global_step:,}" + (f" of {state.max_steps:,} planned" if state.max_steps > 0 else "")
     facts = {
-        "Base model": base_model,
+        "Base model": base_model + (", in 4 bits" if getattr(base, "is_loaded_in_4bit", False) else ""),
         "Trained": (f"{adapter}, merged into the weights" if merged else adapter) or "every weight",
         "Weights": weights,
         "Optimizer steps": steps,
@@ -63,10 +71,11 @@ def model_card(trainer: MOPOTrainer, base_model: str | None = None, merged: bool
         "tau": f"{args.tau:g}",
         "loss_type": args.loss_type,
         "estimator": f"{args.estimator} (the scale of thresholds and satisfaction)",
-        "Reference": _reference(args),
+        "Reference": _reference(args, trainer.reference.without_adapters or not adapter),
         "Learning rate": f"{args.learning_rate:g}, {getattr(args.optim, 'value', args.optim)}",
         "Seed": str(args.seed),
-        "Held-out KL to the base model": _number(found.get("eval_kl_first"), "{:.4g} nats a response"),
+        "Held-out KL to the first reference": _number(found.get("eval_kl_first"), "{:.4g} nats a response"),
+        **several,
         "Versions": ", ".join(
             f"{name} {installed_version(name)}" for name in ("mopo-kernels", "torch", "transformers", "peft")
         ),
@@ -197,9 +206,11 @@ def _has_ended(trainer: MOPOTrainer) -> bool:
     return trainer.state.global_step > 0 and not trainer.is_in_train
 
 
-def _held_out(history: list[dict[str, Any]], step: int | None) -> tuple[dict[str, float], int | None]:
+def _held_out(
+    history: list[dict[str, Any]], step: int | None, prefix: str = "eval_"
+) -> tuple[dict[str, float], int | None]:
     """The newest evaluation, or the first at ``step``, and its step."""
-    lines = [line for line in history if any(key.startswith("eval_satisfaction/") for key in line)]
+    lines = [line for line in history if any(key.startswith(f"{prefix}satisfaction/") for key in line)]
     if step is not None:
         lines = [line for line in lines if line["step"] == step][:1]
     return (lines[-1], int(lines[-1]["step"])) if lines else ({}, None)
@@ -227,8 +238,9 @@ def _held_out_size(data: Any) -> str:
     return _size(data)
 
 
-def _reference(args: Any) -> str:
+def _reference(args: Any, is_base: bool) -> str:
+    """``is_base``: training started from the base model itself, not from an adapter that adds something."""
     if args.reference_update_steps is None:
-        return "the base model"
+        return "the base model" if is_base else "the policy as training started"
     relaxed = "" if args.threshold_relaxation is None else f", thresholds relaxed by {args.threshold_relaxation:g}"
     return f"the policy itself, every {args.reference_update_steps} steps{relaxed}"

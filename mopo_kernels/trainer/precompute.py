@@ -28,6 +28,7 @@ from tqdm.auto import tqdm  # type: ignore[import-untyped]
 from mopo_kernels.data import PreferenceCollator, PreferenceData, PreferenceExample, PreferencePair
 from mopo_kernels.trainer.head import causal_lm
 from mopo_kernels.trainer.layout import forward_arguments
+from mopo_kernels.trainer.noise import NOISE
 from mopo_kernels.trainer.reference_model import base_parameters
 
 if TYPE_CHECKING:
@@ -70,7 +71,11 @@ def config_fingerprint(model: nn.Module) -> str:
         {
             name: str(value)
             for name, value in settings.items()
-            if not name.startswith("_") and not name.endswith("_token_id") and name not in _IRRELEVANT
+            if not name.startswith("_")
+            and not name.endswith("_token_id")
+            and name not in _IRRELEVANT
+            # The reference has none, whatever the configuration says.
+            and not NOISE.search(name)
         }
     )
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from mopo_kernels.parallel import whole
+from mopo_kernels.trainer.adapters import adapter_settings, adapters_add_nothing
 from mopo_kernels.trainer.head import is_peft
 
 # Numbers that are hashed, or copied to the host for it, at a time.
@@ -137,7 +138,7 @@ def _blocks(model: nn.Module, parameters: dict[str, nn.Parameter]) -> list[tuple
 
 
 def check_adapters_cover_training(model: nn.Module) -> None:
-    """A PeftModel whose trained parameters all belong to adapters, so that switching them off gives the reference.
+    """A PeftModel whose trained parameters all belong to adapters, so that saving these saves the policy.
 
     Raises:
         ValueError: naming a trained parameter that does not.
@@ -146,12 +147,12 @@ def check_adapters_cover_training(model: nn.Module) -> None:
         for name in trained_parameters(model):
             raise ValueError(
                 f"model: expected every trained parameter of a PeftModel to belong to an adapter (modules_to_save "
-                f"included); got {name!r}, which would change the reference too"
+                f"included); got {name!r}, which would not be saved with it"
             )
 
 
 def base_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """The parameters of the first reference by the names they have without adapters: all, for full fine-tuning."""
+    """The parameters under the adapters by the names they have without them: all, for full fine-tuning."""
     adapted = is_peft(model)
     for name, parameter in model.named_parameters():
         if adapted and parameter.requires_grad:
@@ -162,15 +163,23 @@ def base_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
 
 @torch.no_grad()
 def fingerprint(model: nn.Module) -> str:
-    """Tells models apart by their weights: those under the adapters for a PeftModel, all of them otherwise.
+    """Tells policies apart by their weights. Those under adapters that add nothing are what the model is without them.
 
     Hashes every number, a few GB a second.
     """
     digest = hashlib.sha256()
-    for name, parameter in base_parameters(model):
+    parameters = base_parameters(model)
+    if is_peft(model) and not adapters_add_nothing(model):
+        digest.update(adapter_settings(model).encode())
+        parameters = model.named_parameters()
+    for name, parameter in parameters:
         digest.update(f"{name}{tuple(parameter.shape)}{parameter.dtype}".encode())
-        for piece in whole(parameter.detach()).reshape(-1).split(_HASHED_AT_ONCE):
-            digest.update(piece.cpu().view(torch.uint8).numpy())
+        # Weights in 4 bits are codes, of blocks whose scales are kept beside them.
+        quantised = getattr(parameter, "quant_state", None)
+        scales = [] if quantised is None else list(quantised.as_dict(packed=True).values())
+        for tensor in (whole(parameter.detach()), *scales):
+            for piece in tensor.reshape(-1).split(_HASHED_AT_ONCE):
+                digest.update(piece.cpu().view(torch.uint8).numpy())
     return digest.hexdigest()
 
 
@@ -186,13 +195,17 @@ class ReferenceModel:
     Args:
         dtype: of the copies, where they are multiplied; None is that of the parameters.
         offload: keep the copies in the CPU's memory, and bring them to the device for the forward pass, block by block.
-        initial: the trained parameters at the start, kept for full fine-tuning with ``reference="model"``.
+        without_adapters: the first reference is the PeftModel with its adapters switched off, as they added nothing
+            when training started.
+        initial: the trained parameters at the start: of adapters that added something, and of full fine-tuning with
+            ``reference="model"``.
         snapshot: the trained parameters of the lagged reference; None until its first update.
         untrained: nothing has been trained yet, so the model itself is the first reference.
     """
 
     dtype: torch.dtype | None = None
     offload: bool = False
+    without_adapters: bool = False
     initial: dict[str, Tensor] | None = None
     snapshot: dict[str, Tensor] | None = None
     untrained: bool = False
@@ -207,9 +220,9 @@ class ReferenceModel:
         """``model`` as the first reference.
 
         Raises:
-            ValueError: full fine-tuning without a copy of the starting weights.
+            ValueError: there is no copy of the starting weights.
         """
-        if is_peft(model):
+        if self.without_adapters:
             with evaluation_mode(model), adapters_off(model):
                 yield
         elif self.initial is not None:
@@ -220,8 +233,9 @@ class ReferenceModel:
                 yield
         else:
             raise ValueError(
-                "ref_logprob: expected with every example, as full fine-tuning keeps no reference model; got none "
-                "(reference='model' keeps one, and can evaluate data that the trainer was not given at its start)"
+                "ref_logprob: expected with every example, as no copy of the starting weights is kept; got none "
+                "(without sharding reference='model' keeps one, and can evaluate data that the trainer was not given "
+                "at its start)"
             )
 
     @contextmanager

@@ -14,10 +14,17 @@ from mopo_kernels import reference
 from mopo_kernels.reference import MAX_LOG_IMPORTANCE
 
 _SCALARS = (
-    "loss",  # the loss of the batch, as returned
+    "loss",  # the preference loss of the batch
+    "aux_loss",  # its part of the step's load-balancing loss, without the coefficient
     "items",  # what the loss is a mean of: sum of pair weights, or responses for cloning
     "margin",  # sum a sign(T) h
     "margin_weight",  # sum a over pairs with T != 0
+    "preferred",  # sum a over pairs of which the primary objective prefers one response
+    "chosen_reward",  # sum a tau r' over these, r' the log-ratio of the preferred one to the current reference
+    "rejected_reward",
+    "accuracy",  # sum a where the preferred one has the larger reward
+    "chosen_logprob",  # sum a l
+    "rejected_logprob",
     "responses",
     "importance",  # sum w, w = exp(r), r the policy's log-ratio to the first reference
     "importance_first",  # sum w r
@@ -30,9 +37,12 @@ _SCALARS = (
 )
 
 
+_OF_PREFERRED = ("chosen_reward", "rejected_reward", "accuracy", "chosen_logprob", "rejected_logprob")
+
+
 @dataclass(frozen=True)
 class Statistics:
-    """The layout of the vector of sums: 6 K + 13 numbers in fp64, the first 6 K those of ``reference.ratio_moments``.
+    """The layout of the vector of sums: 6 K + 20 numbers in fp64, the first 6 K those of ``reference.ratio_moments``.
 
     Args:
         objectives: names of the K objectives.
@@ -63,8 +73,8 @@ class Statistics:
         return float(sums[6 * len(self.objectives) + self.scalars.index(name)])
 
     def summary(self, sums: Tensor) -> dict[str, float]:
-        """Satisfaction per objective with its standard error by prompt, margin (nats), both KL estimates (nats) and the
-        sums' effective sample size.
+        """Satisfaction per objective with its standard error by prompt, margin (nats), both KL estimates (nats), the
+        sums' effective sample size, and TRL's figures of preferred ("chosen") and other responses by its names.
 
         The KL of the policy to a reference is estimated on the data, which the first reference (or a policy near it)
         wrote: it is the KL between the two as distributions over the responses at hand, each weighted by its ratio to
@@ -84,6 +94,7 @@ class Statistics:
         responses = self.scalar(sums, "responses")
         if weight := self.scalar(sums, "margin_weight"):
             result["margin"] = self.scalar(sums, "margin") / weight
+        result |= self._of_preferred(sums)
         importance, lagged = self.scalar(sums, "importance"), self.scalar(sums, "lagged")
         if importance > 0 and lagged > 0:
             for name, key, total in (("kl", "importance_current", lagged), ("kl_first", "importance_first", responses)):
@@ -92,6 +103,24 @@ class Statistics:
         if square := self.scalar(sums, "ratio_square"):
             result["effective_sample_size"] = self.scalar(sums, "ratio") ** 2 / square
         return result
+
+    def _of_preferred(self, sums: Tensor) -> dict[str, float]:
+        """What TRL's DPOTrainer logs, of the pairs of which the primary objective prefers one response: the chosen one.
+
+        Rewards are tau times the log-ratio to the current reference.
+        """
+        weight = self.scalar(sums, "preferred")
+        if not weight:
+            return {}
+        mean = {name: self.scalar(sums, name) / weight for name in _OF_PREFERRED}
+        return {
+            "rewards/chosen": mean["chosen_reward"],
+            "rewards/rejected": mean["rejected_reward"],
+            "rewards/accuracies": mean["accuracy"],
+            "rewards/margins": mean["chosen_reward"] - mean["rejected_reward"],
+            "logps/chosen": mean["chosen_logprob"],
+            "logps/rejected": mean["rejected_logprob"],
+        }
 
 
 def double(tensor: Tensor) -> Tensor:
@@ -113,6 +142,35 @@ def importance_sums(first_ratio: Tensor, ratio: Tensor) -> dict[str, Tensor]:
         "importance_first": (w * r).sum(),
         "importance_current": (w * current).sum(),
         "lagged": torch.exp((r - current).clamp(max=MAX_LOG_IMPORTANCE)).sum(),
+    }
+
+
+def preferred_sums(
+    log_ratio: Tensor, logprob: Tensor, pairs: Tensor, preference: Tensor, pair_weight: Tensor, tau: float
+) -> dict[str, Tensor]:
+    """The sums over pairs of which one objective prefers one response, for what TRL logs.
+
+    Args:
+        log_ratio, logprob: (S,) nats.
+        pairs: (P, 2).
+        preference: (P,) of that objective; NaN is no label.
+        pair_weight: (P,).
+        tau: of the rewards.
+    """
+    reward, logprob, weight = tau * double(log_ratio), double(logprob), double(pair_weight)
+    preference, pairs = preference.to(reward.device), pairs.to(reward.device)
+    # A comparison with NaN is false.
+    first, second = preference > 0.5, preference < 0.5
+    weight = weight.to(reward.device) * (first | second)
+    chosen = torch.where(first, pairs[:, 0], pairs[:, 1])
+    rejected = torch.where(first, pairs[:, 1], pairs[:, 0])
+    return {
+        "preferred": weight.sum(),
+        "chosen_reward": (weight * reward[chosen]).sum(),
+        "rejected_reward": (weight * reward[rejected]).sum(),
+        "accuracy": (weight * (reward[chosen] > reward[rejected])).sum(),
+        "chosen_logprob": (weight * logprob[chosen]).sum(),
+        "rejected_logprob": (weight * logprob[rejected]).sum(),
     }
 
 

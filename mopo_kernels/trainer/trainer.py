@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from transformers import (
     TrainerState,
     TrainingArguments,
 )
+from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, TrainOutput, rotate_checkpoints
 
 from mopo_kernels.data import DataError, PreferenceCollator, PreferenceData, load_preferences, win_rates
@@ -34,7 +35,8 @@ from mopo_kernels.data.dataset import prompt_key
 from mopo_kernels.driver import to_device
 from mopo_kernels.dual import DualAscent, LabelSolution, ThresholdError, Unmet, solve_labels
 from mopo_kernels.evaluation import Judge, sample_responses
-from mopo_kernels.trainer.attention import share_prompts
+from mopo_kernels.trainer.adapters import StackedAdapters, adapters_add_nothing, turn_off_adapter_dropout
+from mopo_kernels.trainer.attention import check_padded_rows, share_prompts
 from mopo_kernels.trainer.checkpoint import (
     MANIFEST_FILE,
     STATE_FILE,
@@ -54,10 +56,12 @@ from mopo_kernels.trainer.distributed import (
     resolve_fsdp,
     with_whole_model,
 )
+from mopo_kernels.trainer.experts import load_balancing
 from mopo_kernels.trainer.forward import PolicyForward, attach
 from mopo_kernels.trainer.head import causal_lm, check_model, find_transform, is_peft
 from mopo_kernels.trainer.layout import forward_arguments, scored_lengths
 from mopo_kernels.trainer.model_card import model_card
+from mopo_kernels.trainer.noise import NoiseOff, check_noise_off
 from mopo_kernels.trainer.precompute import SUFFIX, reference_logprobs
 from mopo_kernels.trainer.reference_model import (
     ReferenceModel,
@@ -128,6 +132,22 @@ class _StepCallback(TrainerCallback):
         self.trainer._end_step(control)
 
 
+class _EarlyStopping(EarlyStoppingCallback):
+    """Looks at evaluations that have its metric: of several data sets each is one, and all of them together another."""
+
+    def on_evaluate(  # type: ignore[override]
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        metrics: dict[str, float],
+        **kwargs: Any,
+    ) -> None:
+        name = str(args.metric_for_best_model)
+        if (name if name.startswith("eval_") else f"eval_{name}") in metrics:
+            super().on_evaluate(args, state, control, metrics, **kwargs)
+
+
 class MOPOTrainer(Trainer):
     """Trains a causal language model on pairwise preferences for several objectives under thresholds.
 
@@ -137,7 +157,8 @@ class MOPOTrainer(Trainer):
     loss never fits. Figures of the training pairs are logged as ``in_sample/...`` and steer nothing.
 
     Args:
-        model: a decoder-only transformers model, or a ``PeftModel`` of one.
+        model: a decoder-only transformers model, or a ``PeftModel`` of one, whose adapters may be trained already. The
+            policy that it is now is the reference.
         args: the configuration.
         data_collator: default ``PreferenceCollator`` over ``processing_class`` with the configured lengths.
         train_dataset: ``PreferenceData``, or rows that ``load_preferences`` takes: a ``datasets.Dataset``, a pandas
@@ -216,6 +237,7 @@ class MOPOTrainer(Trainer):
             eval_dataset = {name: as_preference_data(part, "eval_dataset") for name, part in eval_dataset.items()}
         elif eval_dataset is not None:
             eval_dataset = as_preference_data(eval_dataset, "eval_dataset")
+        _check_best_metric(args, eval_dataset)
         _check_margins(args, train_dataset, "train_dataset")
         for part in eval_dataset.values() if isinstance(eval_dataset, dict) else (eval_dataset,):
             _check_margins(args, part, "eval_dataset")
@@ -234,10 +256,23 @@ class MOPOTrainer(Trainer):
             reason := share_prompts(model, data_collator.max_length)
         ):
             raise ValueError(f"data_collator: expected shared_prompts=False, as the model cannot share them: {reason}")
+        if not getattr(data_collator, "shared_prompts", False):
+            check_padded_rows(model)
         if args.process_index == 0:
             _warn_of_moving_positions(model, getattr(data_collator, "max_length", args.max_length))
+        self._noise: NoiseOff | None = None
         if args.disable_dropout:
-            _disable_dropout(model)
+            self._noise = NoiseOff(model)
+            continued = is_peft(model) and not adapters_add_nothing(model)
+            if continued and turn_off_adapter_dropout(model) and args.process_index == 0:
+                logger.warning(
+                    "dropout inside the adapters is off, as they are not fresh: the policy would differ from the "
+                    "reference by noise at the first step (disable_dropout=false keeps it)"
+                )
+            check_noise_off(model)
+
+        self._balance = load_balancing(model, announce=args.process_index == 0)
+        self._expert_load: Tensor | None = None
 
         self.label_solution: LabelSolution | None
         self._initial_multiplier, self.label_solution = starting_multipliers(
@@ -263,22 +298,32 @@ class MOPOTrainer(Trainer):
         self.model_accepts_loss_kwargs = True
         self._statistics = Statistics(self.objectives)
         self._reference_fingerprint = fingerprint(model)
+        without_adapters = is_peft(model) and adapters_add_nothing(model)
+        sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
         self._precompute = train_dataset is None or precomputes(
-            args, is_peft(model), len(train_dataset), self.get_total_train_batch_size(args)
+            args,
+            without_adapters or (is_peft(model) and not sharded),
+            len(train_dataset),
+            self.get_total_train_batch_size(args),
         )
-        keep_copy = not is_peft(model) and args.reference == "model"
-        if (self.is_fsdp_enabled or self.is_deepspeed_enabled) and (
-            keep_copy or args.reference_update_steps is not None
-        ):
+        keep_copy = not without_adapters and (args.reference == "model" or (is_peft(model) and not sharded))
+        if sharded and (keep_copy or args.reference_update_steps is not None):
             raise ValueError(
-                "reference: expected 'precomputed' (or LoRA) and reference_update_steps=None under FSDP and DeepSpeed, "
-                f"whose shards cannot be swapped; got {args.reference!r} and {args.reference_update_steps}"
+                "reference: expected 'precomputed' (or fresh LoRA) and reference_update_steps=None under FSDP and "
+                f"DeepSpeed, whose shards cannot be swapped; got {args.reference!r} and {args.reference_update_steps}"
+            )
+        self._stacked = StackedAdapters.of(model)
+        if self._stacked is not None and sharded:
+            raise ValueError(
+                "model: expected one active adapter under FSDP and DeepSpeed; got " + ", ".join(self._stacked.active)
             )
         if judges is not None and (self.is_fsdp_enabled or self.is_deepspeed_enabled or self.get_tp_size() > 1):
             raise ValueError("judges: expected None under FSDP, DeepSpeed and tensor parallelism, which do not sample")
         _warn_of_missing_labels(args, self.objectives, self.primary, train_dataset)
         self.reference = ReferenceModel(
-            dtype=torch.bfloat16 if args.reference_dtype == "bfloat16" else None, offload=args.reference_offload
+            dtype=torch.bfloat16 if args.reference_dtype == "bfloat16" else None,
+            offload=args.reference_offload,
+            without_adapters=without_adapters,
         )
         if keep_copy:
             self.reference.keep_first(model)
@@ -297,6 +342,8 @@ class MOPOTrainer(Trainer):
                 backend=args.backend,
                 max_buffer_bytes=args.max_buffer_bytes,
                 gradient_filter=args.gradient_filter,
+                primary=self.objectives.index(self.primary),
+                balance=self._balance,
             ),
         )
         if self.is_deepspeed_enabled:
@@ -310,7 +357,7 @@ class MOPOTrainer(Trainer):
         self._reset_sums()
         self.add_callback(_StepCallback(self))
         if args.early_stopping_patience is not None:
-            self.add_callback(EarlyStoppingCallback(args.early_stopping_patience))
+            self.add_callback(_EarlyStopping(args.early_stopping_patience))
 
     def create_accelerator_and_postprocess(self) -> None:
         """As of ``transformers.Trainer``, with FSDP2 on CPUs as well."""
@@ -557,7 +604,7 @@ class MOPOTrainer(Trainer):
         lacking = {name: indices for name, part in parts.items() if (indices := _without_reference(part))}
         if not lacking:
             return
-        if self.reference.initial is None and not is_peft(self.model):
+        if self.reference.initial is None and not self.reference.without_adapters:
             with gathered(self.model):
                 changed = fingerprint(self.model) != self._reference_fingerprint
             if changed:
@@ -750,8 +797,9 @@ class MOPOTrainer(Trainer):
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Tensor:
         """What the loss is a mean of, over the micro-batches of an optimiser step and all ranks: () fp64.
 
-        Total pair weight, or responses for cloning.
+        Total pair weight, or responses for cloning. A mixture of experts' choices are counted on the way.
         """
+        self._expert_load = self._count_experts(batch_samples)
         total = torch.zeros((), dtype=torch.float64)
         for batch in batch_samples:
             if self.args.loss_type == "cloning" and "cu_seqlens" in batch:
@@ -761,6 +809,20 @@ class MOPOTrainer(Trainer):
             else:
                 total += batch["pair_weight"].to("cpu", torch.float64).sum()
         return self._over_ranks(to_device(total, _fp64_device(device)))
+
+    def _count_experts(self, batch_samples: list[Any]) -> Tensor | None:
+        """How often the step chooses each expert; None where its loss has none, or a single batch that counts its
+        own."""
+        if self._balance is None or len(batch_samples) * self.accelerator.num_processes == 1:
+            return None
+        device = self.args.device
+        total = torch.zeros(self._balance.experts + 1, dtype=torch.float64, device=_fp64_device(device))
+        with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.no_grad():
+            for batch in batch_samples:
+                inputs = self._prepare_inputs(batch)
+                with self.compute_loss_context_manager():
+                    total += self.model(**inputs, expert_load_only=True)["expert_load"].to(total)
+        return self._over_ranks(total)
 
     def _over_ranks(self, sums: Tensor) -> Tensor:
         """The sum over ranks that have a batch of their own; every rank must call it."""
@@ -784,7 +846,8 @@ class MOPOTrainer(Trainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         """The batch's share of the step's loss, times the ranks over which DDP and FSDP average gradients."""
-        outputs = model(**inputs, **self._policy_arguments(num_items_in_batch))
+        balance = {} if self._balance is None else {"balanced": True, "expert_load": self._expert_load}
+        outputs = model(**inputs, **self._policy_arguments(num_items_in_batch), **balance)
         self._step_sums = self._step_sums + outputs["statistics"].to(self._step_sums.device)
         loss = outputs["loss"] * (self.accelerator.num_processes // self.get_tp_size())
         return (loss, outputs) if return_outputs else loss
@@ -874,11 +937,17 @@ class MOPOTrainer(Trainer):
     def _window_metrics(self) -> dict[str, float]:
         summary = self._statistics.summary(self._window_sums)
         summary.pop("effective_sample_size", None)
-        # The policy fits these pairs: by its name no one should take a figure of theirs for a measure of it.
-        result = {f"in_sample/{key}" if "/" in key else key: value for key, value in summary.items()}
+        # The policy fits these pairs: by its name no one should take a figure of theirs for a measure of it. TRL's
+        # figures have TRL's names.
+        result = {
+            f"in_sample/{key}" if "/" in key and not key.startswith(("rewards/", "logps/")) else key: value
+            for key, value in summary.items()
+        }
         result |= self._multiplier_metrics()
         if self._window_sizes:
             result["effective_sample_size"] = sum(self._window_sizes) / len(self._window_sizes)
+        if self._balance is not None:
+            result["aux_loss"] = self._statistics.scalar(self._window_sums, "aux_loss") / self._window_steps
         seconds = max(self._window_seconds, 1e-9)
         result["tokens_per_second"] = self._statistics.scalar(self._window_sums, "tokens") / seconds
         result["scored_tokens_per_second"] = self._statistics.scalar(self._window_sums, "scored_tokens") / seconds
@@ -911,6 +980,8 @@ class MOPOTrainer(Trainer):
         The loss is the one training minimises, under the multipliers of the moment: it is not comparable between steps
         at which they differ; satisfaction is. ``feasible_primary`` orders policies as the problem does: the primary
         objective's satisfaction where no threshold is missed, else the worst slack, which is below any satisfaction.
+
+        Of several data sets, ``feasible_primary`` is the least of theirs: no threshold is missed on any of them.
         """
         self._prepare_references()
         if isinstance(eval_dataset, dict):
@@ -918,6 +989,14 @@ class MOPOTrainer(Trainer):
         elif eval_dataset is not None and not isinstance(eval_dataset, str):
             eval_dataset = as_preference_data(eval_dataset, "eval_dataset")
         result: dict[str, float] = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        parts = self.eval_dataset if eval_dataset is None else eval_dataset
+        if isinstance(parts, dict):
+            found = [result.get(f"{metric_key_prefix}_{name}_{BEST_METRIC}") for name in parts]
+            if found and None not in found:
+                least = {f"{metric_key_prefix}_{BEST_METRIC}": min(value for value in found if value is not None)}
+                self.log(dict(least))
+                self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, least)
+                result |= least
         return result
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
@@ -974,12 +1053,43 @@ class MOPOTrainer(Trainer):
         if self.args.should_save:
             model_card(self).save(Path(output_dir or str(self.args.output_dir)) / "README.md")
 
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        """As of ``transformers.Trainer``, with the model's own dropout in its configuration; adapters that act together
+        become one."""
+        if self._stacked is None:
+            with self.as_configured():
+                super()._save(output_dir, state_dict)
+        elif self.args.should_save:
+            folder = Path(output_dir or str(self.args.output_dir))
+            self._stacked.save(self.model, folder)
+            if self.processing_class is not None:
+                self.processing_class.save_pretrained(folder)
+            torch.save(self.args, folder / TRAINING_ARGS_NAME)
+
+    @contextmanager
+    def as_configured(self) -> Iterator[None]:
+        """The model has the dropout of its own configuration, to be saved with it."""
+        with nullcontext() if self._noise is None else self._noise.as_configured():
+            yield
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        if self._stacked is None:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        else:
+            self._stacked.load(self.model, Path(resume_from_checkpoint))
+
+    def _load_best_model(self) -> None:
+        if self._stacked is None:
+            super()._load_best_model()
+        else:
+            self._stacked.load(self.model, Path(str(self.state.best_model_checkpoint)))
+
     def _load_callback_state(self) -> None:
         """A resumed run stops early where an undisturbed one would."""
         super()._load_callback_state()
         state: Any = self.state
-        stored = state.stateful_callbacks.get(EarlyStoppingCallback.__name__, {})
         for callback in self.callback_handler.callbacks:
+            stored = state.stateful_callbacks.get(type(callback).__name__, {})
             if isinstance(callback, EarlyStoppingCallback) and isinstance(stored, dict):
                 for name, value in stored.get("attributes", {}).items():
                     setattr(callback, name, value)
@@ -1133,6 +1243,18 @@ def _check_margins(args: MOPOConfig, data: PreferenceData | None, argument: str)
         raise ValueError(
             f"{argument}: expected pairs without a margin, which only loss_type 'sigmoid' takes; got some with one and "
             f"loss_type {args.loss_type!r}"
+        )
+
+
+def _check_best_metric(args: MOPOConfig, evaluation: Any) -> None:
+    """Of several data sets every metric has the name of its own, but for the one that all have together."""
+    metric = (args.metric_for_best_model or BEST_METRIC).removeprefix("eval_")
+    if not isinstance(evaluation, dict) or metric == BEST_METRIC:
+        return
+    if not any(metric.startswith(f"{name}_") for name in evaluation):
+        raise ValueError(
+            f"metric_for_best_model: expected {BEST_METRIC} or a metric of one of the evaluation sets, as "
+            f"{next(iter(evaluation), 'name')}_{metric}; got {args.metric_for_best_model!r}"
         )
 
 
@@ -1301,17 +1423,6 @@ def _warn_of_moving_positions(model: nn.Module, max_length: int | None) -> None:
                 limit,
                 max_length,
             )
-
-
-def _disable_dropout(model: nn.Module) -> None:
-    """Every dropout outside adapters, as a module or as a number of an attention layer, becomes 0."""
-    for name, module in model.named_modules():
-        if "lora_dropout" in name:
-            continue
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-        elif isinstance(getattr(module, "attention_dropout", None), float):
-            module.attention_dropout = 0.0
 
 
 def _fp64_device(device: torch.device) -> torch.device:
