@@ -340,7 +340,9 @@ def test_threads_may_change_between_forward_and_backward(monkeypatch: pytest.Mon
         return torch.autograd.grad(value.sum(), leaves)
 
     limit = 1_000_000
-    assert Call(-100, Head(None, 1.0, 1.0), "cpp", limit, None, None, (True, True, False)).keeps_products(3, batch.weight)
+    assert Call(-100, Head(None, 1.0, 1.0), "cpp", limit, None, None, (True, True, False)).keeps_products(
+        3, batch.weight
+    )
     for got, want in zip(gradients(limit, 60_000, 120_000), gradients(64 << 20, 60_000), strict=True):
         torch.testing.assert_close(got, want, rtol=2e-2, atol=2e-2)
 
