@@ -347,10 +347,11 @@ def load_policy(
         target = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         stored = dtype or (torch.float32 if target.type == "cpu" else "auto")
         try:
-            loaded = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=stored).to(target).eval()
+            loaded = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=stored, trust_remote_code=False)
+            loaded = loaded.to(target).eval()
         except OSError as error:
             raise OSError(f"model {source} could not be loaded: {error}") from error
-        weights = _Weights(source, loaded, transformers.AutoTokenizer.from_pretrained(source))
+        weights = _Weights(source, loaded, transformers.AutoTokenizer.from_pretrained(source, trust_remote_code=False))
     return Policy(name, {weights.add_adapter(folder): factor for folder, factor in factors.items() if factor}, weights)
 
 
@@ -389,8 +390,19 @@ def is_sweep(folder: str | Path) -> bool:
 
 
 def read_sweep(folder: str | Path) -> dict[str, Any]:
-    """The report of a sweep."""
-    report: dict[str, Any] = json.loads((Path(folder) / SWEEP_FILE).read_text(encoding="utf-8"))
+    """The report of a sweep.
+
+    Raises ValueError where the file is none, or a point's name leads out of the folder.
+    """
+    path = Path(folder) / SWEEP_FILE
+    try:
+        report: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        names = [str(point["name"]) for point in report["points"]]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} must be what mopo train --sweep writes, got other content ({error!r})") from error
+    for name in names:
+        if name in ("", ".", "..") or Path(name).name != name or "\\" in name:
+            raise ValueError(f"{path} must name points by folders within it, got {name!r}")
     return report
 
 
@@ -730,8 +742,9 @@ def _json_prompt(line: str, where: str) -> Prompt:
 def load_judges(spec: str) -> dict[str, Judge]:
     """The judges a spec points to.
 
-    spec: "package.module:ATTR", looked up as Python would from the current folder, or "path/to/file.py:ATTR"; ATTR is a
-    dict from objective to judge. Raises ValueError where any part of that is missing or of another kind.
+    spec: "package.module:ATTR", looked up among what is installed and then from the current folder, or
+    "path/to/file.py:ATTR"; ATTR is a dict from objective to judge. What it imports may lie beside it. Raises ValueError
+    where any part of that is missing or of another kind.
     """
     place, colon, attribute = spec.rpartition(":")
     if not colon or not place or not attribute:
@@ -745,12 +758,18 @@ def load_judges(spec: str) -> dict[str, Judge]:
     for name, judge in judges.items():
         if not isinstance(name, str) or not callable(judge):
             raise ValueError(f"judges {spec!r}: every entry must be str -> callable, got {name!r}: {judge!r}")
+        if not name.isprintable():
+            raise ValueError(f"judges {spec!r}: names must be of printable characters, got {name!r}")
     return dict(judges)
 
 
 @contextlib.contextmanager
 def _import_from(folder: str) -> Iterator[None]:
-    sys.path.insert(0, folder)
+    if folder in sys.path:
+        yield
+        return
+    # Last, so that a file beside a judge never stands in for a module that is installed.
+    sys.path.append(folder)
     try:
         yield
     finally:

@@ -7,7 +7,7 @@ import sys
 import time
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, fields
 from functools import partial
 from pathlib import Path
@@ -25,8 +25,9 @@ from mopo_kernels.data import PreferenceCollator, PreferenceData, load_preferenc
 from mopo_kernels.data.synthetic import byte_tokenizer, random_preferences
 from mopo_kernels.dual import ThresholdError
 from mopo_kernels.mappings import parse_mapping
+from mopo_kernels.text import one_line
 from mopo_kernels.trainer import MOPOConfig, MOPOTrainer, TrainingInterrupted, last_complete_checkpoint
-from mopo_kernels.trainer.checkpoint import write_atomically
+from mopo_kernels.trainer.checkpoint import WriteError, sole_run, write_atomically, writing
 from mopo_kernels.trainer.model_card import installed_version, model_card
 
 SUMMARY_FILE = "training_summary.json"
@@ -315,7 +316,9 @@ def model_config(arguments: ModelArguments) -> Any:
     """The configuration of the model; with ``random_weights`` nothing is asked for over the network."""
     if not arguments.random_weights or arguments.has_folder:
         with _loading(arguments.model_name_or_path):
-            return AutoConfig.from_pretrained(arguments.model_name_or_path, revision=arguments.model_revision)
+            return AutoConfig.from_pretrained(
+                arguments.model_name_or_path, revision=arguments.model_revision, trust_remote_code=False
+            )
     try:
         return AutoConfig.for_model(
             str(arguments.architecture), **_parse_json("architecture_options", arguments.architecture_options)
@@ -336,7 +339,9 @@ def load_tokenizer(arguments: ModelArguments) -> Any:
         arguments.has_folder and any((folder / file).is_file() for file in ("tokenizer.json", "tokenizer_config.json"))
     ):
         with _loading(arguments.model_name_or_path):
-            return AutoTokenizer.from_pretrained(arguments.model_name_or_path, revision=arguments.model_revision)
+            return AutoTokenizer.from_pretrained(
+                arguments.model_name_or_path, revision=arguments.model_revision, trust_remote_code=False
+            )
     return byte_tokenizer()
 
 
@@ -368,6 +373,7 @@ def load_model(arguments: ModelArguments, device: torch.device) -> Any:
         model = empty_model(arguments, device)
     else:
         options: dict[str, Any] = {"dtype": arguments.dtype, "revision": arguments.model_revision}
+        options["trust_remote_code"] = False
         if arguments.attn_implementation is not None:
             options["attn_implementation"] = arguments.attn_implementation
         with _loading(arguments.model_name_or_path):
@@ -463,12 +469,25 @@ def train(argv: list[str]) -> None:
 
     Raises:
         ValueError: a bad argument or value, thresholds that the training labels cannot meet, or bad data.
-        SystemExit: 130 after Ctrl-C, 1 when training diverged or a threshold turned out impossible.
+        SystemExit: 128 and the signal's number after Ctrl-C (130), SIGTERM (143) and the like; 1 when training
+            diverged, a threshold turned out impossible, or the disk is full.
     """
     started = time.perf_counter()
     # transformers warns of names that it is about to change and that older releases, which are supported, still need.
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     model_arguments, data_arguments, config = parse(argv)
+    alone = config.process_index == 0 and not model_arguments.dry_run
+    with sole_run(Path(str(config.output_dir))) if alone else nullcontext():
+        try:
+            _train(model_arguments, data_arguments, config, started)
+        except (WriteError, FloatingPointError) as error:
+            if config.process_index == 0:
+                print(f"mopo: error: {error}", file=sys.stderr)
+            raise SystemExit(1) from None
+
+
+def _train(model_arguments: ModelArguments, data_arguments: DataArguments, config: MOPOConfig, started: float) -> None:
+    """What was parsed, done."""
     backends.resolve(config.backend, config.device)
     set_seed(config.seed)
     if not model_arguments.random_weights:
@@ -481,9 +500,10 @@ def train(argv: list[str]) -> None:
     train_data, eval_data = load_data(data_arguments, config, tokenizer)
     report = summarize(train_data)
     if main_process:
-        print(f"{report.examples} examples, {report.pairs} pairs, objectives {', '.join(train_data.objectives)}")
+        objectives = one_line(", ".join(train_data.objectives))
+        print(f"{report.examples} examples, {report.pairs} pairs, objectives {objectives}")
         for message in report.messages:
-            print(f"note: {message}")
+            print(f"note: {one_line(message)}")
     if model_arguments.dry_run:
         model = add_adapters(empty_model(model_arguments, torch.device("meta")), model_arguments)
         text = plan(model, config, tokenizer, train_data, eval_data)
@@ -520,12 +540,14 @@ def train(argv: list[str]) -> None:
     except TrainingInterrupted as error:
         if main_process:
             print(f"mopo: {error}", file=sys.stderr)
-        raise SystemExit(130) from None
-    except (ThresholdError, FloatingPointError) as error:
+        raise SystemExit(128 + error.signal) from None
+    except ThresholdError as error:
         if main_process:
             checkpoint = last_complete_checkpoint(str(config.output_dir))
             print(f"mopo: error: {error}; last checkpoint: {checkpoint or 'none'}", file=sys.stderr)
         raise SystemExit(1) from None
     save_results(trainer, output, model_arguments.description)
     if model_arguments.merge_adapters:
-        save_merged(trainer)
+        folder = Path(str(config.output_dir))
+        with writing("the merged policy", folder, lambda: f"the adapter is in {folder}"):
+            save_merged(trainer)
