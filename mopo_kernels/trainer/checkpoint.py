@@ -18,6 +18,7 @@ import logging
 import os
 import shutil
 import socket
+import traceback
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -119,7 +120,8 @@ def disk_is_full(error: OSError) -> bool:
 
 def _is_of_torch_writer(error: RuntimeError) -> bool:
     """torch's own writer raises bare RuntimeErrors, and keeps the system's message to itself."""
-    return any(word in str(error) for word in ("inline_container", "PytorchStreamWriter", "Parent directory"))
+    frames = traceback.walk_tb(error.__traceback__)
+    return any(frame.f_globals.get("__name__") == "torch.serialization" for frame, _ in frames)
 
 
 def _sizes(folder: Path) -> dict[str, int]:
