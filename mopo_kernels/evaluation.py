@@ -28,6 +28,8 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from mopo_kernels.text import one_line
+
 Prompt = str | list[dict[str, str]]
 Judge = Callable[[str, str], float]
 
@@ -332,7 +334,7 @@ def load_policy(
         if Path(folder).exists() and not (Path(folder) / "adapter_config.json").is_file():
             raise ValueError(f"adapter must be a folder with an adapter_config.json, got {folder}")
     factors = {folder: scale * weight for folder, weight in wanted.items()}
-    name = _policy_name(factors) if factors else Path(source).name
+    name = _policy_name(factors) if factors else one_line(Path(source).name)
     for folder, factor in factors.items():
         if (factor != 1.0 or len(factors) > 1) and (reason := _not_scalable(folder)):
             raise ValueError(
@@ -357,8 +359,9 @@ def load_policy(
 
 def _policy_name(factors: Mapping[str, float]) -> str:
     """Of its adapters, each with its factor where that is not 1."""
+    names = [one_line(Path(folder).name) for folder in factors]
     return " + ".join(
-        Path(folder).name if factor == 1.0 else f"{factor:g} {Path(folder).name}" for folder, factor in factors.items()
+        name if factor == 1.0 else f"{factor:g} {name}" for name, factor in zip(names, factors.values(), strict=True)
     )
 
 

@@ -6,7 +6,7 @@ import re
 
 __all__ = ["markdown", "one_line", "some"]
 
-_ENTITIES = {"&": "&amp;", "<": "&lt;", ">": "&gt;"}
+_ENTITIES = {"&": "&amp;", "<": "&lt;"}
 
 
 def one_line(text: str) -> str:
