@@ -340,6 +340,9 @@ def test_a_run_that_failed_gives_its_folder_back_and_a_lock_may_be_nested(tmp_pa
         raise RuntimeError("inside")
     with sole_run(tmp_path):
         pass
+    with sole_run(tmp_path / "empty"):
+        assert (tmp_path / "empty").is_dir()
+    assert not (tmp_path / "empty").exists()
 
 
 def test_where_there_are_no_locks_a_run_says_so_and_goes_on(tmp_path, monkeypatch, caplog):

@@ -65,11 +65,13 @@ def write_atomically(path: Path, text: str) -> None:
 
 @contextmanager
 def sole_run(output_dir: Path) -> Iterator[None]:
-    """No other process runs in ``output_dir`` meanwhile. The lock dies with its process; within it may be nested.
+    """No other process runs in ``output_dir`` meanwhile. The lock dies with its process; within it may be nested. A
+    folder that was made for it and stayed empty goes with it.
 
     Raises:
         ValueError: another run has the folder.
     """
+    made = not output_dir.exists()
     output_dir.mkdir(parents=True, exist_ok=True)
     path = (output_dir / LOCK_FILE).resolve()
     lock = _locks.setdefault(path, FileLock(path))
@@ -87,6 +89,8 @@ def sole_run(output_dir: Path) -> Iterator[None]:
     try:
         yield
     finally:
+        if made and output_dir.is_dir() and os.listdir(output_dir) == [LOCK_FILE]:
+            shutil.rmtree(output_dir, ignore_errors=True)
         lock.release()
 
 
