@@ -184,6 +184,18 @@ def test_other_rows_another_adapter_or_another_optimizer_are_refused_on_resume(c
         trainer.train(resume_from_checkpoint=True)
 
 
+def test_the_same_prompts_a_step_may_be_laid_out_otherwise_which_is_named(run, caplog):
+    settings = {**EVERY_STEP, "max_steps": 6, "reference": "model"}
+    ends = []
+    for layout in ({}, {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2}):
+        trainer = make_trainer(run, lora(make_model()), **settings, **layout)
+        trainer.train(resume_from_checkpoint=str(run / "checkpoint-4"))
+        ends.append(trainer.model.state_dict())
+    torch.testing.assert_close(ends[0], ends[1], rtol=1e-3, atol=1e-4)
+    for told in ("per_device_train_batch_size 1 (was 2)", "gradient_accumulation_steps 2 (was 1)"):
+        assert f"resuming from {run / 'checkpoint-4'} with {told}" in caplog.messages
+
+
 def test_labels_are_part_of_the_data_a_run_goes_on_with(run):
     flipped = [
         PreferenceExample(e.prompt, e.responses, tuple(PreferencePair(p.j, p.i, p.preference) for p in e.pairs))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -13,17 +14,17 @@ from mopo_kernels.data import PreferenceData
 from mopo_kernels.trainer.config import MOPOConfig
 from mopo_kernels.trainer.head import is_peft
 
+# How the prompts of a step are laid out.
+_LAYOUT = ("per_device_train_batch_size", "gradient_accumulation_steps", "processes")
 # What decides which rows a step has: under another value those to come are not those that are left.
-ROWS = (
+_ROWS = (
     "train_data",
     "seed",
     "data_seed",
-    "per_device_train_batch_size",
-    "gradient_accumulation_steps",
     "max_tokens_per_batch",
     "train_sampling_strategy",
     "dataloader_drop_last",
-    "processes",
+    *_LAYOUT,
 )
 # Of an optimiser's groups. Its state has others, which are results.
 _OPTIONS = ("lr", "weight_decay", "betas", "eps", "momentum")
@@ -41,8 +42,8 @@ def rows_fingerprint(data: PreferenceData) -> str:
 
 
 def row_settings(args: MOPOConfig, processes: int, train_data: str) -> dict[str, Any]:
-    """The values of ``ROWS``."""
-    settings = {name: getattr(args, name) for name in ROWS if hasattr(args, name)}
+    """What decides which rows a step has; ``processes`` are those with rows of their own."""
+    settings = {name: getattr(args, name) for name in _ROWS if hasattr(args, name)}
     settings["data_seed"] = args.seed if args.data_seed is None else args.data_seed
     return settings | {"train_data": train_data, "processes": processes}
 
@@ -62,6 +63,28 @@ def adapter_settings(model: nn.Module) -> dict[str, Any]:
 def differences(current: Mapping[str, Any], before: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
     """(value before, value now) of every setting that both know and that changed."""
     return {name: (before[name], value) for name, value in current.items() if name in before and before[name] != value}
+
+
+def may_change(name: str, current: Mapping[str, Any], before: Mapping[str, Any], skips_rows: bool) -> bool:
+    """Whether a run goes on under another value of a setting, which is then named.
+
+    Args:
+        name: of the setting.
+        current, before: all settings.
+        skips_rows: rows that were trained on are passed over, so that each has its turn.
+    """
+    if name not in _ROWS:
+        return False
+    if not skips_rows:
+        return True
+    prompts = [math.prod(settings[part] for part in _LAYOUT) for settings in (current, before)]
+    return name in _LAYOUT and current["max_tokens_per_batch"] is None and prompts[0] == prompts[1]
+
+
+def row_hint(name: str) -> str:
+    """What an error about a setting says of the way out."""
+    rows = "with ignore_data_skip=true the rows may change and an epoch begins anew; " if name in _ROWS else ""
+    return f"{rows}without resume_from_checkpoint a run starts afresh"
 
 
 def optimizer_options(optimizer: Any) -> list[dict[str, Any]]:

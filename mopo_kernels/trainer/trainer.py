@@ -81,10 +81,11 @@ from mopo_kernels.trainer.reference_model import (
     trained_parameters,
 )
 from mopo_kernels.trainer.resume import (
-    ROWS,
     adapter_settings,
     differences,
+    may_change,
     optimizer_options,
+    row_hint,
     row_settings,
     rows_fingerprint,
     set_optimizer_options,
@@ -652,7 +653,8 @@ class MOPOTrainer(Trainer):
 
         A checkpoint is resumed from under the same problem and the same rows in the same order only; with
         ``ignore_data_skip`` the rows may change, and an epoch begins anew. Thresholds, the length of training, the
-        learning rate and other numbers of the optimiser may change, which one line says.
+        learning rate and other numbers of the optimiser, and how the prompts of a step are laid out over micro-batches
+        and processes, may change, which one line says.
 
         Raises:
             ValueError: nothing complete to resume from, a checkpoint of another reference, another problem or other
@@ -1165,7 +1167,7 @@ class MOPOTrainer(Trainer):
             "primary": self.primary,
             **{name: getattr(value, "value", value) for name, value in problem.items()},
             **adapter_settings(self.model),
-            **row_settings(self.args, self.accelerator.num_processes, self._train_data),
+            **row_settings(self.args, self.accelerator.num_processes // self.get_tp_size(), self._train_data),
             "dual_data": "none" if self._controller is None else self._controller.fingerprint(),
             "thresholds": dict(self.args.thresholds),
         }
@@ -1189,12 +1191,9 @@ class MOPOTrainer(Trainer):
         wanted, before = current.pop("thresholds"), settings.pop("thresholds")
         current["objectives with thresholds"], settings["objectives with thresholds"] = sorted(wanted), sorted(before)
         for name, (old, value) in differences(current, settings).items():
-            rest = "without resume_from_checkpoint a run starts afresh"
-            if name in ROWS:
-                rest = f"with ignore_data_skip=true the rows may change and an epoch begins anew; {rest}"
-            if name not in ROWS or not self.args.ignore_data_skip:
+            if not may_change(name, current, settings, skips_rows=not self.args.ignore_data_skip):
                 raise ValueError(
-                    f"{name}: expected {old!r}, with which {checkpoint} was trained; got {value!r} ({rest})"
+                    f"{name}: expected {old!r}, with which {checkpoint} was trained; got {value!r} ({row_hint(name)})"
                 )
             if self.is_world_process_zero():
                 logger.warning("resuming from %s with %s %s (was %s)", checkpoint, name, value, old)
