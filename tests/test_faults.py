@@ -614,7 +614,7 @@ def check_killed(outcome: dict) -> None:
 
 
 def test_a_run_killed_at_any_moment_resumes_to_the_same_weights_and_two_at_once_exclude_each_other(tmp_path):
-    check_killed(child(str(tmp_path), "6"))
+    check_killed(child(str(tmp_path), "4"))
 
 
 @pytest.mark.slow

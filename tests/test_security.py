@@ -190,6 +190,10 @@ def test_a_sweep_makes_no_folder_outside_its_own(name, tmp_path):
     (point,) = load_sweep(path)
     assert Path(point.name).name == point.name not in ("", ".", "..")
     assert point.name.isprintable()
+    for points in ({"x" * 256: {"brief": 0.4}}, [{"x" * 256: 0.4}]):
+        path.write_text(json.dumps(points))
+        with pytest.raises(ValueError, match="expected a name of at most 255 bytes"):
+            load_sweep(path)
 
 
 @pytest.mark.parametrize("name", ["../up", "/etc/x", "..", ".", "", "a/b", "a\\b"])

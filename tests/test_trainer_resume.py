@@ -20,7 +20,7 @@ from transformers import TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 
 from mopo_kernels.trainer import TrainingInterrupted, last_complete_checkpoint
-from mopo_kernels.trainer.checkpoint import MANIFEST_FILE, RUN_FILE, STATE_FILE, is_complete
+from mopo_kernels.trainer.checkpoint import MANIFEST_FILE, RUN_FILE, STATE_FILE, find_damage
 
 CHILD = Path(__file__).with_name("trainer_child.py")
 
@@ -138,7 +138,7 @@ def test_a_damaged_checkpoint_is_passed_over(damage, saved, tmp_path):
         weights.write_bytes(weights.read_bytes()[:-1])
     else:
         (newest / STATE_FILE).unlink()
-    assert not is_complete(newest)
+    assert find_damage(newest) is not None
     assert last_complete_checkpoint(folder) == str(folder / "checkpoint-2")
 
 

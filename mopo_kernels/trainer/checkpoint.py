@@ -197,11 +197,6 @@ def find_damage(folder: str | os.PathLike[str]) -> str | None:
     return None
 
 
-def is_complete(folder: str | os.PathLike[str]) -> bool:
-    """Whether ``folder`` has a manifest and every file it names as it was written."""
-    return find_damage(folder) is None
-
-
 def _name_run(output_dir: Path, run: str) -> None:
     holder = {"run": run, "pid": os.getpid(), "host": socket.gethostname()}
     write_atomically(output_dir / RUN_FILE, json.dumps(holder) + "\n")
