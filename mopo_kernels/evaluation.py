@@ -28,6 +28,8 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from mopo_kernels.text import one_line
+
 Prompt = str | list[dict[str, str]]
 Judge = Callable[[str, str], float]
 
@@ -332,7 +334,7 @@ def load_policy(
         if Path(folder).exists() and not (Path(folder) / "adapter_config.json").is_file():
             raise ValueError(f"adapter must be a folder with an adapter_config.json, got {folder}")
     factors = {folder: scale * weight for folder, weight in wanted.items()}
-    name = _policy_name(factors) if factors else Path(source).name
+    name = _policy_name(factors) if factors else one_line(Path(source).name)
     for folder, factor in factors.items():
         if (factor != 1.0 or len(factors) > 1) and (reason := _not_scalable(folder)):
             raise ValueError(
@@ -347,17 +349,19 @@ def load_policy(
         target = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         stored = dtype or (torch.float32 if target.type == "cpu" else "auto")
         try:
-            loaded = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=stored).to(target).eval()
+            loaded = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=stored, trust_remote_code=False)
+            loaded = loaded.to(target).eval()
         except OSError as error:
             raise OSError(f"model {source} could not be loaded: {error}") from error
-        weights = _Weights(source, loaded, transformers.AutoTokenizer.from_pretrained(source))
+        weights = _Weights(source, loaded, transformers.AutoTokenizer.from_pretrained(source, trust_remote_code=False))
     return Policy(name, {weights.add_adapter(folder): factor for folder, factor in factors.items() if factor}, weights)
 
 
 def _policy_name(factors: Mapping[str, float]) -> str:
     """Of its adapters, each with its factor where that is not 1."""
+    names = [one_line(Path(folder).name) for folder in factors]
     return " + ".join(
-        Path(folder).name if factor == 1.0 else f"{factor:g} {Path(folder).name}" for folder, factor in factors.items()
+        name if factor == 1.0 else f"{factor:g} {name}" for name, factor in zip(names, factors.values(), strict=True)
     )
 
 
@@ -389,8 +393,19 @@ def is_sweep(folder: str | Path) -> bool:
 
 
 def read_sweep(folder: str | Path) -> dict[str, Any]:
-    """The report of a sweep."""
-    report: dict[str, Any] = json.loads((Path(folder) / SWEEP_FILE).read_text(encoding="utf-8"))
+    """The report of a sweep.
+
+    Raises ValueError where the file is none, or a point's name leads out of the folder.
+    """
+    path = Path(folder) / SWEEP_FILE
+    try:
+        report: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        names = [str(point["name"]) for point in report["points"]]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} must be what mopo train --sweep writes, got other content ({error!r})") from error
+    for name in names:
+        if name in ("", ".", "..") or Path(name).name != name or "\\" in name:
+            raise ValueError(f"{path} must name points by folders within it, got {name!r}")
     return report
 
 
@@ -746,8 +761,9 @@ def _with_context(prompt: Any, row: Mapping[str, Any], where: str) -> Prompt:
 def load_judges(spec: str) -> dict[str, Judge]:
     """The judges a spec points to.
 
-    spec: "package.module:ATTR", looked up as Python would from the current folder, or "path/to/file.py:ATTR"; ATTR is a
-    dict from objective to judge. Raises ValueError where any part of that is missing or of another kind.
+    spec: "package.module:ATTR", looked up among what is installed and then from the current folder, or
+    "path/to/file.py:ATTR"; ATTR is a dict from objective to judge. What it imports may lie beside it. Raises ValueError
+    where any part of that is missing or of another kind.
     """
     place, colon, attribute = spec.rpartition(":")
     if not colon or not place or not attribute:
@@ -761,12 +777,18 @@ def load_judges(spec: str) -> dict[str, Judge]:
     for name, judge in judges.items():
         if not isinstance(name, str) or not callable(judge):
             raise ValueError(f"judges {spec!r}: every entry must be str -> callable, got {name!r}: {judge!r}")
+        if not name.isprintable():
+            raise ValueError(f"judges {spec!r}: names must be of printable characters, got {name!r}")
     return dict(judges)
 
 
 @contextlib.contextmanager
 def _import_from(folder: str) -> Iterator[None]:
-    sys.path.insert(0, folder)
+    if folder in sys.path:
+        yield
+        return
+    # Last, so that a file beside a judge never stands in for a module that is installed.
+    sys.path.append(folder)
     try:
         yield
     finally:

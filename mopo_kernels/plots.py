@@ -87,7 +87,12 @@ def plot_training(
     """
     held_out, fitted = "dual/satisfaction/", "in_sample/satisfaction/"
     objectives = list(
-        dict.fromkeys(key.rpartition("/")[2] for row in history for key in row if key.startswith((held_out, fitted)))
+        dict.fromkeys(
+            key.removeprefix(held_out).removeprefix(fitted)
+            for row in history
+            for key in row
+            if key.startswith((held_out, fitted))
+        )
     )
     if not objectives:
         raise ValueError(f"history must have rows with {fitted}<objective>, got {len(history)} rows without")
@@ -445,6 +450,11 @@ def _shade_unattainable(axes: Axes, edge: NDArray[np.float64], span: tuple[float
 
 
 def _save(figure: Figure, path: str | Path) -> Path:
+    from matplotlib.text import Text
+
+    for text in figure.findobj(Text):
+        # A "$" in a name is no formula.
+        text.set_parse_math(False)
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, format="png", dpi=_DPI)

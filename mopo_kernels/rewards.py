@@ -76,9 +76,9 @@ class RewardModel:
 
             options: dict[str, Any] = {} if self.outputs is None else {"num_labels": self.outputs}
             network = AutoModelForSequenceClassification.from_pretrained(
-                self.model, revision=self.revision, dtype=self.dtype, **options
+                self.model, revision=self.revision, dtype=self.dtype, trust_remote_code=False, **options
             )
-            tokenizer = AutoTokenizer.from_pretrained(self.model, revision=self.revision)
+            tokenizer = AutoTokenizer.from_pretrained(self.model, revision=self.revision, trust_remote_code=False)
             if self.output >= network.config.num_labels:
                 raise ValueError(
                     f"output must be below the {network.config.num_labels} outputs of {self.model}, got {self.output}"

@@ -105,7 +105,7 @@ def test_weights_of_the_best_checkpoint_come_with_its_figures(tmp_path):
     assert best < 4
     (line,) = [line for line in trainer.state.log_history if line["step"] == best and "eval_satisfaction/brief" in line]
     table = rows(model_card(trainer))
-    assert table["Weights"][0].startswith(f"of step {best}, the best by `kl_first` (")
+    assert table["Weights"][0].startswith(f"of step {best}, the best by kl_first (")
     assert table["brief"][5].startswith(f"{line['eval_satisfaction/brief']:.4f} ± ")
     assert table["Held-out KL to the first reference"] == [f"{line['eval_kl_first']:.4g} nats a response"]
     assert f"Held-out: measured after step {best}." in model_card(trainer).text

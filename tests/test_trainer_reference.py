@@ -372,8 +372,8 @@ def test_what_a_crash_leaves_is_used_as_far_as_it_is_sound(left, missing, whole,
     prepared(tmp_path)
     assert len(passes) == missing
     (file,) = files(tmp_path)
-    rows = dict(json.loads(line) for line in file.read_bytes().splitlines()[1:])
-    assert rows == dict(json.loads(line) for line in content.splitlines()[1:])
+    rows = dict(json.loads(line)[:2] for line in file.read_bytes().splitlines()[1:])
+    assert rows == dict(json.loads(line)[:2] for line in content.splitlines()[1:])
     assert list(file.parent.iterdir()) == [file]
 
 

@@ -10,11 +10,13 @@ import os
 import sys
 from collections.abc import Sequence
 
+from mopo_kernels.text import one_line
+
 TRACEBACK = "MOPO_TRACEBACK"
 
 
 def _fail(message: str, code: int) -> int:
-    print(f"mopo: {' '.join(message.split())}", file=sys.stderr)
+    print(f"mopo: {one_line(' '.join(message.split()))}", file=sys.stderr)
     return code
 
 

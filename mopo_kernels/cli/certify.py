@@ -10,13 +10,12 @@ from typing import Annotated, Any
 
 import typer
 from rich.box import SIMPLE_HEAD
-from rich.markup import escape
 from rich.table import Table
 
 import mopo_kernels
 from mopo_kernels.certify import ESTIMATORS, certify, measure_judged, measure_pairs
 from mopo_kernels.cli.doctor import installed_version
-from mopo_kernels.cli.output import prepare_file, show
+from mopo_kernels.cli.output import literal, prepare_file, show
 from mopo_kernels.evaluation import is_adapter, is_sweep, load_judges, load_policy, load_prompts, read_sweep
 from mopo_kernels.mappings import parse_mappings
 
@@ -171,7 +170,7 @@ def certify_policies(
     if decision.choice:
         show(f"chosen among {len(candidates)} policies on {decision.choice[0].prompts} other prompts")
     for reason in record["refused"]:
-        show(escape(f"nothing is certified: {reason}"))
+        show(literal(f"nothing is certified: {reason}"))
     raise typer.Exit(0 if record["certified"] else 1)
 
 
@@ -218,7 +217,7 @@ def _digest(folder: Path) -> str | None:
 
 def _table(record: Mapping[str, Any], name: str) -> Table:
     table = Table(
-        title=escape(f"{name} over {record['baseline']}: {record['prompts']} prompts"),
+        title=literal(f"{name} over {record['baseline']}: {record['prompts']} prompts"),
         caption=f"{'Certified' if record['certified'] else 'Not certified'}. All lower bounds hold with probability "
         f"{record['confidence']:g}.",
         title_justify="left",
@@ -232,7 +231,7 @@ def _table(record: Mapping[str, Any], name: str) -> Table:
     table.add_column("")
     for bound in record["bounds"]:
         table.add_row(
-            escape(bound["objective"]),
+            literal(bound["objective"]),
             f"{bound['threshold']:.3f}",
             "no labels" if bound["value"] is None else f"{bound['value']:.3f} ± {bound['standard_error'] or 0:.3f}",
             "none" if bound["lower"] is None else f"{bound['lower']:.3f}",

@@ -10,12 +10,11 @@ from typing import Annotated, Any
 import numpy as np
 import typer
 from rich.box import SIMPLE_HEAD
-from rich.markup import escape
 from rich.table import Table
 
 import mopo_kernels
 from mopo_kernels.cli.doctor import installed_version
-from mopo_kernels.cli.output import prepare_file, show
+from mopo_kernels.cli.output import literal, prepare_file, show
 from mopo_kernels.evaluation import (
     Comparison,
     compare_with_baseline,
@@ -265,8 +264,8 @@ def _sweep_table(
     rates = first.win_rates
     level = next(iter(rates.values())).confidence
     table = Table(
-        title=escape(f"{len(points)} policies over {baseline}: {len(first.prompts)} prompts"),
-        caption=escape(
+        title=literal(f"{len(points)} policies over {baseline}: {len(first.prompts)} prompts"),
+        caption=literal(
             f"Win rates with {level:.0%} intervals; 0.5 is parity. front: no other point has as high a mean win rate "
             f"on each of {', '.join(compared)} and a higher on one."
         ),
@@ -278,14 +277,14 @@ def _sweep_table(
     table.add_column("point", overflow="fold", min_width=10)
     for name in rates:
         held = f" >= {thresholds[name]:.3f}" if name in thresholds else ""
-        table.add_column(escape(name + held), justify="right")
+        table.add_column(literal(name + held), justify="right")
     table.add_column("front", justify="right")
     for point, comparison in points.items():
         cells = []
         for name, rate in comparison.win_rates.items():
             missed = name in thresholds and rate.mean < thresholds[name]
             cells.append(f"{rate.mean:.3f} ({rate.low:.3f} to {rate.high:.3f}){' [red]missed[/]' if missed else ''}")
-        table.add_row(escape(point), *cells, "yes" if point in front else "dominated")
+        table.add_row(literal(point), *cells, "yes" if point in front else "dominated")
     return table
 
 
@@ -293,7 +292,7 @@ def _table(comparison: Comparison, candidate: str, baseline: str, thresholds: di
     first = next(iter(comparison.win_rates.values()))
     ours, theirs = comparison.candidate_length, comparison.baseline_length
     table = Table(
-        title=escape(f"{candidate} over {baseline}: {first.prompts} prompts, {first.samples} responses each side"),
+        title=literal(f"{candidate} over {baseline}: {first.prompts} prompts, {first.samples} responses each side"),
         caption=f"0.5 is parity. Mean length {ours.mean:.1f} {ours.unit} against {theirs.mean:.1f}.",
         title_justify="left",
         caption_justify="left",
@@ -307,7 +306,7 @@ def _table(comparison: Comparison, candidate: str, baseline: str, thresholds: di
         table.add_column("threshold", justify="right", no_wrap=True)
     for name, rate in comparison.win_rates.items():
         scores = comparison.mean_score(name)
-        row = [escape(name), f"{rate.mean:.3f}", f"{rate.low:.3f} to {rate.high:.3f}", f"{rate.ties:.1%}"]
+        row = [literal(name), f"{rate.mean:.3f}", f"{rate.low:.3f} to {rate.high:.3f}", f"{rate.ties:.1%}"]
         row.append(f"{scores[0]:.3g} : {scores[1]:.3g}")
         if name in thresholds:
             held = rate.mean >= thresholds[name]

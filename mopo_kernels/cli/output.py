@@ -7,14 +7,22 @@ import sys
 from pathlib import Path
 
 from rich.console import Console, RenderableType
+from rich.markup import escape
+
+from mopo_kernels.text import one_line
+
+
+def literal(text: str) -> str:
+    """``text`` as a cell or a title that shows it as it is, in one line: no markup, no terminal code."""
+    return escape(one_line(text))
 
 
 def show(part: RenderableType) -> None:
     """Print a table or a text. In a pipe or a file no line is folded, and none ends in spaces."""
     if sys.stdout.isatty():
-        Console(highlight=False).print(part)
+        Console(highlight=False, emoji=False).print(part)
         return
-    console = Console(width=10_000, highlight=False)
+    console = Console(width=10_000, highlight=False, emoji=False)
     with console.capture() as captured:
         console.print(part)
     print("\n".join(line.rstrip() for line in captured.get().splitlines()))

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 from mopo_kernels.data import PreferenceCollator, PreferenceData
 from mopo_kernels.data.collator import TokenizedExample
 from mopo_kernels.dual import ThresholdError
+from mopo_kernels.text import one_line
 from mopo_kernels.trainer.attention import share_prompts
 from mopo_kernels.trainer.config import MOPOConfig
 from mopo_kernels.trainer.control import hold_out
@@ -72,7 +73,7 @@ def plan(
         "trained": f"{trained:,} of {every:,} parameters ({trained / every:.1%}), optimizer "
         f"{getattr(config.optim, 'value', config.optim)}",
     }
-    text = [f"{name:<16} {value}" for name, value in lines.items()]
+    text = [f"{name:<16} {one_line(value)}" for name, value in lines.items()]
     passes = [train] * _is_precomputed(config, is_peft(model), train, len(fitted)) + [evaluation] * (
         evaluation is not None
     )

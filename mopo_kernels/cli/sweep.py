@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
-from rich.markup import escape
 from rich.table import Table
 
-from mopo_kernels.cli.output import show
+from mopo_kernels.cli.output import literal, show
 from mopo_kernels.data import PreferenceData
+from mopo_kernels.text import markdown, one_line
 from mopo_kernels.trainer import MOPOConfig, TrainingInterrupted
 from mopo_kernels.trainer.checkpoint import write_atomically
 from mopo_kernels.trainer.sweep import Sweep, load_sweep
@@ -47,7 +47,7 @@ def train_sweep(
 
     Raises:
         ValueError: a bad sweep file or argument, or a ``sweep.json`` of another sweep.
-        SystemExit: 130 after Ctrl-C, 1 when no point could be trained.
+        SystemExit: 128 and the signal's number after one, 1 when no point could be trained.
     """
     resume = str(config.resume_from_checkpoint or "auto").lower()
     if resume not in ("auto", "true", "false"):
@@ -74,14 +74,14 @@ def train_sweep(
 
     def progress(index: int, record: Mapping[str, Any]) -> None:
         if main_process:
-            print(f"[{index + 1}/{len(points)}] {_line(record, sweep.primary)}", flush=True)
+            print(f"[{index + 1}/{len(points)}] {one_line(_line(record, sweep.primary))}", flush=True)
 
     try:
         report = sweep.run(progress)
-    except TrainingInterrupted:
+    except TrainingInterrupted as error:
         if main_process:
             print("mopo: sweep interrupted; the same command goes on", file=sys.stderr)
-        raise SystemExit(130) from None
+        raise SystemExit(128 + error.signal) from None
     if main_process:
         _write(report, Path(str(config.output_dir)))
     if not any(record["status"] == "trained" for record in report["points"]):
@@ -136,23 +136,23 @@ def _columns(report: Mapping[str, Any], part: str) -> tuple[list[str], list[list
 
 def _table(title: str, caption: str, headings: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
     table = Table(
-        title=escape(title),
-        caption=escape(caption),
+        title=literal(title),
+        caption=literal(caption),
         title_justify="left",
         caption_justify="left",
         box=SIMPLE_HEAD,
         padding=(0, 1, 0, 0),
     )
     for index, heading in enumerate(headings):
-        table.add_column(escape(heading), justify="right" if index else "left", overflow="fold")
+        table.add_column(literal(heading), justify="right" if index else "left", overflow="fold")
     for row in rows:
-        table.add_row(*map(escape, row))
+        table.add_row(*map(literal, row))
     return table
 
 
 def _markdown(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [headings, ["---", *["---:"] * (len(headings) - 1)], *rows]
-    return "".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |\n" for line in lines)
+    lines = [map(markdown, headings), ["---", *["---:"] * (len(headings) - 1)], *(map(markdown, row) for row in rows)]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
 def _write(report: Mapping[str, Any], folder: Path) -> None:
@@ -167,12 +167,14 @@ def _write(report: Mapping[str, Any], folder: Path) -> None:
         f"front: no other point has as much of {', '.join(report['compared'])} and more of one, "
         f"{_PARTS[report['front']]}; noise is not accounted for."
     )
-    text = f"# Sweep\n\nSatisfaction by the estimator `{estimator}`. {cost}\n\n{front}\n"
+    text = f"# Sweep\n\nSatisfaction by the estimator `{estimator}`. {cost}\n\n{markdown(front)}\n"
     for part, where in _PARTS.items():
         if part == "train" or report["front"] == "eval":
             text += f"\n## Measured {where}\n\n{_markdown(*_columns(report, part))}"
     refused = [record for record in report["points"] if record["status"] != "trained"]
-    text += "".join(f"\n* {record['name']}: {record['status']}: {record['message']}\n" for record in refused)
+    text += "".join(
+        f"\n* {markdown(record['name'])}: {record['status']}: {markdown(record['message'])}\n" for record in refused
+    )
     write_atomically(folder / TABLE_FILE, text)
     headings, rows = _columns(report, report["front"])
     title = f"Sweep of {len(rows)} points, measured {_PARTS[report['front']]} (estimator {estimator})"

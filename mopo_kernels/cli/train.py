@@ -7,7 +7,7 @@ import sys
 import time
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, fields
 from functools import cached_property, partial
 from importlib.util import find_spec
@@ -38,8 +38,9 @@ from mopo_kernels.data.synthetic import byte_tokenizer, random_preferences
 from mopo_kernels.dual import ThresholdError
 from mopo_kernels.evaluation import is_adapter
 from mopo_kernels.mappings import parse_mapping
+from mopo_kernels.text import one_line
 from mopo_kernels.trainer import MOPOConfig, MOPOTrainer, TrainingInterrupted, last_complete_checkpoint
-from mopo_kernels.trainer.checkpoint import write_atomically
+from mopo_kernels.trainer.checkpoint import WriteError, sole_run, write_atomically, writing
 from mopo_kernels.trainer.head import causal_lm
 from mopo_kernels.trainer.model_card import installed_version, model_card
 
@@ -398,7 +399,7 @@ def model_config(arguments: ModelArguments) -> Any:
     if not arguments.random_weights or arguments.has_folder:
         name, revision = arguments.base
         with _loading(name):
-            return AutoConfig.from_pretrained(name, revision=revision)
+            return AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False)
     try:
         return AutoConfig.for_model(
             str(arguments.architecture), **_parse_json("architecture_options", arguments.architecture_options)
@@ -424,7 +425,7 @@ def load_tokenizer(arguments: ModelArguments) -> Any:
         if arguments.adapter is not None and not _has_tokenizer(Path(name)):
             name, revision = arguments.base
         with _loading(name):
-            return AutoTokenizer.from_pretrained(name, revision=revision)
+            return AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=False)
     return byte_tokenizer()
 
 
@@ -456,7 +457,7 @@ def load_model(arguments: ModelArguments, device: torch.device) -> Any:
         model = empty_model(arguments, device)
     else:
         name, revision = arguments.base
-        options: dict[str, Any] = {"dtype": arguments.dtype, "revision": revision}
+        options: dict[str, Any] = {"dtype": arguments.dtype, "revision": revision, "trust_remote_code": False}
         if arguments.attn_implementation is not None:
             options["attn_implementation"] = arguments.attn_implementation
         if arguments.load_in_4bit:
@@ -586,12 +587,25 @@ def train(argv: list[str]) -> None:
 
     Raises:
         ValueError: a bad argument or value, thresholds that the training labels cannot meet, or bad data.
-        SystemExit: 130 after Ctrl-C, 1 when training diverged or a threshold turned out impossible.
+        SystemExit: 128 and the signal's number after Ctrl-C (130), SIGTERM (143) and the like; 1 when training
+            diverged, a threshold turned out impossible, or the disk is full.
     """
     started = time.perf_counter()
     # transformers warns of names that it is about to change and that older releases, which are supported, still need.
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     model_arguments, data_arguments, config = parse(argv)
+    alone = config.process_index == 0 and not model_arguments.dry_run
+    with sole_run(Path(str(config.output_dir))) if alone else nullcontext():
+        try:
+            _train(model_arguments, data_arguments, config, started)
+        except (WriteError, FloatingPointError) as error:
+            if config.process_index == 0:
+                print(f"mopo: error: {error}", file=sys.stderr)
+            raise SystemExit(1) from None
+
+
+def _train(model_arguments: ModelArguments, data_arguments: DataArguments, config: MOPOConfig, started: float) -> None:
+    """What was parsed, done."""
     backends.resolve(config.backend, config.device)
     set_seed(config.seed)
     if not model_arguments.random_weights:
@@ -604,9 +618,10 @@ def train(argv: list[str]) -> None:
     train_data, eval_data = load_data(data_arguments, config, tokenizer)
     report = summarize(train_data)
     if main_process:
-        print(f"{report.examples} examples, {report.pairs} pairs, objectives {', '.join(train_data.objectives)}")
+        objectives = one_line(", ".join(train_data.objectives))
+        print(f"{report.examples} examples, {report.pairs} pairs, objectives {objectives}")
         for message in report.messages:
-            print(f"note: {message}")
+            print(f"note: {one_line(message)}")
     if model_arguments.dry_run:
         model = add_adapters(empty_model(model_arguments, torch.device("meta")), model_arguments)
         text = plan(model, config, tokenizer, train_data, eval_data)
@@ -645,12 +660,14 @@ def train(argv: list[str]) -> None:
     except TrainingInterrupted as error:
         if main_process:
             print(f"mopo: {error}", file=sys.stderr)
-        raise SystemExit(130) from None
-    except (ThresholdError, FloatingPointError) as error:
+        raise SystemExit(128 + error.signal) from None
+    except ThresholdError as error:
         if main_process:
             checkpoint = last_complete_checkpoint(str(config.output_dir))
             print(f"mopo: error: {error}; last checkpoint: {checkpoint or 'none'}", file=sys.stderr)
         raise SystemExit(1) from None
     save_results(trainer, output, model_arguments.description)
     if model_arguments.merge_adapters:
-        save_merged(trainer)
+        folder = Path(str(config.output_dir))
+        with writing("the merged policy", folder, lambda: f"the adapter is in {folder}"):
+            save_merged(trainer)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -9,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
+from mopo_kernels.text import markdown
+from mopo_kernels.trainer.checkpoint import write_atomically
 from mopo_kernels.trainer.head import causal_lm, is_peft
 
 if TYPE_CHECKING:
@@ -39,7 +42,7 @@ def model_card(trainer: MOPOTrainer, base_model: str | None = None, merged: bool
     base_model = base_model or getattr(base.config, "_name_or_path", "") or "not named"
     adapter = _adapter(trainer.model)
     data = ModelCardData(
-        base_model=base_model if "/" in base_model and " " not in base_model else None,
+        base_model=base_model if re.fullmatch(r"[A-Za-z0-9_.-]+/[A-Za-z0-9_.-]+", base_model) else None,
         library_name="peft" if adapter and not merged else "transformers",
         pipeline_tag="text-generation",
         tags=["mopo", "preference-optimization", *(["lora"] if adapter else [])],
@@ -47,7 +50,7 @@ def model_card(trainer: MOPOTrainer, base_model: str | None = None, merged: bool
     best = state.best_global_step if args.load_best_model_at_end and _has_ended(trainer) else None
     weights = f"after step {state.global_step}"
     if best is not None and state.best_metric is not None:
-        weights = f"of step {best}, the best by `{args.metric_for_best_model}` ({state.best_metric:.4g})"
+        weights = f"of step {best}, the best by {markdown(str(args.metric_for_best_model))} ({state.best_metric:.4g})"
     found, measured_at = _held_out(state.log_history, best)
     several: dict[str, str] = {}
     for name in trainer.eval_dataset if isinstance(trainer.eval_dataset, dict) else ():
@@ -59,7 +62,7 @@ def model_card(trainer: MOPOTrainer, base_model: str | None = None, merged: bool
         )
     steps = f"{state.global_step:,}" + (f" of {state.max_steps:,} planned" if state.max_steps > 0 else "")
     facts = {
-        "Base model": base_model + (", in 4 bits" if getattr(base, "is_loaded_in_4bit", False) else ""),
+        "Base model": markdown(base_model) + (", in 4 bits" if getattr(base, "is_loaded_in_4bit", False) else ""),
         "Trained": (f"{adapter}, merged into the weights" if merged else adapter) or "every weight",
         "Weights": weights,
         "Optimizer steps": steps,
@@ -80,14 +83,14 @@ def model_card(trainer: MOPOTrainer, base_model: str | None = None, merged: bool
             f"{name} {installed_version(name)}" for name in ("mopo-kernels", "torch", "transformers", "peft")
         ),
     }
-    title = base_model.rstrip("/").rsplit("/", 1)[-1]
+    title = markdown(base_model.rstrip("/").rsplit("/", 1)[-1])
     measured = "nothing was measured on held-out data" if measured_at is None else f"measured after step {measured_at}"
     text = "\n".join(
         [
             f"# {title}, tuned under thresholds",
             "",
             "Trained by constrained preference optimisation "
-            f"(MOPO, [arXiv 2505.10892](https://arxiv.org/abs/2505.10892)) to maximise {trainer.primary}"
+            f"(MOPO, [arXiv 2505.10892](https://arxiv.org/abs/2505.10892)) to maximise {markdown(trainer.primary)}"
             + (", each threshold below being a lower bound." if trainer.dual.threshold else _weights(trainer)),
             "",
             "| objective | | threshold | multiplier | dual data | slack | held out | slack |",
@@ -114,14 +117,14 @@ def add_certificate(folder: Path, record: Mapping[str, Any]) -> None:
         record: what ``mopo certify --output`` writes.
     """
     path = folder / "README.md"
-    card = path.read_text(encoding="utf-8") if path.is_file() else f"# {folder.name}\n"
+    card = path.read_text(encoding="utf-8") if path.is_file() else f"# {markdown(folder.name)}\n"
     before, _, rest = card.partition(f"\n{_CERTIFICATE}\n")
     after = rest.partition("\n## ")
     settings = record["settings"]
     how = (
-        f"labelled pairs of {settings['data']}, estimator {settings['estimator']}"
+        f"labelled pairs of {markdown(settings['data'])}, estimator {settings['estimator']}"
         if "data" in settings
-        else f"fresh answers to {settings['prompts']}, judged by {settings['judges']}"
+        else f"fresh answers to {markdown(settings['prompts'])}, judged by {markdown(settings['judges'])}"
     )
     scaled = "" if record["scale"] == 1 else f" Of the update here times {record['scale']:g}."
     chosen = f" Chosen among {len(record['candidates'])} policies on other prompts." if record["candidates"] else ""
@@ -130,23 +133,24 @@ def add_certificate(folder: Path, record: Mapping[str, Any]) -> None:
         "",
         f"{'Certified' if record['certified'] else 'Not certified'}: with probability {record['confidence']:g} all "
         f"lower bounds hold on prompts drawn as these {record['prompts']} were ({how}; baseline "
-        f"{record['baseline']}).{scaled}{chosen}",
+        f"{markdown(record['baseline'])}).{scaled}{chosen}",
         "",
         "| objective | threshold | measured | lower bound | effective prompts | |",
         "|---|---|---|---|---|---|",
         *(
-            f"| {bound['objective']} | {bound['threshold']:.4g} | {_number(bound['value'])}"
+            f"| {markdown(bound['objective'])} | {bound['threshold']:.4g} | {_number(bound['value'])}"
             f"{_error(bound['standard_error'])} | {_number(bound['lower'])} | {bound['effective_prompts']:.0f} | "
             f"{'kept' if bound['kept'] else 'not shown'} |"
             for bound in record["bounds"]
         ),
         "",
-        *(f"Refused: {reason}.\n" for reason in record["refused"]),
+        *(f"Refused: {markdown(reason)}.\n" for reason in record["refused"]),
         f"Weights: sha256 {record['weights'] or 'not known'}; mopo-kernels {record['versions']['mopo-kernels']}.",
         "",
     ]
     text = f"{before.rstrip()}\n\n" + "\n".join(section)
-    path.write_text(text if not after[1] else f"{text}\n## {after[2]}", encoding="utf-8")
+    # In place of what a link points to, which may be a file of another folder.
+    write_atomically(path, text if not after[1] else f"{text}\n## {after[2]}")
 
 
 def _row(trainer: MOPOTrainer, name: str, found: dict[str, float]) -> str:
@@ -160,7 +164,7 @@ def _row(trainer: MOPOTrainer, name: str, found: dict[str, float]) -> str:
         role = "held" if threshold is not None else "watched" if multiplier is None else "weighted"
     held_out = found.get(f"eval_satisfaction/{name}")
     cells = [
-        name,
+        markdown(name),
         role,
         "" if threshold is None else f"{threshold:.4g}",
         "" if multiplier is None else _number(multiplier),
@@ -234,7 +238,7 @@ def _size(data: Any) -> str:
 
 def _held_out_size(data: Any) -> str:
     if isinstance(data, dict):
-        return "; ".join(f"{name}: {_size(part)}" for name, part in data.items()) or "none"
+        return "; ".join(f"{markdown(name)}: {_size(part)}" for name, part in data.items()) or "none"
     return _size(data)
 
 

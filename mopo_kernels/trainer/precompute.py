@@ -1,8 +1,8 @@
 """Log-probabilities of the first reference, computed once and kept in a file for the runs to come.
 
 The file is JSON Lines: the first line says what the numbers were computed from, every other is
-``[example, [nats, ...]]``. While the pass runs the same lines are appended to a hidden file beside it, which takes its
-name when it is whole; an interrupted pass goes on from there.
+``[example, [nats, ...], checksum]``, a row with its CRC-32. While the pass runs the same lines are appended to a hidden
+file beside it, which takes its name when it is whole; an interrupted pass goes on from there.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import logging
 import math
 import os
 import time
+import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
@@ -26,6 +27,7 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm  # type: ignore[import-untyped]
 
 from mopo_kernels.data import PreferenceCollator, PreferenceData, PreferenceExample, PreferencePair
+from mopo_kernels.trainer.checkpoint import writing
 from mopo_kernels.trainer.head import causal_lm
 from mopo_kernels.trainer.layout import forward_arguments
 from mopo_kernels.trainer.noise import NOISE
@@ -153,6 +155,11 @@ def reference_file(place: Path, fallback: Path, key: Mapping[str, Any]) -> Path:
     return fallback / name
 
 
+def _checksum(row: Sequence[Any]) -> int:
+    """Of ``(example, values)``: a number that has changed on the disk is as wrong as one of another model."""
+    return zlib.crc32(json.dumps(list(row)).encode())
+
+
 class ReferenceFile:
     """The log-probabilities of one data set on disk, whole or in the making.
 
@@ -201,7 +208,7 @@ class ReferenceFile:
 
     def append(self, rows: Sequence[tuple[int, list[float]]]) -> None:
         """Keep ``(example, values)`` rows, on disk when this returns."""
-        self._write(rows)
+        self._write([[*row, _checksum(row)] for row in rows])
 
     def finish(self) -> None:
         """Every example is there: give the file its name. After a power cut it may have its old one, and be whole."""
@@ -221,12 +228,14 @@ class ReferenceFile:
 
     def _write(self, lines: Sequence[Any]) -> None:
         assert self._out is not None
-        self._out.write("".join(json.dumps(line) + "\n" for line in lines).encode())
-        self._out.flush()
-        os.fsync(self._out.fileno())
+        kept = "the same run goes on from those that are there"
+        with writing(f"reference_path: log-probabilities in {self.partial}", self.path.parent, lambda: kept):
+            self._out.write("".join(json.dumps(line) + "\n" for line in lines).encode())
+            self._out.flush()
+            os.fsync(self._out.fileno())
 
     def _read(self, file: Path) -> tuple[Any, Rows, int]:
-        """(first line, rows, bytes up to the first line that is torn or of another key)."""
+        """(first line, rows, bytes up to the first line that is torn, changed or of another key)."""
         first: Any = None
         rows: Rows = {}
         end = 0
@@ -248,7 +257,7 @@ class ReferenceFile:
         return first, rows, end
 
     def _is_row(self, content: list[Any]) -> bool:
-        if [type(part) for part in content] != [int, list]:
+        if [type(part) for part in content] != [int, list, int] or content[2] != _checksum(content[:2]):
             return False
         return 0 <= content[0] < self.examples
 

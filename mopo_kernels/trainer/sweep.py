@@ -19,6 +19,7 @@ import sys
 import time
 from array import array
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -32,16 +33,18 @@ from transformers.trainer_utils import TrainOutput
 from mopo_kernels.data import PreferenceCollator, PreferenceData, PreferenceExample
 from mopo_kernels.data.collator import TokenizedExample
 from mopo_kernels.dual import ThresholdError
-from mopo_kernels.evaluation import SWEEP_FILE
+from mopo_kernels.evaluation import SWEEP_FILE, read_sweep
 from mopo_kernels.mappings import parse_mapping
 from mopo_kernels.tabular import nondominated
-from mopo_kernels.trainer.checkpoint import last_complete_checkpoint, write_atomically
+from mopo_kernels.trainer.checkpoint import last_complete_checkpoint, sole_run, write_atomically
 from mopo_kernels.trainer.config import MOPOConfig
 from mopo_kernels.trainer.head import is_peft
 from mopo_kernels.trainer.reference_model import copy_parameters, fingerprint, trained_parameters
 from mopo_kernels.trainer.trainer import MOPOTrainer, peak_memory_mib
 
 UNCONSTRAINED = "no_thresholds"
+# What file systems allow.
+_LONGEST_NAME = 255
 
 # What a point's numbers do not depend on: it may change before a sweep goes on.
 _FREE = (
@@ -140,9 +143,11 @@ def load_sweep(path: str | Path, thresholds: Mapping[str, float] | None = None) 
 def _folder_name(argument: str, name: str | None, thresholds: Mapping[str, float]) -> str:
     if name is None:
         text = ",".join(f"{key}={value!r}" for key, value in thresholds.items())
-        return re.sub(r"[^\w.,=+-]", "_", text) or UNCONSTRAINED
-    if not re.fullmatch(r"[\w,=+-][\w.,=+ -]*", name):
+        name = re.sub(r"[^\w.,=+-]", "_", text) or UNCONSTRAINED
+    elif not re.fullmatch(r"[\w,=+-][\w.,=+ -]*", name):
         raise ValueError(f"{argument}: expected a name that can be a folder's; got {name!r}")
+    if len(name.encode()) > _LONGEST_NAME:
+        raise ValueError(f"{argument}: expected a name of at most {_LONGEST_NAME} bytes, as a folder's; got {name!r}")
     return name
 
 
@@ -281,7 +286,7 @@ class Sweep:
         path = self._folder / SWEEP_FILE
         if not path.is_file():
             return
-        before = json.loads(path.read_text(encoding="utf-8"))
+        before = read_sweep(self._folder)
         afresh = "another output_dir, or resume_from_checkpoint=false, begins afresh"
         for name, value in self.report["settings"].items():
             if (old := before["settings"].get(name)) != value:
@@ -308,14 +313,16 @@ class Sweep:
 
         Raises:
             TrainingInterrupted: after Ctrl-C; the same call goes on.
+            ValueError: another sweep is under way in the folder.
         """
-        for index, point in enumerate(self.points):
-            record = self.report["points"][index]
-            if record["status"] in ("pending", "running"):
-                resume = record["status"] == "running"
-                self._record(index, {"status": "running"})
-                self._record(index, self._train(point, resume))
-            progress(index, self.report["points"][index])
+        with sole_run(self._folder) if self.args.process_index == 0 else nullcontext():
+            for index, point in enumerate(self.points):
+                record = self.report["points"][index]
+                if record["status"] in ("pending", "running"):
+                    resume = record["status"] == "running"
+                    self._record(index, {"status": "running"})
+                    self._record(index, self._train(point, resume))
+                progress(index, self.report["points"][index])
         return self.report
 
     def _record(self, index: int, values: Mapping[str, Any]) -> None:

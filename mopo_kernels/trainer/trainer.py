@@ -5,14 +5,15 @@ from __future__ import annotations
 import logging
 import math
 import os
+import pickle
+import shutil
 import signal
 import sys
-import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -28,7 +29,7 @@ from transformers import (
     TrainingArguments,
 )
 from transformers.trainer import TRAINING_ARGS_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, TrainOutput, rotate_checkpoints
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, TrainOutput
 
 from mopo_kernels.data import DataError, PreferenceCollator, PreferenceData, load_preferences, win_rates
 from mopo_kernels.data.dataset import prompt_key
@@ -40,12 +41,17 @@ from mopo_kernels.trainer.attention import check_padded_rows, share_prompts
 from mopo_kernels.trainer.checkpoint import (
     MANIFEST_FILE,
     STATE_FILE,
+    WriteError,
     begin_checkpoint,
     begin_run,
     complete_checkpoint,
     continue_run,
-    is_complete,
+    disk_is_full,
+    find_damage,
     last_complete_checkpoint,
+    rotate,
+    sole_run,
+    writing,
 )
 from mopo_kernels.trainer.config import AUTO, BEST_METRIC, MOPOConfig
 from mopo_kernels.trainer.control import Controller, Measurement, hold_out
@@ -57,8 +63,17 @@ from mopo_kernels.trainer.distributed import (
     with_whole_model,
 )
 from mopo_kernels.trainer.experts import load_balancing
+from mopo_kernels.trainer.finite import (
+    NamingCollator,
+    any_not_finite,
+    first_not_finite,
+    gradients,
+    not_finite,
+    weights,
+)
 from mopo_kernels.trainer.forward import PolicyForward, attach
 from mopo_kernels.trainer.head import causal_lm, check_model, find_transform, is_peft
+from mopo_kernels.trainer.interrupts import Interrupts, signal_name
 from mopo_kernels.trainer.layout import forward_arguments, scored_lengths
 from mopo_kernels.trainer.model_card import model_card
 from mopo_kernels.trainer.noise import NoiseOff, check_noise_off
@@ -68,6 +83,16 @@ from mopo_kernels.trainer.reference_model import (
     check_adapters_cover_training,
     fingerprint,
     trained_parameters,
+)
+from mopo_kernels.trainer.resume import (
+    adapter_settings,
+    differences,
+    may_change,
+    optimizer_options,
+    row_hint,
+    row_settings,
+    rows_fingerprint,
+    set_optimizer_options,
 )
 from mopo_kernels.trainer.sampler import TokenBudgetLoader, TokenBudgetSampler
 from mopo_kernels.trainer.statistics import RunningMean, Statistics
@@ -95,20 +120,28 @@ _PROBLEM = (
     "max_ratio",
     "length_normalize",
     "fixed_multipliers",
+    "max_length",
+    "max_response_length",
+    "optim",
 )
 
 
+_CTRL_C = int(signal.SIGINT)
+
+
 class TrainingInterrupted(KeyboardInterrupt):
-    """Ctrl-C during training, after the step was finished and a checkpoint written.
+    """Ctrl-C or another signal to end during training, after the step was finished and a checkpoint written.
 
     Attributes:
         checkpoint: folder to resume from, or None when the run keeps no checkpoints to resume from.
+        signal: the number of the signal.
     """
 
-    def __init__(self, checkpoint: str | None) -> None:
-        self.checkpoint = checkpoint
+    def __init__(self, checkpoint: str | None, signal: int = signal.SIGINT) -> None:
+        self.checkpoint, self.signal = checkpoint, int(signal)
+        by = "" if self.signal == _CTRL_C else f" by {signal_name(self.signal)}"
         where = f"resume with {checkpoint}" if checkpoint else "there is no checkpoint to resume from"
-        super().__init__(f"training interrupted; {where}")
+        super().__init__(f"training interrupted{by}; {where}")
 
 
 class _StepCallback(TrainerCallback):
@@ -127,6 +160,11 @@ class _StepCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self.trainer._begin_step()
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.trainer._look_at_gradients()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self.trainer._end_step(control)
@@ -193,6 +231,8 @@ class MOPOTrainer(Trainer):
     eval_dataset: Any
     data_collator: Any
     _step_sums: Tensor
+    _step_names: list[list[str]]
+    _batch_sums: list[Tensor]
     loss_is_scaled_for_ga = True
 
     @with_whole_model
@@ -348,7 +388,9 @@ class MOPOTrainer(Trainer):
         )
         if self.is_deepspeed_enabled:
             register_head(model)
-        self.already_finished = self._interrupted = self._stopped = False
+        self.already_finished = self._stopped = False
+        self._interrupts = Interrupts()
+        self._train_data: str | None = None
         self._run: str | None = None
         self._unmet: list[Unmet] = []
         self._warned: set[str] = set()
@@ -544,7 +586,7 @@ class MOPOTrainer(Trainer):
                 found |= dict(zip(indices, rows, strict=True))
         found = self._from_all_ranks(found)
         if not all(math.isfinite(value) for row in found.values() for value in row):
-            raise FloatingPointError(_diverged(self.state.global_step))
+            raise FloatingPointError(self._not_finite("the log-probabilities", []))
         return found
 
     def _judged(self, part: Sequence[int]) -> dict[int, dict[str, float]]:
@@ -657,20 +699,41 @@ class MOPOTrainer(Trainer):
     ) -> TrainOutput:
         """As ``transformers.Trainer.train``; ``resume_from_checkpoint=True`` takes the newest *complete* checkpoint.
 
-        The first Ctrl-C finishes the optimiser step and writes a checkpoint, the second stops at once. From a finished
-        run's checkpoint the weights are loaded, and nothing is trained.
+        The first Ctrl-C finishes the optimiser step and writes a checkpoint, the second stops at once; SIGTERM, SIGHUP,
+        SIGUSR1 and SIGUSR2 do as the first, unless the program handles them itself. From a finished run's checkpoint
+        the weights are loaded, and nothing is trained. Another run in ``output_dir`` is refused meanwhile.
+
+        A checkpoint is resumed from under the same problem and the same rows in the same order only; with
+        ``ignore_data_skip`` the rows may change, and an epoch begins anew. Thresholds, the length of training, the
+        learning rate and other numbers of the optimiser, and how the prompts of a step are laid out over micro-batches
+        and processes, may change, which one line says.
 
         Raises:
-            ValueError: nothing complete to resume from, or a checkpoint of another reference or another problem.
+            ValueError: nothing complete to resume from, a checkpoint of another reference, another problem or other
+                rows, or another run in ``output_dir``.
             ThresholdError: a threshold could not be met and ``on_infeasible="error"``; a checkpoint is there.
-            TrainingInterrupted: after Ctrl-C; a checkpoint is there.
+            TrainingInterrupted: after such a signal; a checkpoint is there.
+            FloatingPointError: loss, gradient or weights of a step are not finite; nothing of it is saved.
+            WriteError: a checkpoint could not be written, as on a full disk; says what survived.
         """
+        with sole_run(self._output_dir()) if self.args.should_save else nullcontext():
+            try:
+                return self._train(resume_from_checkpoint, trial, ignore_keys_for_eval)
+            except OSError as error:
+                if not disk_is_full(error):
+                    raise
+                with writing("a file of the run", self._output_dir(), self._survived):
+                    raise
+
+    def _train(
+        self, resume_from_checkpoint: str | bool | None, trial: Any, ignore_keys_for_eval: list[str] | None
+    ) -> TrainOutput:
         checkpoint = self._resolve_checkpoint(resume_from_checkpoint)
         self._prepare_references()
         self.dual = self._new_dual(self.args)
         self.reference.snapshot = None
         self._reset_sums()
-        self._unmet, self._interrupted, self._stopped = [], False, False
+        self._unmet, self._stopped = [], False
         self.already_finished = False
         if self._controller is not None:
             self._controller.reset()
@@ -678,8 +741,14 @@ class MOPOTrainer(Trainer):
             self._load_state(checkpoint)
         self._name_run(checkpoint)
         self._steps_taken = 0
-        with self._deferred_interrupt():
-            output = super().train(checkpoint, trial, ignore_keys_for_eval)
+        with self._interrupts.deferred():
+            try:
+                output = super().train(checkpoint, trial, ignore_keys_for_eval)
+            except pickle.UnpicklingError as error:
+                raise ValueError(
+                    f"resume_from_checkpoint: expected tensors and plain values in {checkpoint}, as nothing else is "
+                    "unpickled; got other objects"
+                ) from error
         self.already_finished = checkpoint is not None and self._steps_taken == 0
         if self.already_finished and self.is_world_process_zero():
             logger.warning(
@@ -689,7 +758,8 @@ class MOPOTrainer(Trainer):
                 self.state.max_steps,
             )
         if self._stopped:
-            raise TrainingInterrupted(last_complete_checkpoint(self._output_dir()))
+            # Another rank's signal ends this one as well.
+            raise TrainingInterrupted(last_complete_checkpoint(self._output_dir()), self._interrupts.signal or _CTRL_C)
         if self._unmet and self.args.on_infeasible == "error":
             raise ThresholdError(self._unmet)
         return output
@@ -698,7 +768,11 @@ class MOPOTrainer(Trainer):
         """As of ``transformers.Trainer``, or batches by tokens with ``max_tokens_per_batch``; on the CPU."""
         args = self.args
         if args.max_tokens_per_batch is None:
-            return _left_on_cpu(super().get_train_dataloader())
+            collator, self.data_collator = self.data_collator, NamingCollator(self.data_collator)
+            try:
+                return _left_on_cpu(super().get_train_dataloader())
+            finally:
+                self.data_collator = collator
         # The ranks take their own parts of one plan, so accelerate must not deal the batches out again.
         sampler = TokenBudgetSampler(
             [item.size for item in self.data_collator.tokenize(list(self.train_dataset))],
@@ -712,7 +786,7 @@ class MOPOTrainer(Trainer):
         return TokenBudgetLoader(
             self.train_dataset,
             batch_sampler=sampler,
-            collate_fn=self.data_collator,
+            collate_fn=NamingCollator(self.data_collator),
             num_workers=args.dataloader_num_workers,
             pin_memory=args.dataloader_pin_memory,
             persistent_workers=args.dataloader_persistent_workers,
@@ -730,6 +804,13 @@ class MOPOTrainer(Trainer):
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """What of a batch is read on the host is read here, before the model runs: see ``forward_arguments``."""
         return super()._prepare_inputs(forward_arguments(inputs, self.args.device))
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[Any], Any]:
+        """As of ``transformers.Trainer``; what the examples of the step are called is kept until it has ended."""
+        batches, items = super().get_batch_samples(*args, **kwargs)
+        self._step_names = [getattr(batch, "names", []) for batch in batches]
+        self._batch_sums = []
+        return batches, items
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         """Not entered when every step is done: the Trainer looks at that only after another one."""
@@ -769,30 +850,30 @@ class MOPOTrainer(Trainer):
                     f"{self.args.output_dir} has none"
                 )
             return found
-        if not is_complete(resume):
+        if (damage := find_damage(resume)) is not None:
             raise ValueError(
-                f"resume_from_checkpoint: expected a complete checkpoint ({MANIFEST_FILE} and every file it names); "
-                f"got {resume}"
+                f"resume_from_checkpoint: expected a complete checkpoint ({MANIFEST_FILE} and every file it names, as "
+                f"they were written); got {resume}: {damage}"
             )
         return str(resume)
 
-    @contextmanager
-    def _deferred_interrupt(self) -> Iterator[None]:
-        """Ctrl-C waits for the end of the step. Only the main thread can handle signals."""
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
+    def _survived(self) -> str:
+        """What is left of a run that cannot go on."""
+        last = last_complete_checkpoint(self._output_dir())
+        return f"training stopped at step {self.state.global_step}, the last complete checkpoint is {last or 'none'}"
 
-        def handler(signum: int, frame: Any) -> None:
-            self._interrupted = True
-            signal.signal(signal.SIGINT, previous)
-            print("\nfinishing this step and writing a checkpoint; Ctrl-C again stops at once", file=sys.stderr)
+    def _not_finite(self, what: str, names: list[str]) -> str:
+        return not_finite(
+            f"{what} of step {self.state.global_step} are", names, last_complete_checkpoint(self._output_dir())
+        )
 
-        previous = signal.signal(signal.SIGINT, handler)
-        try:
-            yield
-        finally:
-            signal.signal(signal.SIGINT, previous)
+    def _refuse_weights_not_finite(self) -> None:
+        """Before they are saved."""
+        bad = any_not_finite(weights(self.model))
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            bad = self._over_ranks(bad.to(self.args.device))
+        if bad > 0:
+            raise FloatingPointError(self._not_finite(f"the weights{first_not_finite(self.model)}", []))
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Tensor:
         """What the loss is a mean of, over the micro-batches of an optimiser step and all ranks: () fp64.
@@ -849,6 +930,7 @@ class MOPOTrainer(Trainer):
         balance = {} if self._balance is None else {"balanced": True, "expert_load": self._expert_load}
         outputs = model(**inputs, **self._policy_arguments(num_items_in_batch), **balance)
         self._step_sums = self._step_sums + outputs["statistics"].to(self._step_sums.device)
+        self._batch_sums.append(outputs["statistics"])
         loss = outputs["loss"] * (self.accelerator.num_processes // self.get_tp_size())
         return (loss, outputs) if return_outputs else loss
 
@@ -861,20 +943,29 @@ class MOPOTrainer(Trainer):
         self._in_sample = RunningMean(_IN_SAMPLE_DECAY)
         self._steps_taken = 0
         self._step_started = time.perf_counter()
+        # Of the step that is under way: what its examples are called and what they came to, by micro-batch.
+        self._step_names, self._batch_sums = [], []
+        self._bad_gradient = torch.zeros((), device=self._step_sums.device)
+
+    def _look_at_gradients(self) -> None:
+        # A scaler of fp16 looks itself, and passes over a step that has overflowed.
+        if self.accelerator.scaler is None:
+            self._bad_gradient = any_not_finite(gradients(self.model))
 
     def _begin_step(self) -> None:
         self._step_started = time.perf_counter()
 
     def _end_step(self, control: TrainerControl) -> None:
         """After every optimiser step: its figures, a dual step if one is due, then the reference's turn."""
-        # All ranks must stop at the same step, whichever of them has seen Ctrl-C.
-        stop = self._step_sums.new_tensor([float(self._interrupted)])
-        sums = self._over_ranks(torch.cat([self._step_sums, stop])).cpu()
+        # All ranks must stop at the same step, whichever of them has seen a signal or a number that is not finite.
+        flags = self._step_sums.new_tensor([float(self._interrupts.signal is not None), 0.0, 0.0])
+        flags[1] = self._bad_gradient
+        flags[2] = any_not_finite(weights(self.model))
+        sums = self._over_ranks(torch.cat([self._step_sums, flags])).cpu()
         self._step_sums = torch.zeros_like(self._step_sums)
-        self._interrupted = bool(sums[-1] > 0)
-        sums = sums[:-1]
-        if not torch.isfinite(sums).all():
-            raise FloatingPointError(_diverged(self.state.global_step))
+        sums, (interrupted, bad_gradient, bad_weights) = sums[:-3], (sums[-3:] > 0).tolist()
+        if bad_gradient or bad_weights or not torch.isfinite(sums).all():
+            self._stop_not_finite(sums, bad_gradient)
         self._window_sums += sums
         self._window_steps += 1
         # Sums merge over steps, effective sample sizes do not: each is of one step's weights among themselves.
@@ -918,8 +1009,26 @@ class MOPOTrainer(Trainer):
                 self._warn_once("unmet", "; ".join(map(str, unmet)))
             else:
                 control.should_save = control.should_training_stop = True
-        if self._interrupted:
+        if interrupted:
             self._stopped = control.should_save = control.should_training_stop = True
+
+    def _stop_not_finite(self, sums: Tensor, bad_gradient: bool) -> NoReturn:
+        """End the run at the step that has just been made.
+
+        Raises:
+            FloatingPointError: always.
+        """
+        in_loss = not bool(torch.isfinite(sums).all())
+        if in_loss:
+            what = "the loss or the log-probabilities"
+        else:
+            what = "the gradients" if bad_gradient else f"the weights{first_not_finite(self.model)}"
+        names = []
+        for batch, found in zip(self._step_names, self._batch_sums, strict=False):
+            if not in_loss or not bool(torch.isfinite(found).all()):
+                names += batch
+        names = names if self.accelerator.num_processes == 1 else gather_object(names)
+        raise FloatingPointError(self._not_finite(what, names))
 
     def _warn_once(self, key: str, message: str) -> None:
         if key not in self._warned and self.is_world_process_zero():
@@ -1048,10 +1157,19 @@ class MOPOTrainer(Trainer):
     # ------------------------------------------------------------------------------------------------ checkpoints
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """As ``transformers.Trainer.save_model``, with the model card as README.md."""
-        super().save_model(output_dir, _internal_call)
-        if self.args.should_save:
-            model_card(self).save(Path(output_dir or str(self.args.output_dir)) / "README.md")
+        """As ``transformers.Trainer.save_model``, with the model card as README.md.
+
+        Raises:
+            FloatingPointError: a weight is NaN or infinite; nothing is written.
+            WriteError: the policy could not be written, as on a full disk; says what survived.
+        """
+        if not _internal_call:
+            self._refuse_weights_not_finite()
+        folder = Path(output_dir or str(self.args.output_dir))
+        with nullcontext() if _internal_call else writing(f"the policy in {folder}", folder, self._survived):
+            super().save_model(output_dir, _internal_call)
+            if self.args.should_save:
+                model_card(self).save(folder / "README.md")
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         """As of ``transformers.Trainer``, with the model's own dropout in its configuration; adapters that act together
@@ -1098,6 +1216,18 @@ class MOPOTrainer(Trainer):
         """The Trainer's files, then ours, then the manifest; old checkpoints go only when the new one counts."""
         run_dir = self._get_output_dir(trial=trial)
         folder = Path(run_dir) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        self._refuse_weights_not_finite()
+        try:
+            with writing(f"checkpoint {folder}", folder, self._survived):
+                self._write_checkpoint(folder, model, trial)
+        except WriteError:
+            # What there is of it counts for nothing, and takes up the disk.
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
+        if self.args.should_save:
+            rotate(Path(run_dir), self.args.save_total_limit, folder, self.state.best_model_checkpoint)
+
+    def _write_checkpoint(self, folder: Path, model: nn.Module, trial: Any) -> None:
         if self.args.should_save:
             begin_checkpoint(folder)
         limit, self.args.save_total_limit = self.args.save_total_limit, None
@@ -1110,14 +1240,18 @@ class MOPOTrainer(Trainer):
         # The other ranks' random states belong to the checkpoint.
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
-            if not self.args.save_only_model:
-                complete_checkpoint(folder, self._run)
-            rotate_checkpoints(
-                output_dir=run_dir,
-                save_total_limit=limit,
-                best_model_checkpoint=self.state.best_model_checkpoint,
-                use_mtime=True,
-            )
+            complete_checkpoint(folder, self._run)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """As of ``transformers.Trainer``; options of the optimiser that were changed take effect, with a warning."""
+        if checkpoint is None or self.is_deepspeed_enabled:
+            super()._load_optimizer_and_scheduler(checkpoint)
+            return
+        wanted = optimizer_options(self.optimizer)
+        super()._load_optimizer_and_scheduler(checkpoint)
+        changed = set_optimizer_options(self.optimizer, self.lr_scheduler, wanted)
+        if changed and self.is_world_process_zero():
+            logger.warning("resuming from %s with %s", checkpoint, ", ".join(changed))
 
     def _state(self) -> dict[str, Any]:
         snapshot = self.reference.snapshot
@@ -1135,12 +1269,20 @@ class MOPOTrainer(Trainer):
         }
 
     def _settings(self) -> dict[str, Any]:
-        """The problem as it was set: ``self.dual`` has the thresholds as they have moved."""
+        """The problem as it was set, and the rows; ``self.dual`` has the thresholds as they have moved."""
         assert isinstance(self.args.thresholds, dict)
+        if self._train_data is None:
+            self._train_data = rows_fingerprint(self.train_dataset)
+        problem = {name: getattr(self.args, name) for name in _PROBLEM}
+        if self.is_deepspeed_enabled:
+            # Which loads its optimiser whole, and leaves none of today's numbers in it.
+            problem |= {name: getattr(self.args, name) for name in ("learning_rate", "weight_decay")}
         return {
             "objectives": list(self.objectives),
             "primary": self.primary,
-            **{name: getattr(self.args, name) for name in _PROBLEM},
+            **{name: getattr(value, "value", value) for name, value in problem.items()},
+            **adapter_settings(self.model),
+            **row_settings(self.args, self.accelerator.num_processes // self.get_tp_size(), self._train_data),
             "dual_data": "none" if self._controller is None else self._controller.fingerprint(),
             "thresholds": dict(self.args.thresholds),
         }
@@ -1151,18 +1293,25 @@ class MOPOTrainer(Trainer):
         Raises:
             ValueError: the checkpoint's reference was another model than this trainer's, or its problem another.
         """
-        state = torch.load(os.path.join(checkpoint, STATE_FILE), map_location="cpu", weights_only=True)
+        try:
+            state = torch.load(os.path.join(checkpoint, STATE_FILE), map_location="cpu", weights_only=True)
+        except pickle.UnpicklingError as error:
+            raise ValueError(
+                f"resume_from_checkpoint: expected tensors and plain values in {checkpoint}, as nothing else is "
+                "unpickled; got other objects"
+            ) from error
         # Earlier versions did not keep the settings: nothing is known to differ.
         current = self._settings()
         settings = current | state.get("settings", {})
         wanted, before = current.pop("thresholds"), settings.pop("thresholds")
         current["objectives with thresholds"], settings["objectives with thresholds"] = sorted(wanted), sorted(before)
-        for name, value in current.items():
-            if value != settings[name]:
+        for name, (old, value) in differences(current, settings).items():
+            if not may_change(name, current, settings, skips_rows=not self.args.ignore_data_skip):
                 raise ValueError(
-                    f"{name}: expected {settings[name]!r}, with which {checkpoint} was trained; got {value!r} (without "
-                    "resume_from_checkpoint a run starts afresh)"
+                    f"{name}: expected {old!r}, with which {checkpoint} was trained; got {value!r} ({row_hint(name)})"
                 )
+            if self.is_world_process_zero():
+                logger.warning("resuming from %s with %s %s (was %s)", checkpoint, name, value, old)
         if state["reference_fingerprint"] != self._reference_fingerprint:
             raise ValueError(
                 f"model: expected the model that {checkpoint} started from, which is its reference; got other weights"
@@ -1223,6 +1372,8 @@ def resolve_objectives(args: MOPOConfig, train: PreferenceData | None, evaluatio
         raise ValueError("objectives: expected their names, as there is no data set to take them from; got None")
     if known and (unknown := [name for name in objectives if name not in known]):
         raise ValueError(f"objectives: expected names among the data's {', '.join(known)}; got {', '.join(unknown)}")
+    if hidden := [name for name in objectives if not name.isprintable()]:
+        raise ValueError(f"objectives: expected names of printable characters; got {hidden[0]!r}")
     primary = objectives[0] if args.primary is None else args.primary
     if primary not in objectives:
         raise ValueError(f"primary: expected one of {', '.join(objectives)}; got {primary!r}")
@@ -1271,13 +1422,6 @@ def _check_judges(args: MOPOConfig, judges: Mapping[str, Judge], objectives: Seq
             "estimator: expected snis or closed_form with judges, who measure win rates, as the multipliers start on "
             "the estimator's scale; got pair"
         )
-
-
-def _diverged(step: int) -> str:
-    return (
-        f"the loss or the log-probabilities of step {step} are not finite: the policy has diverged (a lower "
-        "learning_rate, or a larger tau, keeps it nearer the reference)"
-    )
 
 
 def _without_reference(data: PreferenceData) -> list[int]:
