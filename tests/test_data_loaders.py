@@ -408,7 +408,7 @@ class TestSummarizeFromFeedback:
         data = load_preferences(tmp_path, data_dir="comparisons", split="train", group=True)
         assert only(data).responses == (" One.", " Two.", " Three.")
         assert labels(only(data)) == {(0, 1): {"summary": 1.0}, (0, 2): {"summary": 1.0}}
-        assert labels(only(load_preferences(tmp_path, data_dir="comparisons", split="validation", limit=1))) == {
+        assert labels(only(load_preferences(tmp_path, data_dir="comparisons", split="validation", max_rows=1))) == {
             (0, 1): {"summary": 0.0}
         }
 
@@ -602,16 +602,19 @@ class TestSources:
             load_preferences([canonical(prompt=prompt)]).save(tmp_path / f"train-0000{shard}-of-00002.parquet")
         assert [example.prompt for example in load_preferences(tmp_path)] == ["a", "b"]
 
-    def test_a_configuration_goes_through_datasets_load_dataset(self, tmp_path: Path) -> None:
-        # the way a hub name takes, on a folder with a data set card
+    def test_a_configuration_is_that_of_the_data_set_card(self, tmp_path: Path) -> None:
         write(tmp_path / "one.jsonl", [canonical(prompt="1")])
         write(tmp_path / "two.jsonl", [canonical(prompt="2")])
         entries = [f"- config_name: {name}\n  data_files: {name}.jsonl\n" for name in ("one", "two")]
         (tmp_path / "README.md").write_text(f"---\nconfigs:\n{''.join(entries)}---\n", encoding="utf-8")
         data = load_preferences(tmp_path, name="two")
         assert [example.prompt for example in data] == ["2"]
-        with pytest.raises(DataError, match=rf"{re.escape(str(tmp_path))}/one:1: prompt: has 1 characters"):
+        with pytest.raises(DataError, match=rf"{re.escape(str(tmp_path))}/one.jsonl:1: prompt: has 1 characters"):
             load_preferences(tmp_path, name="one", max_prompt_chars=0)
+        with pytest.raises(DataError, match=r"has several configurations \(one, two\): pass name="):
+            load_preferences(tmp_path)
+        with pytest.raises(DataError, match="no configuration 'six', there are: one, two"):
+            load_preferences(tmp_path, name="six")
 
     def test_a_hub_name_is_handed_to_datasets(self, monkeypatch: pytest.MonkeyPatch) -> None:
         asked: dict[str, Any] = {}
@@ -676,10 +679,10 @@ class TestSources:
         with pytest.raises(TypeError, match="expected a path, a name, a Dataset or rows, got int"):
             load_preferences(7)
 
-    def test_limit_and_progress_count_rows(self) -> None:
+    def test_max_rows_and_progress_count_rows(self) -> None:
         seen: list[int] = []
         rows = [canonical(prompt=str(index)) for index in range(5)]
-        assert len(load_preferences(rows, limit=3, progress=lambda: seen.append(1))) == 3
+        assert len(load_preferences(rows, max_rows=3, progress=lambda: seen.append(1))) == 3
         assert len(seen) == 3
 
     def test_without_datasets_the_error_names_the_extra(self, monkeypatch: pytest.MonkeyPatch) -> None:

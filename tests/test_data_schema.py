@@ -65,9 +65,24 @@ BAD = {
     "message-no-role": (record(prompt=[{"content": "hi"}]), "prompt[0].role", "expected a string"),
     "message-blank": (record(prompt=[{"role": "user", "content": " "}]), "prompt[0].content", "is empty"),
     "message-extra": (
-        record(prompt=[{"role": "user", "content": "hi", "tool_calls": [1]}]),
+        record(prompt=[{"role": "user", "content": "hi", "weight": 1}]),
         "prompt[0]",
-        "'tool_calls'",
+        "'weight'",
+    ),
+    "message-calls-of-the-user": (
+        record(prompt=[{"role": "user", "content": "hi", "tool_calls": [{"type": "function"}]}]),
+        "prompt[0].tool_calls",
+        "tool calls of the assistant, got those of 'user'",
+    ),
+    "message-calls-not-objects": (
+        record(prompt=[{"role": "assistant", "content": "hi", "tool_calls": [1]}, {"role": "user", "content": "hi"}]),
+        "prompt[0].tool_calls",
+        "list of objects",
+    ),
+    "message-image": (
+        record(prompt=[{"role": "user", "content": [{"type": "text", "text": "hi"}, {"type": "image"}]}]),
+        "prompt[0].content[1]",
+        "expected text, as nothing else is read; got a part of type 'image'",
     ),
     "prompt-ends-assistant": (record(prompt=[{"role": "assistant", "content": "hi"}]), "prompt", "assistant message"),
     "no-responses": (record(responses=None), "responses", "is missing"),

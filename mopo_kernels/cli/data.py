@@ -11,16 +11,16 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
+from rich.text import Text
 
 from mopo_kernels.cli.output import prepare_file, show
 from mopo_kernels.data.converters import CONVERTERS
 from mopo_kernels.data.dataset import PreferenceData
 from mopo_kernels.data.loaders import load_preferences
 from mopo_kernels.data.report import PreferenceReport, summarize
-from mopo_kernels.data.schema import DataError, response_text
+from mopo_kernels.data.schema import DataError, printable, response_text
 from mopo_kernels.evaluation import Prompt, load_judges, load_policy, load_prompts
 from mopo_kernels.mappings import parse_mapping
 
@@ -52,13 +52,28 @@ Conversational = Annotated[
 ]
 PromptChars = Annotated[int | None, typer.Option(min=1, help="Characters a prompt may have.")]
 ResponseChars = Annotated[int | None, typer.Option(min=1, help="Characters a response may have.")]
-Limit = Annotated[int | None, typer.Option(min=1, help="Read this many rows at most.")]
+MaxRows = Annotated[int | None, typer.Option(min=1, help="Read this many rows at most.")]
+ColumnNames = Annotated[
+    str | None,
+    typer.Option(
+        "--columns",
+        help="Names of the rows' own columns: prompt=question,system=persona,...; prompt=a+b joins two, prompt= has none.",
+    ),
+]
+
+
+def _print(text: str, console: Console) -> None:
+    """A line as it is: names from data are neither markup nor what a terminal acts on."""
+    console.print(Text(printable(text)), highlight=False)
+
+
+def _cell(text: str) -> Text:
+    return Text(printable(text))
 
 
 def _fail(message: object, status: int = 2) -> NoReturn:
     """One clear line on stderr, then the exit status."""
-    text = escape(" ".join(str(message).split()))
-    Console(stderr=True, soft_wrap=True).print(f"mopo: error: {text}", highlight=False)
+    _print(f"mopo: error: {' '.join(str(message).split())}", Console(stderr=True, soft_wrap=True))
     raise typer.Exit(status)
 
 
@@ -108,7 +123,8 @@ def _load(
     conversational: bool | None,
     max_prompt_chars: int | None,
     max_response_chars: int | None,
-    limit: int | None,
+    max_rows: int | None,
+    columns: str | None,
     on_error: str,
     group: bool = False,
 ) -> PreferenceData:
@@ -135,7 +151,8 @@ def _load(
                 on_error="skip" if on_error == "skip" else "raise",
                 max_prompt_chars=max_prompt_chars,
                 max_response_chars=max_response_chars,
-                limit=limit,
+                max_rows=max_rows,
+                columns=columns,
                 group=group,
                 progress=advance,
                 **options,
@@ -152,9 +169,9 @@ def _load(
 
 def _print_skipped(skipped: Sequence[DataError], console: Console, shown: int) -> None:
     for error in skipped[:shown]:
-        console.print(escape(str(error)), highlight=False)
+        _print(str(error), console)
     if len(skipped) > shown:
-        console.print(f"... and {len(skipped) - shown} more", highlight=False)
+        _print(f"... and {len(skipped) - shown} more", console)
 
 
 def _percent(share: float | None) -> str:
@@ -169,17 +186,18 @@ def _print_report(report: PreferenceReport) -> None:
     table = Table("objective", "labelled pairs", "coverage", "ties", "soft", "cycles / triples", title="Labels")
     for item in report.objectives:
         cells = (_percent(item.coverage), _percent(item.ties), _percent(item.soft))
-        table.add_row(escape(item.objective), str(item.labelled), *cells, f"{item.cycles} / {item.triples}")
+        table.add_row(_cell(item.objective), str(item.labelled), *cells, f"{item.cycles} / {item.triples}")
     show(table)
     if report.agreement:
         table = Table("objectives", "pairs with both", "correlation", "in conflict", title="Agreement within prompts")
         for entry in report.agreement:
             correlation = "-" if entry.correlation is None else f"{entry.correlation:+.3f}"
-            names = escape(f"{entry.first}, {entry.second}")
-            table.add_row(names, str(entry.pairs), correlation, _percent(entry.conflict))
+            table.add_row(
+                _cell(f"{entry.first}, {entry.second}"), str(entry.pairs), correlation, _percent(entry.conflict)
+            )
         show(table)
     for message in report.messages:
-        show(f"note: {escape(message)}")
+        show(_cell(f"note: {message}"))
 
 
 @data_app.command()
@@ -195,19 +213,19 @@ def validate(
     conversational: Conversational = None,
     max_prompt_chars: PromptChars = None,
     max_response_chars: ResponseChars = None,
-    limit: Limit = None,
+    max_rows: MaxRows = None,
+    columns: ColumnNames = None,
     shown: Annotated[int, typer.Option(min=1, help="List this many bad rows at most.")] = 50,
 ) -> None:
     """Check every row. Lists the bad ones as file:line: field: problem; exits 1 when there are any."""
     data = _load(
         sources, format, split, name, data_dir, objectives, objective, negative, conversational, max_prompt_chars,
-        max_response_chars, limit, "skip",
+        max_response_chars, max_rows, columns, "skip",
     )  # fmt: skip
     console = Console(soft_wrap=True)
     _print_skipped(data.skipped, console, shown)
-    console.print(
-        f"{len(data)} good examples, {len(data.skipped)} bad rows; objectives: {escape(', '.join(data.objectives))}",
-        highlight=False,
+    _print(
+        f"{len(data)} good examples, {len(data.skipped)} bad rows; objectives: {', '.join(data.objectives)}", console
     )
     if data.skipped:
         raise typer.Exit(1)
@@ -227,7 +245,8 @@ def convert(
     conversational: Conversational = None,
     max_prompt_chars: PromptChars = None,
     max_response_chars: ResponseChars = None,
-    limit: Limit = None,
+    max_rows: MaxRows = None,
+    columns: ColumnNames = None,
     on_error: Annotated[str, typer.Option(help="raise: stop at a bad row. skip: leave it out and list it.")] = "raise",
     group: Annotated[bool, typer.Option("--group", help="Join the examples that share a prompt.")] = False,
 ) -> None:
@@ -237,17 +256,17 @@ def convert(
     _prepare("--output", output)
     data = _load(
         sources, format, split, name, data_dir, objectives, objective, negative, conversational, max_prompt_chars,
-        max_response_chars, limit, on_error, group,
+        max_response_chars, max_rows, columns, on_error, group,
     )  # fmt: skip
     try:
         data.save(output)
     except OSError as error:
         _fail(error)
     _print_skipped(data.skipped, Console(stderr=True, soft_wrap=True), 50)
-    Console(soft_wrap=True).print(
-        f"wrote {len(data)} examples to {escape(str(output))}, left out {len(data.skipped)} bad rows; "
-        f"objectives: {escape(', '.join(data.objectives))}",
-        highlight=False,
+    _print(
+        f"wrote {len(data)} examples to {output}, left out {len(data.skipped)} bad rows; "
+        f"objectives: {', '.join(data.objectives)}",
+        Console(soft_wrap=True),
     )
 
 
@@ -264,7 +283,8 @@ def report(
     conversational: Conversational = None,
     max_prompt_chars: PromptChars = None,
     max_response_chars: ResponseChars = None,
-    limit: Limit = None,
+    max_rows: MaxRows = None,
+    columns: ColumnNames = None,
     on_error: Annotated[str, typer.Option(help="raise: stop at a bad row. skip: leave it out and count it.")] = "skip",
     output: Annotated[Path | None, typer.Option("--json", help="Also write the figures to this file.")] = None,
 ) -> None:
@@ -273,7 +293,7 @@ def report(
         _prepare("--json", output)
     data = _load(
         sources, format, split, name, data_dir, objectives, objective, negative, conversational, max_prompt_chars,
-        max_response_chars, limit, on_error,
+        max_response_chars, max_rows, columns, on_error,
     )  # fmt: skip
     with _progress("counting", total=len(data)) as advance:
         findings = summarize(data, progress=advance)
@@ -323,6 +343,7 @@ def label(
     name: Config = None,
     data_dir: DataDir = None,
     conversational: Conversational = None,
+    columns: ColumnNames = None,
 ) -> None:
     """Label pairs of responses by judges or reward models: P(i beats j) by the difference of their scores.
 
@@ -344,8 +365,8 @@ def label(
         settings: dict[str, Any] = {"judges": judges, "policy": policy}
         if policy is None:
             data = _load(
-                [source], format, split, name, data_dir, None, None, None, conversational, None, None, None, "raise",
-                group=True,
+                [source], format, split, name, data_dir, None, None, None, conversational, None, None, None, columns,
+                "raise", group=True,
             )  # fmt: skip
             examples = list(data)[:limit]
             prompts = [example.prompt for example in examples]
@@ -388,8 +409,10 @@ def label(
         _fail(error)
     more = "" if policy is None or unfinished == "keep" else "; more of them end with more --max-new-tokens"
     show(
-        f"{progress.rows} rows in {escape(str(output))}, {progress.left_out} prompts left out with fewer than two "
-        f"responses{more if progress.left_out else ''}; objectives: {escape(', '.join(judge_of))}"
+        _cell(
+            f"{progress.rows} rows in {output}, {progress.left_out} prompts left out with fewer than two "
+            f"responses{more if progress.left_out else ''}; objectives: {', '.join(judge_of)}"
+        )
     )
 
 

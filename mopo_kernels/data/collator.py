@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from mopo_kernels.data.schema import DataError, PreferenceExample, Text, as_messages, response_text
+from mopo_kernels.data.schema import DataError, PreferenceExample, as_messages, response_text
 
 
 class TokenizedExample(NamedTuple):
@@ -47,7 +47,8 @@ class PreferenceCollator:
     A row is ``prompt ids + response ids + EOS``. Prompt and response are tokenised apart, so no token can span the
     boundary and every response of a prompt follows identical prompt ids. With a chat template a string prompt is one
     user turn and the template adds the assistant's header; without one the prompt is tokenised as it stands (with the
-    tokenizer's own beginning-of-sequence token), and prompts made of messages are refused.
+    tokenizer's own beginning-of-sequence token), and prompts made of messages are refused. An example's ``tools`` and
+    ``chat_template_kwargs`` are handed to the template; one that does not use them is an error.
 
     Args:
         tokenizer: a ``transformers`` tokenizer with an EOS token.
@@ -91,7 +92,8 @@ class PreferenceCollator:
 
     Raises:
         ValueError: no objective, a tokenizer without EOS token, no example, or messages without a chat template.
-        DataError: an over-long example, named by its id or the start of its prompt.
+        DataError: an over-long example, or one with tools or variables that the template does not use, named by its id
+            or the start of its prompt.
     """
 
     tokenizer: Any
@@ -117,7 +119,7 @@ class PreferenceCollator:
 
     def tokenize(self, examples: Sequence[PreferenceExample]) -> list[TokenizedExample]:
         """Token ids of each example, cut or refused by the length limits; each text is tokenised once."""
-        prompts = self._prompt_ids([example.prompt for example in examples])
+        prompts = self._prompt_ids(examples)
         texts = [response_text(response) for example in examples for response in example.responses]
         ids = iter(self.tokenizer(texts, add_special_tokens=False)["input_ids"])
         return [
@@ -125,14 +127,31 @@ class PreferenceCollator:
             for example, prompt in zip(examples, prompts, strict=True)
         ]
 
-    def _prompt_ids(self, prompts: Sequence[Text]) -> list[list[int]]:
+    def _template_options(self, example: PreferenceExample) -> dict[str, Any]:
+        """What the template is told beside the messages. Raises DataError for what it would not write."""
+        given = example.chat_template_kwargs or {}
+        options = given if example.tools is None else {**given, "tools": example.tools}
+        if options:
+            template = self.tokenizer.get_chat_template(tools=example.tools) if self.tokenizer.chat_template else ""
+            if unused := [name for name in options if name not in template]:
+                raise DataError(
+                    f"example {example.name}: expected none, as the tokenizer's chat template does not use it; got some",
+                    field="tools" if "tools" in unused else f"chat_template_kwargs.{unused[0]}",
+                )
+        return options
+
+    def _prompt_ids(self, examples: Sequence[PreferenceExample]) -> list[list[int]]:
+        options = [self._template_options(example) for example in examples]
         if self.tokenizer.chat_template:
             # The template writes the special tokens itself.
             texts = [
-                self.tokenizer.apply_chat_template(as_messages(prompt), tokenize=False, add_generation_prompt=True)
-                for prompt in prompts
+                self.tokenizer.apply_chat_template(
+                    as_messages(example.prompt), tokenize=False, add_generation_prompt=True, **given
+                )
+                for example, given in zip(examples, options, strict=True)
             ]
             return self.tokenizer(texts, add_special_tokens=False)["input_ids"]
+        prompts = [example.prompt for example in examples]
         if any(not isinstance(prompt, str) for prompt in prompts):
             raise ValueError(
                 "tokenizer: expected a chat template, as the prompts are lists of messages (hh-rlhf can be loaded with "

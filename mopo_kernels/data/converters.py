@@ -6,30 +6,43 @@ give is reported with the row's own line and field name.
 
 from __future__ import annotations
 
+import contextlib
+import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple
 
+from mopo_kernels.data.columns import Columns, check_no_other_text
 from mopo_kernels.data.schema import (
+    CONTEXT_COLUMNS,
     DataError,
     Message,
     as_messages,
+    check_media,
+    check_messages,
     check_prompt,
     check_response,
     check_text,
+    is_given,
     is_number,
+    renamed,
     response_text,
+    shown,
 )
 
 
 class Row(NamedTuple):
-    """A record and where it came from; ``line`` is 1-based. ``fields`` maps canonical field names to the row's own."""
+    """A record and where it came from; ``line`` is 1-based.
+
+    ``fields`` maps the schema's names to the row's own. ``others`` are further rows of the source that it is made of.
+    """
 
     source: str
     line: int
     record: Any
     fields: Mapping[str, str] = {}
+    others: tuple[Row, ...] = ()
 
 
 Reject = Callable[[DataError], None]
@@ -67,21 +80,27 @@ class Converter:
     Args:
         objectives: the objectives asked for, out of ``available``; None takes all that the schema has.
         origin: path or name of the data set, for schemas whose objective is in the name.
-        max_response_chars: limit checked where a row is one response, so that only this row is dropped.
+        max_response_chars: limit checked where a response is dropped by itself.
+        names: finds the prompt in rows that call it otherwise, and counts the columns that nothing reads.
     """
 
     name: ClassVar[str]
     available: ClassVar[tuple[str, ...]] = ()
+    #: The columns of the schema, read or not; all but the context that every schema can have.
+    known: ClassVar[frozenset[str]]
+    #: Whether the prompt may have another name than the schema's.
+    finds_prompt: ClassVar[bool] = False
     objectives: Sequence[str] | None = None
     origin: str = ""
     max_response_chars: int | None = None
+    names: Columns = field(default_factory=lambda: Columns({}))
 
     def __post_init__(self) -> None:
         if self.available and self.objectives is not None:
             for objective in self.objectives:
                 if objective not in self.available:
                     raise ValueError(
-                        f"objectives: {self.name} has {', '.join(self.available)}, got unknown {objective!r}"
+                        f"objectives: {self.name} has {', '.join(self.available)}, got unknown {shown(objective)}"
                     )
 
     @property
@@ -98,15 +117,48 @@ class Converter:
         """One row's canonical record, and its field names in the row's terms. Raises DataError."""
         raise NotImplementedError
 
+    def prepare(self, rows: Iterable[Row], reject: Reject) -> Iterator[Row]:
+        """The rows with their prompt under the schema's name; counts the columns that nothing reads."""
+        for row in rows:
+            record, fields = row.record, row.fields
+            try:
+                check_media(record)
+                if self.finds_prompt:
+                    record, found = self.names.find_prompt(record)
+                    fields = {**fields, **found}
+            except DataError as error:
+                reject(error.at(row.source, row.line, fields))
+                continue
+            self.names.count_unused(record, self.known)
+            yield row._replace(record=record, fields=fields)
+
     def convert(self, rows: Iterable[Row], reject: Reject) -> Iterator[Row]:
         """Canonical rows; what cannot be converted goes to ``reject`` and is left out."""
-        for row in rows:
+        for row in self.prepare(rows, reject):
             try:
-                record, fields = self.convert_row(row.record)
+                record, fields = self._convert_one(row, reject)
             except DataError as error:
-                reject(error.at(row.source, row.line))
+                reject(error.at(row.source, row.line, row.fields))
                 continue
-            yield Row(row.source, row.line, record, fields)
+            own = {name: renamed(column, row.fields) for name, column in fields.items()}
+            yield row._replace(record={**record, **_context(row.record)}, fields={**row.fields, **own})
+
+    def _convert_one(self, row: Row, reject: Reject) -> tuple[Mapping[str, Any], Mapping[str, str]]:
+        """As :meth:`convert_row`; a schema whose rows can lose a part rejects it by itself."""
+        return self.convert_row(row.record)
+
+
+def _context(record: Mapping[str, Any]) -> dict[str, Any]:
+    """What belongs to the prompt beside it."""
+    return {name: record[name] for name in CONTEXT_COLUMNS if is_given(record.get(name))}
+
+
+def _context_key(record: Mapping[str, Any]) -> str:
+    """Equal for rows with equal context. Raises DataError for what no schema takes."""
+    try:
+        return json.dumps(_context(record), sort_keys=True)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise DataError(f"expected JSON: {error}", field=next(iter(_context(record)))) from None
 
 
 @dataclass
@@ -114,6 +166,8 @@ class Canonical(Converter):
     """Rows already in the canonical schema: prompt, responses, pairs."""
 
     name: ClassVar[str] = "canonical"
+    known: ClassVar[frozenset[str]] = frozenset(("prompt", "responses", "pairs", "id", "weight", "ref_logprob"))
+    finds_prompt: ClassVar[bool] = True
 
     @classmethod
     def matches(cls, record: Mapping[str, Any]) -> bool:
@@ -134,6 +188,19 @@ class SafeRLHF(Converter):
     name: ClassVar[str] = "pku-saferlhf"
     available: ClassVar[tuple[str, ...]] = ("helpful", "harmless")
     columns: ClassVar[dict[str, str]] = {"helpful": "better_response_id", "harmless": "safer_response_id"}
+    known: ClassVar[frozenset[str]] = frozenset(
+        ("prompt", "prompt_source", *columns.values())
+        + tuple(
+            name.format(i)
+            for i in range(2)
+            for name in (
+                "response_{}",
+                "is_response_{}_safe",
+                "response_{}_harm_category",
+                "response_{}_severity_level",
+            )
+        )
+    )
 
     @classmethod
     def matches(cls, record: Mapping[str, Any]) -> bool:
@@ -147,7 +214,7 @@ class SafeRLHF(Converter):
             if winner is None or winner == -1:
                 continue
             if isinstance(winner, bool) or winner not in (0, 1):
-                raise DataError(f"expected 0, 1, or -1 or null when unlabelled, got {winner!r}", field=column)
+                raise DataError(f"expected 0, 1, or -1 or null when unlabelled, got {shown(winner)}", field=column)
             preference[objective] = 1.0 - winner
         if not preference:
             raise DataError("no objective is labelled", field="better_response_id")
@@ -188,6 +255,7 @@ class HelpSteer(Converter):
 
     name: ClassVar[str] = "helpsteer"
     available: ClassVar[tuple[str, ...]] = ("helpfulness", "correctness", "coherence", "complexity", "verbosity")
+    known: ClassVar[frozenset[str]] = frozenset(("prompt", "response", *available))
     signs: Mapping[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -207,30 +275,32 @@ class HelpSteer(Converter):
         if value is None:
             return None
         if not is_number(value) or not 0 <= value <= 4:
-            raise DataError(f"expected a rating from 0 to 4, or null, got {value!r}", field=attribute)
+            raise DataError(f"expected a rating from 0 to 4, or null, got {shown(value)}", field=attribute)
         return float(value * self.signs.get(attribute, 1))
 
     def convert(self, rows: Iterable[Row], reject: Reject) -> Iterator[Row]:
-        groups: dict[str, list[tuple[Row, str, dict[str, float | None]]]] = {}
-        for row in rows:
+        groups: dict[tuple[str, str], list[tuple[Row, str, dict[str, float | None]]]] = {}
+        for row in self.prepare(rows, reject):
             try:
                 prompt = check_text(row.record.get("prompt"), "prompt")
                 response = check_text(row.record.get("response"), "response", self.max_response_chars)
                 ratings = {name: self._rating(row.record, name) for name in self.selected}
-                groups.setdefault(prompt, []).append((row, response, ratings))
+                groups.setdefault((prompt, _context_key(row.record)), []).append((row, response, ratings))
             except DataError as error:
-                reject(error.at(row.source, row.line))
-        for prompt, group in groups.items():
+                reject(error.at(row.source, row.line, row.fields))
+        for (prompt, _), group in groups.items():
             first = group[0][0]
             texts = [response for _, response, _ in group]
             pairs = _rated_pairs(texts, [ratings for _, _, ratings in group])
             if not pairs:
                 problem = "no other rated response to this prompt, so no pair can be made"
                 for row, _, _ in group:
-                    reject(DataError(problem, row.source, row.line, "response"))
+                    reject(DataError(problem, field="response").at(row.source, row.line, row.fields))
                 continue
-            record = {"prompt": _helpsteer_prompt(prompt), "responses": texts, "pairs": pairs}
-            yield Row(first.source, first.line, record, {f"responses[{i}]": "response" for i in range(len(texts))})
+            record = {"prompt": _helpsteer_prompt(prompt), "responses": texts, "pairs": pairs, **_context(first.record)}
+            own = dict.fromkeys((f"responses[{i}]" for i in range(len(texts))), renamed("response", first.fields))
+            others = tuple(row for row, _, _ in group[1:])
+            yield first._replace(record=record, fields={**first.fields, **own}, others=others)
 
 
 @dataclass
@@ -238,11 +308,13 @@ class UltraFeedback(Converter):
     """UltraFeedback: ``instruction`` and rated ``completions``; an aspect an objective.
 
     ``completions[].annotations.<aspect>.Rating`` is a string "1" to "5" or "N/A"; N/A, null and a missing aspect are
-    unlabelled. Every pair of completions is made; equal ratings and equal texts tie.
+    unlabelled. Every pair of completions is made; equal ratings and equal texts tie. A bad completion is left out by
+    itself. The system prompts of completions differ within a row, and are no part of the prompt.
     """
 
     name: ClassVar[str] = "ultrafeedback"
     available: ClassVar[tuple[str, ...]] = ("instruction_following", "honesty", "truthfulness", "helpfulness")
+    known: ClassVar[frozenset[str]] = frozenset(("instruction", "completions", "correct_answers", "incorrect_answers"))
 
     @classmethod
     def matches(cls, record: Mapping[str, Any]) -> bool:
@@ -250,40 +322,62 @@ class UltraFeedback(Converter):
 
     @staticmethod
     def _rating(completion: Mapping[str, Any], aspect: str, here: str) -> float | None:
-        annotation = (completion.get("annotations") or {}).get(aspect)
+        annotations = completion.get("annotations")
+        if annotations is None:
+            return None
+        if not isinstance(annotations, Mapping):
+            raise DataError(
+                f"expected an object of aspect -> rating, got {shown(annotations)}", field=f"{here}.annotations"
+            )
+        annotation = annotations.get(aspect)
         if annotation is None:
             return None
         where = f"{here}.annotations.{aspect}.Rating"
         if not isinstance(annotation, Mapping):
-            raise DataError(f"expected an object with Rating, got {annotation!r}", field=where.removesuffix(".Rating"))
+            raise DataError(
+                f"expected an object with Rating, got {shown(annotation)}", field=where.removesuffix(".Rating")
+            )
         value = annotation.get("Rating")
         if value is None or (isinstance(value, str) and value.strip().upper() in ("N/A", "")):
             return None
-        try:
+        rating = float("nan")
+        if isinstance(value, str):
+            with contextlib.suppress(ValueError):
+                rating = float(value)
+        elif is_number(value):
             rating = float(value)
-        except (TypeError, ValueError):
-            rating = float("nan")
         if not 1 <= rating <= 5:
-            raise DataError(f'expected a rating from 1 to 5 or "N/A", got {value!r}', field=where)
+            raise DataError(f'expected a rating from 1 to 5 or "N/A", got {shown(value)}', field=where)
         return rating
 
-    def convert_row(self, record: Mapping[str, Any]) -> tuple[Mapping[str, Any], Mapping[str, str]]:
+    def _completion(self, completion: object, here: str) -> tuple[str, dict[str, float | None]]:
+        """The text and the ratings of a completion."""
+        if not isinstance(completion, Mapping):
+            raise DataError(f"expected an object with response and annotations, got {shown(completion)}", field=here)
+        text = check_text(completion.get("response"), f"{here}.response", self.max_response_chars)
+        return text, {name: self._rating(completion, name, here) for name in self.selected}
+
+    def _convert_one(self, row: Row, reject: Reject) -> tuple[Mapping[str, Any], Mapping[str, str]]:
+        record = row.record
         completions = record.get("completions")
         if not isinstance(completions, (list, tuple)) or len(completions) < 2:
             count = len(completions) if isinstance(completions, (list, tuple)) else completions
-            raise DataError(f"expected at least 2 completions, got {count!r}", field="completions")
-        texts, ratings = [], []
+            raise DataError(f"expected at least 2 completions, got {shown(count)}", field="completions")
+        places, texts, ratings = [], [], []
         for index, completion in enumerate(completions):
-            here = f"completions[{index}]"
-            if not isinstance(completion, Mapping):
-                raise DataError(f"expected an object with response and annotations, got {completion!r}", field=here)
-            texts.append(check_text(completion.get("response"), f"{here}.response"))
-            ratings.append({name: self._rating(completion, name, here) for name in self.selected})
+            try:
+                text, rating = self._completion(completion, f"completions[{index}]")
+            except DataError as error:
+                reject(error.at(row.source, row.line, row.fields))
+                continue
+            places.append(index)
+            texts.append(text)
+            ratings.append(rating)
         pairs = _rated_pairs(texts, ratings)
         if not pairs:
             raise DataError("no two completions are rated for the same aspect", field="completions")
         fields = {"prompt": "instruction"} | {
-            f"responses[{i}]": f"completions[{i}].response" for i in range(len(texts))
+            f"responses[{i}]": f"completions[{place}].response" for i, place in enumerate(places)
         }
         return {"prompt": record.get("instruction"), "responses": texts, "pairs": pairs}, fields
 
@@ -305,6 +399,7 @@ class ChosenRejected(Converter):
     """
 
     fields: ClassVar[dict[str, str]] = {"responses[0]": "chosen", "responses[1]": "rejected"}
+    known: ClassVar[frozenset[str]] = frozenset(("chosen", "rejected"))
     objective: str | None = None
 
     def __post_init__(self) -> None:
@@ -348,7 +443,7 @@ class HHRLHF(ChosenRejected):
         found = [name for name in ("helpful", "harmless") if name in self.origin.lower()]
         if len(found) != 1:
             raise ValueError(
-                f"objective: cannot tell helpful from harmless by the name {self.origin!r}: pass objective=, or load "
+                f"objective: cannot tell helpful from harmless by the name {shown(self.origin)}: pass objective=, or load "
                 "the subsets apart as {'helpful': ..., 'harmless': ...}"
             )
         return found[0]
@@ -390,18 +485,106 @@ class HHRLHF(ChosenRejected):
         return messages
 
 
+# What chat templates and transcripts write before the assistant's turn.
+_ASSISTANT = re.compile(
+    r"(?:<\|im_start\|>assistant(?:<\|im_sep\|>)?|<\|start_header_id\|>assistant<\|end_header_id\|>|<start_of_turn>model|<\|assistant\|>"
+    r"|<\|Assistant\|>|<｜Assistant｜>|<\|CHATBOT_TOKEN\|>|\[/INST\]|### (?:Assistant|Response|Answer|Output):?"
+    r"|\b(?:ASSISTANT|GPT4 Correct Assistant):|TL;DR:|(?:^|\n)(?:Assistant|AI|Bot|Response|Answer|A):)\n*"
+)
+_ROLES = {
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "bard": "assistant",
+    "bing": "assistant",
+    "assistant": "assistant",
+    "model": "assistant",
+    "function_call": "assistant",
+    "system": "system",
+    "tool": "tool",
+    "observation": "tool",
+    "function_response": "tool",
+}
+
+
+def _function_calls(text: object, here: str) -> list[dict[str, Any]]:
+    """Calls of functions as messages have them, from the JSON of one call or of a list."""
+    try:
+        calls = json.loads(text) if isinstance(text, str) else text
+    except (ValueError, RecursionError):
+        calls = None
+    calls = calls if isinstance(calls, list) else [calls]
+    if not calls or not all(isinstance(call, Mapping) and isinstance(call.get("name"), str) for call in calls):
+        raise DataError(f"expected the JSON of a call with name and arguments, got {shown(text)}", field=here)
+    return [{"type": "function", "function": dict(call)} for call in calls]
+
+
+def _turn(value: object, here: str) -> object:
+    """A message of ``from`` and ``value``, as ShareGPT writes it, in the terms of role and content."""
+    if not isinstance(value, Mapping) or "role" in value or not {"from", "value"} <= set(value):
+        return value
+    speaker, text = value["from"], value["value"]
+    if not isinstance(speaker, str) or speaker not in _ROLES:
+        raise DataError(f"expected one of {', '.join(_ROLES)}, got {shown(speaker)}", field=f"{here}.from")
+    message = {key: item for key, item in value.items() if key not in ("from", "value")}
+    if speaker == "function_call":
+        return message | {"role": "assistant", "content": "", "tool_calls": _function_calls(text, f"{here}.value")}
+    return message | {"role": _ROLES[speaker], "content": text}
+
+
+def _turns(value: object, here: str) -> object:
+    """One message or several as a list in the terms of role and content; anything else as it is."""
+    if isinstance(value, Mapping):
+        return [_turn(value, here)]
+    if isinstance(value, (list, tuple)):
+        return [_turn(item, f"{here}[{index}]") for index, item in enumerate(value)]
+    return value
+
+
+def _answer(value: object, name: str) -> list[Any]:
+    """An answer as messages. A text may be empty: this is a row of chat, whose template ends the turn."""
+    if isinstance(value, list):
+        return value
+    text = "" if value == "" else check_text(value, name)
+    return [{"role": "assistant", "content": text}]
+
+
+def _continued(prompt: list[Message], shared: list[Message]) -> list[Message]:
+    """The conversation of a prompt and of what both transcripts begin with, which repeats it in part, or goes on."""
+    if any(shared[start : start + len(prompt)] == prompt for start in range(len(shared) - len(prompt) + 1)):
+        return shared
+    overlap = next(
+        length
+        for length in range(min(len(prompt), len(shared)), -1, -1)
+        if prompt[len(prompt) - length :] == shared[:length]
+    )
+    if not overlap and shared[0]["role"] == prompt[-1]["role"]:
+        raise DataError(
+            "is neither what the answers begin with nor what they go on from: pass columns= (--columns) prompt= to take "
+            "what they begin with",
+            field="prompt",
+        )
+    return prompt + shared[overlap:]
+
+
 @dataclass
 class TRL(ChosenRejected):
     """TRL preference rows: prompt, chosen, rejected; or chosen and rejected with the prompt as their common beginning.
 
-    Strings or messages. A common beginning of two strings is cut back to the last white space, so that no word is torn;
-    the space goes to the responses, as tokenizers expect. Columns such as ``score_chosen`` are left aside.
+    Strings or messages, also those of ShareGPT (``from``, ``value``). The prompt may be called question, instruction
+    (with input), query, input, conversations or messages. Beside messages an explicit prompt is what they repeat or go
+    on from. A common beginning of two strings ends at the assistant's turn; without such a marker it is a prompt only
+    where the rows hold no other text, and is cut back to the last white space, so that no word is torn; the space goes
+    to the responses, as tokenizers expect.
 
     Args:
         objective: default "preference".
     """
 
     name: ClassVar[str] = "trl"
+    known: ClassVar[frozenset[str]] = frozenset(("prompt", "chosen", "rejected"))
+    finds_prompt: ClassVar[bool] = True
 
     @classmethod
     def matches(cls, record: Mapping[str, Any]) -> bool:
@@ -411,32 +594,56 @@ class TRL(ChosenRejected):
         return "preference"
 
     def convert_row(self, record: Mapping[str, Any]) -> tuple[Mapping[str, Any], Mapping[str, str]]:
-        chosen, rejected, prompt = record.get("chosen"), record.get("rejected"), record.get("prompt")
-        if isinstance(chosen, (list, tuple)) and isinstance(rejected, (list, tuple)):
-            _check_different(rejected, chosen, "rejected", "chosen")
-            split = _common_prefix(chosen, rejected)
-            shared, chosen, rejected = list(chosen[:split]), chosen[split:], rejected[split:]
-            if prompt is None and not shared:
-                raise DataError("shares no message with chosen, so there is no prompt", field="rejected")
-            if shared:
-                # Beside an explicit prompt the transcripts either repeat it or continue it.
-                repeated = prompt is None or shared[0]["role"] != "assistant"
-                prompt = shared if repeated else [*as_messages(check_prompt(prompt)), *shared]
-            checked = [
-                response_text(check_response(value, name))
-                for name, value in (("chosen", chosen), ("rejected", rejected))
-            ]
-            return self._example(prompt, *checked), self.fields
-        chosen, rejected = check_text(chosen, "chosen"), check_text(rejected, "rejected")
+        chosen, rejected, prompt = (_turns(record.get(name), name) for name in ("chosen", "rejected", "prompt"))
         _check_different(rejected, chosen, "rejected", "chosen")
+        if any(isinstance(part, list) for part in (prompt, chosen, rejected)) or (
+            prompt is not None and _context(record)
+        ):
+            return self._from_messages(prompt, _answer(chosen, "chosen"), _answer(rejected, "rejected")), self.fields
+        chosen, rejected = check_text(chosen, "chosen"), check_text(rejected, "rejected")
         if prompt is None:
-            beginning = chosen[: _common_prefix(chosen, rejected)]
+            prompt, chosen, rejected = self._split(record, chosen, rejected)
+        return self._example(prompt, chosen, rejected), self.fields
+
+    def _from_messages(self, prompt: object, chosen: list[Any], rejected: list[Any]) -> dict[str, Any]:
+        split = _common_prefix(chosen, rejected)
+        shared = check_messages(chosen[:split], "chosen") if split else []
+        if prompt is None:
+            if not shared:
+                raise DataError("shares no message with chosen, so there is no prompt", field="rejected")
+            prompt = shared
+        elif shared:
+            given = check_prompt(prompt)
+            # A string beside transcripts is one of the questions that they hold.
+            questions = [message["content"].strip() for message in shared if message["role"] == "user"]
+            repeated = isinstance(given, str) and given.strip() in questions
+            prompt = shared if repeated else _continued(as_messages(given), shared)
+        texts = [
+            response_text(check_response(value[split:], name))
+            for name, value in (("chosen", chosen), ("rejected", rejected))
+        ]
+        if not texts[0]:
+            raise DataError("is empty", field="chosen")
+        return self._example(prompt, texts[0], texts[1] or [{"role": "assistant", "content": ""}])
+
+    def _split(self, record: Mapping[str, Any], chosen: str, rejected: str) -> tuple[str, str, str]:
+        """(prompt, chosen, rejected) of two texts that begin alike."""
+        beginning = chosen[: _common_prefix(chosen, rejected)]
+        cut = 0
+        for match in _ASSISTANT.finditer(beginning):
+            cut, marker = match.end(), match.group().strip()
+        if cut:
+            for name, text in (("chosen", chosen), ("rejected", rejected)):
+                if marker in text[cut:]:
+                    raise DataError("the answers differ before their last assistant turn", field=name)
+        else:
+            has_prompt = "prompt" in record and "prompt" not in self.names.mapping
+            check_no_other_text(record, self.names.unused(record, self.known), has_prompt)
             space = max(beginning.rfind(" "), beginning.rfind("\n"))
             cut = space + 1 if space >= 0 and beginning[space] == "\n" else max(space, 0)
-            prompt, chosen, rejected = chosen[:cut], chosen[cut:], rejected[cut:]
-            if not prompt.strip():
-                raise DataError("shares no beginning with chosen, so there is no prompt", field="rejected")
-        return self._example(prompt, chosen, rejected), self.fields
+        if not beginning[:cut].strip():
+            raise DataError("shares no beginning with chosen, so there is no prompt", field="rejected")
+        return beginning[:cut], check_text(chosen[cut:], "chosen"), check_text(rejected[cut:], "rejected")
 
 
 @dataclass
@@ -453,6 +660,7 @@ class SummarizeFromFeedback(ChosenRejected):
     """
 
     name: ClassVar[str] = "summarize-from-feedback"
+    known: ClassVar[frozenset[str]] = frozenset(("info", "summaries", "choice", "batch", "split", "extra"))
     template: str = "{post}\n\nTL;DR:"
 
     def __post_init__(self) -> None:
@@ -476,20 +684,23 @@ class SummarizeFromFeedback(ChosenRejected):
     def convert_row(self, record: Mapping[str, Any]) -> tuple[Mapping[str, Any], Mapping[str, str]]:
         info, summaries, choice = record.get("info"), record.get("summaries"), record.get("choice")
         if not isinstance(info, Mapping):
-            raise DataError(f"expected an object with post or article, got {info!r}", field="info")
+            raise DataError(f"expected an object with post or article, got {shown(info)}", field="info")
         source = "post" if info.get("post") is not None else "article"
         parts = {name: info.get(name) or "" for name in ("title", "subreddit")}
+        for name, text in parts.items():
+            if not isinstance(text, str):
+                raise DataError(f"expected a string or null, got {shown(text)}", field=f"info.{name}")
         prompt = self.template.format(post=check_text(info.get(source), f"info.{source}"), **parts)
         if not isinstance(summaries, (list, tuple)) or len(summaries) != 2:
             count = len(summaries) if isinstance(summaries, (list, tuple)) else summaries
-            raise DataError(f"expected 2 summaries, got {count!r}", field="summaries")
+            raise DataError(f"expected 2 summaries, got {shown(count)}", field="summaries")
         texts = []
         for index, summary in enumerate(summaries):
             if not isinstance(summary, Mapping):
-                raise DataError(f"expected an object with text, got {summary!r}", field=f"summaries[{index}]")
+                raise DataError(f"expected an object with text, got {shown(summary)}", field=f"summaries[{index}]")
             texts.append(check_text(summary.get("text"), f"summaries[{index}].text"))
         if isinstance(choice, bool) or choice not in (0, 1):
-            raise DataError(f"expected 0 or 1, got {choice!r}", field="choice")
+            raise DataError(f"expected 0 or 1, got {shown(choice)}", field="choice")
         _check_different(texts[1], texts[0], "summaries[1].text", "summaries[0].text")
         pair = {"i": 0, "j": 1, "preference": {self.objective: 1.0 - choice}}
         fields = {"prompt": f"info.{source}"} | {f"responses[{i}]": f"summaries[{i}].text" for i in range(2)}

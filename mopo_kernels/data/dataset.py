@@ -10,7 +10,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mopo_kernels.data.schema import DataError, PreferenceExample, PreferencePair, as_messages, response_text
+from mopo_kernels.data.schema import (
+    TEMPLATE_COLUMNS,
+    DataError,
+    Message,
+    PreferenceExample,
+    PreferencePair,
+    as_messages,
+    response_text,
+)
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -37,11 +45,21 @@ def nothing_usable(skipped: Sequence[DataError], source: str | None = None) -> D
     return error
 
 
+def _stored_message(message: Message, keys: Sequence[str]) -> dict[str, str | None]:
+    """A message as Arrow holds it: every key a string or null, calls of tools as JSON."""
+    return {
+        key: value if value is None or isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+        for key, value in ((key, message.get(key)) for key in keys)
+    }
+
+
 def _to_table(examples: Sequence[PreferenceExample], objectives: Sequence[str]) -> Dataset:
     """An Arrow table with one type per column, every pair carrying every objective (null = unlabelled)."""
     datasets = import_datasets()
     text = datasets.Value("string")
     message = [{"role": text, "content": text}]
+    turns = [turn for example in examples if not isinstance(example.prompt, str) for turn in example.prompt]
+    keys = list(dict.fromkeys(["role", "content", *(key for turn in turns for key in turn)]))
     # Arrow wants one type per column. Where both forms occur the strings become messages, which changes nothing: with a
     # chat template a string is one user turn anyway, and without one messages cannot be used at all.
     chat_prompts = any(not isinstance(example.prompt, str) for example in examples)
@@ -54,7 +72,7 @@ def _to_table(examples: Sequence[PreferenceExample], objectives: Sequence[str]) 
     if any(pair.margin is not None for example in examples for pair in example.pairs):
         pair_features["margin"] = datasets.Value("float64")
     features: dict[str, Any] = {
-        "prompt": message if chat_prompts else text,
+        "prompt": [dict.fromkeys(keys, text)] if chat_prompts else text,
         "responses": [message] if chat_responses else [text],
         "pairs": [pair_features],
         "id": text,
@@ -62,11 +80,14 @@ def _to_table(examples: Sequence[PreferenceExample], objectives: Sequence[str]) 
     }
     if any(example.ref_logprob is not None for example in examples):
         features["ref_logprob"] = [datasets.Value("float64")]
+    # As JSON, whose types may differ from row to row.
+    context = [name for name in TEMPLATE_COLUMNS if any(getattr(example, name) is not None for example in examples)]
+    features |= dict.fromkeys(context, text)
     rows = []
     for example in examples:
         row = example.to_dict()
         if chat_prompts:
-            row["prompt"] = as_messages(example.prompt)
+            row["prompt"] = [_stored_message(turn, keys) for turn in as_messages(example.prompt)]
         if chat_responses:
             row["responses"] = [[{"role": "assistant", "content": response_text(r)}] for r in example.responses]
         for pair in row["pairs"]:
@@ -75,6 +96,8 @@ def _to_table(examples: Sequence[PreferenceExample], objectives: Sequence[str]) 
                 pair.setdefault("margin", None)
         if "ref_logprob" in features:
             row.setdefault("ref_logprob", None)
+        for name in context:
+            row[name] = json.dumps(row[name], ensure_ascii=False) if name in row else None
         rows.append(row)
     columns = {name: [row[name] for row in rows] for name in features}
     return datasets.Dataset.from_dict(columns, features=datasets.Features(features))
@@ -87,8 +110,8 @@ class PreferenceData:
     Give it to ``transformers.Trainer`` as ``train_dataset``, with a ``PreferenceCollator`` as ``data_collator``.
 
     Args:
-        dataset: ``datasets.Dataset`` with the canonical columns prompt, responses, pairs, id, weight
-            (and ref_logprob when some example has it).
+        dataset: ``datasets.Dataset`` with the canonical columns prompt, responses, pairs, id, weight, and ref_logprob,
+            tools and chat_template_kwargs when some example has them, the last two as JSON.
         objectives: names of the K objectives, in the order of the collator's preference columns.
         skipped: the rows left out, each a DataError with file, line and field; empty with ``on_error="raise"``.
     """
@@ -233,14 +256,23 @@ class PreferenceData:
 
 def prompt_key(prompt: Any) -> str:
     """Equal for prompts that mean the same: a string equals one user turn with that content."""
-    turns = [(message["role"], message["content"]) for message in as_messages(prompt)]
-    return json.dumps(turns, ensure_ascii=False)
+    turns = [_stored_message(message, sorted(message)) for message in as_messages(prompt)]
+    return json.dumps(
+        [[(key, value) for key, value in turn.items() if value is not None] for turn in turns], ensure_ascii=False
+    )
+
+
+def example_key(example: PreferenceExample) -> str:
+    """Equal for examples whose responses answer the same: the prompt, the tools, and what the template is told."""
+    context = [example.tools, example.chat_template_kwargs]
+    key = prompt_key(example.prompt)
+    return key if context == [None, None] else key + json.dumps(context, ensure_ascii=False, sort_keys=True)
 
 
 def merge_preferences(parts: Sequence[PreferenceData]) -> PreferenceData:
     """Join several data sets, such as one per objective, by prompt.
 
-    Examples with the same prompt become one; so do their responses with the same text (copies of a text within one
+    Examples with the same prompt (and tools, and variables of the template) become one; so do their responses with the same text (copies of a text within one
     example stay apart, and the n-th copy joins the n-th copy). A pair that several parts judge for different objectives
     carries all of those labels, whichever way round each part had it; a pair that only one part has stays unlabelled
     for the other objectives. Where the same pair is judged for the same objective more than once, the labels are
@@ -256,7 +288,7 @@ def merge_preferences(parts: Sequence[PreferenceData]) -> PreferenceData:
     groups: dict[str, list[PreferenceExample]] = {}
     for part in parts:
         for example in part:
-            groups.setdefault(prompt_key(example.prompt), []).append(example)
+            groups.setdefault(example_key(example), []).append(example)
     objectives = tuple(dict.fromkeys(name for part in parts for name in part.objectives))
     skipped = tuple(error for part in parts for error in part.skipped)
     return PreferenceData.from_examples(map(_join, groups.values()), objectives, skipped)
@@ -315,4 +347,6 @@ def _join(examples: Sequence[PreferenceExample]) -> PreferenceExample:
         ref_logprob=tuple(reference[index] for index in range(len(responses)))
         if len(reference) == len(responses)
         else None,
+        tools=first.tools,
+        chat_template_kwargs=first.chat_template_kwargs,
     )

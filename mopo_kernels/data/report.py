@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from mopo_kernels.data.dataset import PreferenceData, prompt_key
+from mopo_kernels.data.dataset import PreferenceData, example_key
 from mopo_kernels.data.schema import PreferenceExample, response_text
 
 # Two objectives "agree" when hardly a pair sets them against each other and their labels move together: then raising
@@ -253,7 +253,7 @@ def summarize(data: PreferenceData, progress: Callable[[], object] | None = None
         )
     return PreferenceReport(
         examples=len(examples),
-        prompts=len({prompt_key(example.prompt) for example in examples}),
+        prompts=len({example_key(example) for example in examples}),
         responses=sum(len(example.responses) for example in examples),
         pairs=len(pairs),
         equal_text_pairs=sum(

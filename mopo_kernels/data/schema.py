@@ -2,14 +2,37 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Real
 from typing import Any
 
-Message = dict[str, str]
+Message = dict[str, Any]
 Text = str | list[Message]
+
+# Columns beside the prompt that belong to it: system and history become messages of it, the others go to the template.
+TEMPLATE_COLUMNS = ("tools", "chat_template_kwargs")
+CONTEXT_COLUMNS = ("system", "history", *TEMPLATE_COLUMNS)
+# What no causal language model of text can read.
+MEDIA_COLUMNS = ("image", "images", "video", "videos", "audio", "audios")
+# What the collator decides itself.
+_TEMPLATE_ARGUMENTS = frozenset(
+    (
+        "add_generation_prompt",
+        "chat_template",
+        "continue_final_message",
+        "conversation",
+        "messages",
+        "tokenize",
+        "tools",
+    )
+)
+_MESSAGE_TEXTS = ("name", "tool_call_id", "reasoning_content")
+# The pairs' weights, margins and reference log-probabilities are computed with in fp32.
+_FP32_MAX = 3.4028234663852886e38
+_FP32_TINY = 1.1754943508222875e-38
 
 
 class DataError(ValueError):
@@ -35,16 +58,34 @@ class DataError(ValueError):
         return ":".join(str(part) for part in (self.source, self.line) if part is not None)
 
     def __str__(self) -> str:
-        return ": ".join(part for part in (self.location, self.field, self.problem) if part)
+        return printable(": ".join(part for part in (self.location, self.field, self.problem) if part))
 
     def at(self, source: str | None, line: int | None, fields: Mapping[str, str] | None = None) -> DataError:
         """The same error located in a file; ``fields`` renames canonical fields to the row's own."""
-        field = (fields or {}).get(self.field or "", self.field)
-        return DataError(self.problem, source, line, field)
+        return DataError(self.problem, source, line, None if self.field is None else renamed(self.field, fields or {}))
 
 
-def _shown(value: object) -> str:
-    text = repr(value)
+def renamed(field: str, fields: Mapping[str, str]) -> str:
+    """The path ``field`` with its beginning in the row's own terms, as ``fields`` has it."""
+    for name, own in fields.items():
+        if field == name or field.startswith((f"{name}.", f"{name}[")):
+            return own + field[len(name) :]
+    return field
+
+
+def printable(text: str) -> str:
+    """``text`` in one line that a terminal shows as it is: control characters and half surrogates as escapes."""
+    if text.isprintable():
+        return text
+    return "".join(letter if letter.isprintable() else letter.encode("unicode_escape").decode() for letter in text)
+
+
+def shown(value: object) -> str:
+    """What an error message says of a value, in 60 characters."""
+    try:
+        text = repr(value)
+    except (RecursionError, ValueError):  # nested too deeply, or an integer of too many digits
+        text = f"a {type(value).__name__} that is too large to show"
     return text if len(text) <= 60 else text[:57] + "..."
 
 
@@ -58,14 +99,16 @@ def is_number(value: object) -> bool:
         return False
 
 
-def check_text(value: object, field: str, max_chars: int | None = None) -> str:
-    """``value`` when it is a non-blank string of at most ``max_chars`` characters; otherwise DataError."""
-    if not isinstance(value, str):
-        raise DataError(f"expected a string, got {_shown(value)}", field=field)
-    if not value.strip():
-        raise DataError("is empty", field=field)
-    if max_chars is not None and len(value) > max_chars:
-        raise DataError(f"has {len(value)} characters, more than the limit of {max_chars}", field=field)
+def _check_fp32(value: Any, field: str, expected: str) -> None:
+    """DataError unless ``value`` is a number that fp32 holds as a finite one."""
+    if not is_number(value):
+        raise DataError(f"expected {expected}, got {shown(value)}", field=field)
+    if abs(value) > _FP32_MAX:
+        raise DataError(f"expected {expected} that fp32 holds, got {shown(value)}", field=field)
+
+
+def check_unicode(value: str, field: str) -> str:
+    """``value`` when it can be written as UTF-8; otherwise DataError."""
     try:
         value.encode()
     except UnicodeEncodeError as error:
@@ -73,49 +116,129 @@ def check_text(value: object, field: str, max_chars: int | None = None) -> str:
     return value
 
 
-def _check_messages(value: Sequence[object], field: str, max_chars: int | None) -> list[Message]:
+def check_text(value: object, field: str, max_chars: int | None = None) -> str:
+    """``value`` when it is a non-blank string of at most ``max_chars`` characters; otherwise DataError."""
+    if not isinstance(value, str):
+        raise DataError(f"expected a string, got {shown(value)}", field=field)
+    if not value.strip():
+        raise DataError("is empty", field=field)
+    _check_length(len(value), field, max_chars)
+    return check_unicode(value, field)
+
+
+def _check_length(length: int, field: str, max_chars: int | None) -> None:
+    if max_chars is not None and length > max_chars:
+        raise DataError(f"has {length} characters, more than the limit of {max_chars}", field=field)
+
+
+def is_given(value: object) -> bool:
+    """False for what a column holds where a row has nothing for it: null, and blank or empty values."""
+    if isinstance(value, str):
+        return bool(value.strip())
+    return value is not None and not (isinstance(value, (list, tuple, Mapping)) and not value)
+
+
+def _check_json(value: object, field: str) -> Any:
+    """A value of JSON, or the text of one, as plain lists and dicts."""
+    try:
+        if isinstance(value, str):
+            value = json.loads(value)
+        return json.loads(check_unicode(json.dumps(value, ensure_ascii=False, allow_nan=False), field))
+    except DataError:
+        raise
+    except (TypeError, ValueError, RecursionError) as error:
+        raise DataError(f"expected JSON, got {shown(value)}: {error}", field=field) from None
+
+
+def _check_objects(value: object, field: str) -> list[dict[str, Any]]:
+    """A list of JSON objects, or the text of one."""
+    found = _check_json(value, field)
+    if not isinstance(found, list) or not all(isinstance(item, dict) for item in found):
+        raise DataError(f"expected a list of objects, got {shown(value)}", field=field)
+    return found
+
+
+def _content(value: object, field: str) -> object:
+    """The content of a message; parts of a list are joined when all are text."""
+    if not isinstance(value, (list, tuple)):
+        return value
+    texts = []
+    for index, part in enumerate(value):
+        kind = part.get("type") if isinstance(part, Mapping) else None
+        if not isinstance(part, Mapping) or kind != "text":
+            got = shown(part) if kind is None else f"a part of type {shown(kind)}"
+            raise DataError(f"expected text, as nothing else is read; got {got}", field=f"{field}[{index}]")
+        texts.append(check_text(part.get("text"), f"{field}[{index}].text"))
+    return "".join(texts)
+
+
+def _check_message(value: object, field: str) -> Message:
+    if not isinstance(value, Mapping):
+        raise DataError(f"expected a message with role and content, got {shown(value)}", field=field)
+    # Arrow fills the keys that only some messages have with null: those carry nothing.
+    given = {key: item for key, item in value.items() if item is not None}
+    known = ("role", "content", "tool_calls", *_MESSAGE_TEXTS)
+    if extra := [key for key, item in given.items() if key not in known and is_given(item)]:
+        raise DataError(
+            f"expected role, content and what belongs to tools only, got also {', '.join(map(shown, extra))}",
+            field=field,
+        )
+    role = check_text(given.get("role"), f"{field}.role")
+    content = _content(given.get("content"), f"{field}.content")
+    calls = _check_objects(given["tool_calls"], f"{field}.tool_calls") if is_given(given.get("tool_calls")) else []
+    if calls and role != "assistant":
+        raise DataError(
+            f"expected tool calls of the assistant, got those of {shown(role)}", field=f"{field}.tool_calls"
+        )
+    if role in ("system", "tool", "assistant") and content == "":
+        message = {"role": role, "content": ""}
+    elif calls and content is None:
+        message = {"role": role, "content": ""}
+    else:
+        message = {"role": role, "content": check_text(content, f"{field}.content")}
+    message |= {
+        name: check_text(given[name], f"{field}.{name}") for name in _MESSAGE_TEXTS if is_given(given.get(name))
+    }
+    return message | {"tool_calls": calls} if calls else message
+
+
+def check_messages(value: Sequence[object], field: str, max_chars: int | None = None) -> list[Message]:
+    """At least one message, each of ``role`` and ``content``, and perhaps of what belongs to calls of tools."""
     if not value:
         raise DataError("expected at least one message, got an empty list", field=field)
-    messages: list[Message] = []
-    for index, message in enumerate(value):
-        here = f"{field}[{index}]"
-        if not isinstance(message, Mapping):
-            raise DataError(f"expected a message with role and content, got {_shown(message)}", field=here)
-        # Arrow fills the keys that only some messages have with null: those carry nothing.
-        extra = [key for key, item in message.items() if key not in ("role", "content") and item is not None]
-        if extra:
-            raise DataError(f"expected role and content only, got also {', '.join(map(repr, extra))}", field=here)
-        role = check_text(message.get("role"), f"{here}.role")
-        content = message.get("content")
-        if role == "system" and content == "":
-            messages.append({"role": role, "content": ""})
-            continue
-        messages.append({"role": role, "content": check_text(content, f"{here}.content")})
-    total = sum(len(message["content"]) for message in messages)
-    if max_chars is not None and total > max_chars:
-        raise DataError(f"has {total} characters, more than the limit of {max_chars}", field=field)
+    messages = [_check_message(message, f"{field}[{index}]") for index, message in enumerate(value)]
+    _check_length(sum(len(message["content"]) for message in messages), field, max_chars)
     return messages
 
 
 def check_prompt(value: object, field: str = "prompt", max_chars: int | None = None) -> Text:
     """A prompt: a non-blank string, or messages that end with someone else's turn than the assistant's."""
     if isinstance(value, (list, tuple)):
-        messages = _check_messages(value, field, max_chars)
+        messages = check_messages(value, field, max_chars)
         if messages[-1]["role"] == "assistant":
             raise DataError("ends with an assistant message: that one belongs to the responses", field=field)
+        for index, message in enumerate(messages):
+            if message["role"] == "assistant" and not message["content"] and "tool_calls" not in message:
+                raise DataError("is empty", field=f"{field}[{index}].content")
         return messages
     return check_text(value, field, max_chars)
 
 
 def check_response(value: object, field: str, max_chars: int | None = None) -> Text:
-    """A response: a non-blank string, or a list that holds exactly one assistant message."""
+    """A response: a non-blank string, or a list that holds exactly one assistant message.
+
+    The message may be empty: the template writes the end of the turn, which is scored.
+    """
     if isinstance(value, (list, tuple)):
-        messages = _check_messages(value, field, max_chars)
+        messages = check_messages(value, field, max_chars)
         if len(messages) != 1 or messages[0]["role"] != "assistant":
             roles = [message["role"] for message in messages]
             raise DataError(
-                f"expected one assistant message (earlier turns belong to the prompt), got roles {roles}", field=field
+                f"expected one assistant message (earlier turns belong to the prompt), got roles {shown(roles)}",
+                field=field,
             )
+        if extra := sorted(set(messages[0]) - {"role", "content"}):
+            raise DataError(f"expected text, as responses are scored as such; got {', '.join(extra)}", field=field)
         return messages
     return check_text(value, field, max_chars)
 
@@ -128,6 +251,74 @@ def response_text(response: Text) -> str:
 def as_messages(prompt: Text) -> list[Message]:
     """A prompt as messages: a string is one user turn."""
     return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+
+
+def check_media(record: Mapping[str, Any]) -> None:
+    """DataError for a row with images, sound or video."""
+    for name in MEDIA_COLUMNS:
+        value = record.get(name)
+        if is_given(value) and not (isinstance(value, (list, tuple)) and all(item is None for item in value)):
+            raise DataError("expected none, as only text is read; got some", field=name)
+
+
+def _check_history(value: object) -> list[Message]:
+    """Earlier turns: messages, or pairs of what the user said and what the assistant answered."""
+    if not isinstance(value, (list, tuple)):
+        raise DataError(f"expected a list of turns, got {shown(value)}", field="history")
+    messages: list[Message] = []
+    for index, turn in enumerate(value):
+        here = f"history[{index}]"
+        if isinstance(turn, Mapping):
+            messages.append(_check_message(turn, here))
+        elif isinstance(turn, (list, tuple)) and len(turn) == 2:
+            for place, role in enumerate(("user", "assistant")):
+                messages.append({"role": role, "content": check_text(turn[place], f"{here}[{place}]")})
+        else:
+            raise DataError(f"expected a message, or a question and its answer, got {shown(turn)}", field=here)
+    return messages
+
+
+def join_context(prompt: Text, record: Mapping[str, Any], max_chars: int | None = None) -> Text:
+    """``prompt`` with the row's columns ``system`` and ``history`` before it, as messages; unchanged without any.
+
+    What the prompt has already is not put there twice.
+
+    Raises:
+        DataError: either is malformed, or the system prompt is another than that of ``prompt``.
+    """
+    system, history = record.get("system"), record.get("history")
+    if not is_given(system) and not is_given(history):
+        return prompt
+    turns = list(as_messages(prompt))
+    opening = [turns.pop(0)] if turns[0]["role"] == "system" else []
+    earlier = _check_history(history) if is_given(history) else []
+    if earlier and earlier[0]["role"] == "system":
+        opening.append(earlier.pop(0))
+    if is_given(system):
+        opening.append({"role": "system", "content": check_text(system, "system")})
+    opening = [message for message in opening if message["content"]] or opening
+    if any(message != opening[0] for message in opening):
+        raise DataError("expected one system prompt, got two that differ", field="system")
+    if turns[: len(earlier)] != earlier:
+        turns = earlier + turns
+    return check_messages(opening[:1] + turns, "prompt", max_chars)
+
+
+def check_tools(value: object) -> list[dict[str, Any]] | None:
+    """Tools as the chat template takes them: JSON schemas in a list, or the text of it; None for none."""
+    return (_check_objects(value, "tools") or None) if is_given(value) else None
+
+
+def check_template_kwargs(value: object) -> dict[str, Any] | None:
+    """Variables for the chat template by name, or the JSON of them; None for none. A null is no value."""
+    if not is_given(value):
+        return None
+    found = _check_json(value, "chat_template_kwargs")
+    if not isinstance(found, dict):
+        raise DataError(f"expected an object, got {shown(value)}", field="chat_template_kwargs")
+    if own := sorted(_TEMPLATE_ARGUMENTS & set(found)):
+        raise DataError(f"expected variables of the template, got {', '.join(own)}", field="chat_template_kwargs")
+    return {name: item for name, item in found.items() if item is not None} or None
 
 
 @dataclass(frozen=True)
@@ -153,35 +344,34 @@ class PreferencePair:
         for name in ("i", "j"):
             index = getattr(self, name)
             if not isinstance(index, int) or isinstance(index, bool):
-                raise DataError(f"expected an integer, got {_shown(index)}", field=name)
+                raise DataError(f"expected an integer, got {shown(index)}", field=name)
         if self.i == self.j:
             raise DataError(f"a response cannot be paired with itself, got i = j = {self.i}", field="j")
         if not isinstance(self.preference, Mapping):
-            raise DataError(f"expected objective -> number or null, got {_shown(self.preference)}", field="preference")
+            raise DataError(f"expected objective -> number or null, got {shown(self.preference)}", field="preference")
         for objective, value in self.preference.items():
             here = f"preference.{objective}"
             if not isinstance(objective, str) or not objective.strip():
-                raise DataError(f"expected a non-empty objective name, got {_shown(objective)}", field="preference")
+                raise DataError(f"expected a non-empty objective name, got {shown(objective)}", field="preference")
+            check_unicode(objective, "preference")
             if value is None:
                 continue
             if not is_number(value):
-                raise DataError(
-                    f"expected a number in [0, 1], or null when unlabelled, got {_shown(value)}", field=here
-                )
+                raise DataError(f"expected a number in [0, 1], or null when unlabelled, got {shown(value)}", field=here)
             if not 0 <= value <= 1:
-                raise DataError(f"expected a number in [0, 1], got {_shown(value)}", field=here)
-        if self.margin is not None and not is_number(self.margin):
-            raise DataError(f"expected a finite number of nats, got {_shown(self.margin)}", field="margin")
+                raise DataError(f"expected a number in [0, 1], got {shown(value)}", field=here)
+        if self.margin is not None:
+            _check_fp32(self.margin, "margin", "a finite number of nats")
 
     @classmethod
     def from_dict(cls, record: Mapping[str, Any]) -> PreferencePair:
         """Build from the JSON form. Raises DataError with the field's path inside the pair."""
         if not isinstance(record, Mapping):
-            raise DataError(f"expected an object with i, j and preference, got {_shown(record)}")
+            raise DataError(f"expected an object with i, j and preference, got {shown(record)}")
         missing = [key for key in ("i", "j", "preference") if key not in record]
         if missing:
             raise DataError("is missing", field=missing[0])
-        unknown = sorted(set(record) - {"i", "j", "preference", "margin"})
+        unknown = sorted(map(str, set(record) - {"i", "j", "preference", "margin"}))
         if unknown:
             raise DataError(
                 "unknown key: a pair has i, j, preference and perhaps margin (weights belong to the row)",
@@ -214,6 +404,8 @@ class PreferenceExample:
         id: a name for error messages.
         weight: positive weight of each of the pairs in the loss.
         ref_logprob: summed log-probability of each response under the reference (nats), when precomputed.
+        tools: JSON schemas that the chat template writes into the prompt.
+        chat_template_kwargs: further variables of the chat template, such as ``enable_thinking``.
 
     Raises:
         DataError: naming the field, for any of the above that does not hold.
@@ -225,6 +417,8 @@ class PreferenceExample:
     id: str | None = None
     weight: float = 1.0
     ref_logprob: tuple[float, ...] | None = None
+    tools: list[dict[str, Any]] | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
         check_prompt(self.prompt)
@@ -242,10 +436,14 @@ class PreferenceExample:
                         f"expected an index of the {len(self.responses)} responses, got {value}",
                         field=f"pairs[{index}].{name}",
                     )
-        if self.id is not None and not isinstance(self.id, str):
-            raise DataError(f"expected a string, got {_shown(self.id)}", field="id")
-        if not is_number(self.weight) or self.weight <= 0:
-            raise DataError(f"expected a positive number, got {_shown(self.weight)}", field="weight")
+        if self.id is not None:
+            if not isinstance(self.id, str):
+                raise DataError(f"expected a string, got {shown(self.id)}", field="id")
+            check_unicode(self.id, "id")
+        _check_fp32(self.weight, "weight", "a positive number")
+        if self.weight < _FP32_TINY:
+            held = " that fp32 holds" if self.weight > 0 else ""
+            raise DataError(f"expected a positive number{held}, got {shown(self.weight)}", field="weight")
         if self.ref_logprob is not None:
             if len(self.ref_logprob) != len(self.responses):
                 raise DataError(
@@ -253,8 +451,9 @@ class PreferenceExample:
                     field="ref_logprob",
                 )
             for index, value in enumerate(self.ref_logprob):
-                if not is_number(value):
-                    raise DataError(f"expected a finite number, got {_shown(value)}", field=f"ref_logprob[{index}]")
+                _check_fp32(value, f"ref_logprob[{index}]", "a finite number of nats")
+        check_tools(self.tools)
+        check_template_kwargs(self.chat_template_kwargs)
 
     @classmethod
     def from_dict(
@@ -265,10 +464,11 @@ class PreferenceExample:
         max_prompt_chars: int | None = None,
         max_response_chars: int | None = None,
     ) -> PreferenceExample:
-        """Build from the JSON form; columns other than the schema's are left aside.
+        """Build from the JSON form; columns other than these are left aside.
 
         Args:
-            record: keys prompt, responses, pairs, and optionally id, weight, ref_logprob.
+            record: keys prompt, responses, pairs, and optionally id, weight, ref_logprob, tools, chat_template_kwargs,
+                and system and history, which become messages of the prompt. Images, sound and video are refused.
             objectives: the names allowed in ``preference``; None allows any.
             max_prompt_chars: characters a prompt may have.
             max_response_chars: characters a response may have.
@@ -277,13 +477,14 @@ class PreferenceExample:
             DataError: naming the field.
         """
         if not isinstance(record, Mapping):
-            raise DataError(f"expected an object, got {_shown(record)}")
-        prompt = check_prompt(record.get("prompt"), "prompt", max_prompt_chars)
+            raise DataError(f"expected an object, got {shown(record)}")
+        check_media(record)
+        prompt = join_context(check_prompt(record.get("prompt"), "prompt", max_prompt_chars), record, max_prompt_chars)
         lists: dict[str, Sequence[Any]] = {}
         for name in ("responses", "pairs"):
             value = record.get(name)
             if not isinstance(value, (list, tuple)):
-                raise DataError("is missing" if value is None else f"expected a list, got {_shown(value)}", field=name)
+                raise DataError("is missing" if value is None else f"expected a list, got {shown(value)}", field=name)
             lists[name] = value
         responses = tuple(
             check_response(response, f"responses[{index}]", max_response_chars)
@@ -300,14 +501,14 @@ class PreferenceExample:
                 for objective in pair.preference:
                     if objective not in objectives:
                         raise DataError(
-                            f"unknown objective {objective!r}, expected one of {', '.join(objectives)}",
+                            f"unknown objective {shown(objective)}, expected one of {', '.join(objectives)}",
                             field=f"{here}.preference.{objective}",
                         )
             pairs.append(pair)
         weight = record.get("weight")
         reference = record.get("ref_logprob")
         if reference is not None and not isinstance(reference, (list, tuple)):
-            raise DataError(f"expected a list of numbers, got {_shown(reference)}", field="ref_logprob")
+            raise DataError(f"expected a list of numbers, got {shown(reference)}", field="ref_logprob")
         return cls(
             prompt=prompt,
             responses=responses,
@@ -315,10 +516,12 @@ class PreferenceExample:
             id=record.get("id"),
             weight=1.0 if weight is None else weight,
             ref_logprob=None if reference is None else tuple(reference),
+            tools=check_tools(record.get("tools")),
+            chat_template_kwargs=check_template_kwargs(record.get("chat_template_kwargs")),
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """The JSON form, keys in the schema's order; ``ref_logprob`` only when there is one."""
+        """The JSON form, keys in the schema's order; those from ``ref_logprob`` on only when there is a value."""
         record: dict[str, Any] = {
             "prompt": self.prompt,
             "responses": list(self.responses),
@@ -328,6 +531,10 @@ class PreferenceExample:
         }
         if self.ref_logprob is not None:
             record["ref_logprob"] = list(self.ref_logprob)
+        if self.tools is not None:
+            record["tools"] = self.tools
+        if self.chat_template_kwargs is not None:
+            record["chat_template_kwargs"] = self.chat_template_kwargs
         return record
 
     @property
@@ -335,4 +542,4 @@ class PreferenceExample:
         """What an error message calls this example: its id, or the start of its prompt."""
         if self.id is not None:
             return self.id
-        return _shown(as_messages(self.prompt)[-1]["content"])
+        return shown(as_messages(self.prompt)[-1]["content"])

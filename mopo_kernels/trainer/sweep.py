@@ -154,7 +154,10 @@ class _RememberingCollator(PreferenceCollator):
         self._known: dict[str, tuple[array[int], list[array[int]]]] = {}
 
     def tokenize(self, examples: Sequence[PreferenceExample]) -> list[TokenizedExample]:
-        keys = [json.dumps([example.prompt, example.responses]) for example in examples]
+        keys = [
+            json.dumps([example.prompt, example.tools, example.chat_template_kwargs, example.responses])
+            for example in examples
+        ]
         new = {key: example for key, example in zip(keys, examples, strict=True) if key not in self._known}
         for key, item in zip(new, super().tokenize(list(new.values())) if new else (), strict=True):
             self._known[key] = array("i", item.prompt), [array("i", ids) for ids in item.responses]
