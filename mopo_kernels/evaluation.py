@@ -699,7 +699,8 @@ def draw_responses(
 def load_prompts(path: str | Path) -> list[Prompt]:
     """Prompts from a .jsonl file (one object a line, its "prompt" a str or messages) or a .txt file (one a line).
 
-    Blank lines are passed over. Raises ValueError with file and line for anything else, or for a file with no prompt.
+    "system" and "history" of an object become messages of its prompt; tools and images are refused. Blank lines are
+    passed over. Raises ValueError with file and line for anything else, or for a file with no prompt.
     """
     path = Path(path)
     if path.suffix not in (".jsonl", ".txt"):
@@ -719,12 +720,27 @@ def _json_prompt(line: str, where: str) -> Prompt:
     except json.JSONDecodeError as error:
         raise ValueError(f"{where}: not JSON ({error.msg} at column {error.colno})") from error
     prompt = row.get("prompt") if isinstance(row, dict) else None
-    if isinstance(prompt, str) and prompt:
-        return prompt
     turns = prompt if isinstance(prompt, list) else []
-    if turns and all(isinstance(t, dict) and isinstance(t.get("role"), str) and "content" in t for t in turns):
-        return turns
+    is_text = isinstance(prompt, str) and prompt
+    if is_text or (
+        turns and all(isinstance(t, dict) and isinstance(t.get("role"), str) and "content" in t for t in turns)
+    ):
+        return _with_context(prompt, row, where)
     raise ValueError(f'{where}: field "prompt" must be a non-empty str or a list of messages, got {prompt!r}')
+
+
+def _with_context(prompt: Any, row: Mapping[str, Any], where: str) -> Prompt:
+    """The prompt with what else its row has of the conversation."""
+    from mopo_kernels.data.schema import TEMPLATE_COLUMNS, check_media, is_given, join_context
+
+    for name in TEMPLATE_COLUMNS:
+        if is_given(row.get(name)):
+            raise ValueError(f"{where}: {name}: expected none, as sampling does not use it; got some")
+    try:
+        check_media(row)
+        return join_context(prompt, row)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
 
 
 def load_judges(spec: str) -> dict[str, Judge]:

@@ -57,7 +57,7 @@ ColumnNames = Annotated[
     str | None,
     typer.Option(
         "--columns",
-        help="Names of the rows' own columns: prompt=question,system=persona,...; prompt=a+b joins two, prompt= has none.",
+        help="The rows' own names of columns: prompt=question,system=persona; prompt=a+b joins two, prompt= has none.",
     ),
 ]
 
@@ -368,6 +368,10 @@ def label(
                 [source], format, split, name, data_dir, None, None, None, conversational, None, None, None, columns,
                 "raise", group=True,
             )  # fmt: skip
+            if data.template_columns:
+                raise ValueError(
+                    f"SOURCE: expected rows without {data.template_columns[0]}, which judges are not shown"
+                )
             examples = list(data)[:limit]
             prompts = [example.prompt for example in examples]
             texts = [[response_text(response) for response in example.responses] for example in examples]

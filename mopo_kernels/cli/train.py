@@ -22,6 +22,8 @@ from mopo_kernels import backends
 from mopo_kernels.cli.plan import plan
 from mopo_kernels.cli.sweep import train_sweep
 from mopo_kernels.data import PreferenceCollator, PreferenceData, load_preferences, summarize
+from mopo_kernels.data.columns import parse_columns
+from mopo_kernels.data.loaders import detect_format
 from mopo_kernels.data.synthetic import byte_tokenizer, random_preferences
 from mopo_kernels.dual import ThresholdError
 from mopo_kernels.mappings import parse_mapping
@@ -128,7 +130,12 @@ class DataArguments:
     dataset_config: str | None = field(default=None, metadata={"help": "Configuration of the hub data set."})
     dataset_dir: str | None = field(default=None, metadata={"help": "Sub-folder of the hub data set."})
     train_split: str | None = field(default=None, metadata={"help": "Split to train on, when there are several."})
-    eval_split: str | None = field(default=None, metadata={"help": "Split of dataset_name to evaluate on."})
+    eval_split: str | None = field(
+        default=None, metadata={"help": "Split to evaluate on, of eval_file, or else of the training data's source."}
+    )
+    columns: dict | str | None = field(
+        default=None, metadata={"help": "The rows' own names of columns: prompt=question,system=persona,..."}
+    )
     data_format: str = field(default="auto", metadata={"help": "auto, canonical, trl, hh-rlhf, ..."})
     data_options: dict | str | None = field(
         default=None, metadata={"help": "Further options of load_preferences, as JSON or a mapping."}
@@ -153,11 +160,13 @@ class DataArguments:
         if sizes and self.is_given:
             raise ValueError("random_data: expected it without train_file and dataset_name; got both")
         self.random_data = {name: int(value) for name, value in sizes.items()}
-        if self.eval_split is not None and self.dataset_name is None:
-            raise ValueError(f"eval_split: expected dataset_name with it; got {self.eval_split!r} without")
-        held = [name for name in ("eval_file", "eval_split") if getattr(self, name)] + ["eval_fraction"] * (
-            self.eval_fraction != 0
-        )
+        if self.eval_split is not None and not self.is_given and self.eval_file is None:
+            raise ValueError(f"eval_split: expected data with splits with it; got {self.eval_split!r} without")
+        self.columns = parse_columns(self.columns)
+        # A split of the file is one way with it.
+        held = ["eval_file" if self.eval_file else "eval_split"] * bool(self.eval_file or self.eval_split) + [
+            "eval_fraction"
+        ] * (self.eval_fraction != 0)
         if len(held) > 1:
             raise ValueError(f"{held[0]}: expected one way to hold data out; got also {held[1]}")
         if not 0 <= self.eval_fraction < 1:
@@ -227,42 +236,40 @@ def load_data(
 ) -> tuple[PreferenceData, PreferenceData | None]:
     """(training data, held-out data or None)."""
 
-    def read(source: str, split: str | None, format: str, objectives: list[str] | None, limit: int | None) -> Any:
+    source = arguments.train_file or arguments.dataset_name or ""
+
+    def place(file: str, split: str | None) -> dict[str, Any]:
+        part = {"name": arguments.dataset_config, "data_dir": arguments.dataset_dir} if file == source else {}
+        return part | {"split": split, "max_rows": arguments.max_examples, "columns": arguments.columns}
+
+    def read(file: str, split: str | None, format: str, objectives: list[str] | None) -> PreferenceData:
         return load_preferences(
-            source,
+            file,
             format=format,
             objectives=objectives,
-            split=split,
             on_error=arguments.on_data_error,  # type: ignore[arg-type]
-            name=arguments.dataset_config,
-            data_dir=arguments.dataset_dir,
-            limit=limit,
+            **place(file, split),
             **_parse_json("data_options", arguments.data_options),
         )
 
-    def is_canonical(source: str, split: str | None) -> bool:
-        if arguments.data_format != "auto":
-            return arguments.data_format == "canonical"
-        try:
-            read(source, split, "canonical", None, 1)
-        except ValueError:
-            return False
-        return True
+    def is_canonical(file: str, split: str | None) -> bool:
+        named = arguments.data_format
+        return (detect_format(file, **place(file, split)) if named == "auto" else named) == "canonical"
 
-    def load(source: str, split: str | None) -> PreferenceData:
+    def load(file: str, split: str | None) -> PreferenceData:
         wanted = config.objectives
-        if not source:
+        if not file:
             sizes: Any = arguments.random_data
             data = random_preferences(wanted or RANDOM_OBJECTIVES, seed=arguments.split_seed, **sizes)
-        elif wanted is None or not is_canonical(source, split):
-            data = read(source, split, arguments.data_format, wanted, arguments.max_examples)
+        elif wanted is None or not is_canonical(file, split):
+            data = read(file, split, arguments.data_format, wanted)
         else:
             # These rows name their own objectives, of which any choice can be trained on; load_preferences takes a name
             # that it was not given for a mistake.
-            data = read(source, split, "canonical", None, arguments.max_examples)
+            data = read(file, split, "canonical", None)
             if unknown := [name for name in wanted if name not in data.objectives]:
                 raise ValueError(
-                    f"objectives: expected names among {', '.join(data.objectives)}, which {source} has; "
+                    f"objectives: expected names among {', '.join(data.objectives)}, which {file} has; "
                     f"got {', '.join(unknown)}"
                 )
             data = PreferenceData.from_examples(data, wanted, data.skipped)
@@ -277,10 +284,9 @@ def load_data(
             )
         return data
 
-    source = arguments.train_file or arguments.dataset_name or ""
     train = load(source, arguments.train_split)
     if arguments.eval_file is not None:
-        return train, load(arguments.eval_file, None)
+        return train, load(arguments.eval_file, arguments.eval_split)
     if arguments.eval_split is not None:
         return train, load(source, arguments.eval_split)
     if arguments.eval_fraction:

@@ -135,7 +135,7 @@ class PreferenceCollator:
             template = self.tokenizer.get_chat_template(tools=example.tools) if self.tokenizer.chat_template else ""
             if unused := [name for name in options if name not in template]:
                 raise DataError(
-                    f"example {example.name}: expected none, as the tokenizer's chat template does not use it; got some",
+                    f"example {example.name}: expected none, as the chat template does not use it; got some",
                     field="tools" if "tools" in unused else f"chat_template_kwargs.{unused[0]}",
                 )
         return options

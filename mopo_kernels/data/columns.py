@@ -190,13 +190,8 @@ class Columns:
 
     def check(self) -> None:
         """ValueError for a mapped column that no row had."""
-        absent = [
-            part
-            for columns in self.mapping.values()
-            for part in self._parts(columns, self._found)
-            if part not in self._found
-        ]
-        if absent:
+        wanted = [part for columns in self.mapping.values() for part in self._parts(columns, self._found)]
+        if absent := [part for part in wanted if part not in self._found]:
             raise ValueError(f"columns: expected names of columns; got {', '.join(absent)}, in no row")
 
     def report(self, origin: str) -> None:
@@ -208,11 +203,11 @@ class Columns:
 
 def _joined(record: Mapping[str, Any], parts: list[str]) -> str:
     """The texts of several columns, a line each."""
-    values = [(part, record.get(part)) for part in parts]
-    for part, value in values:
+    values = [record.get(part) for part in parts]
+    for part, value in zip(parts, values, strict=True):
         if value is not None and not isinstance(value, str):
             raise DataError(f"expected a string, got {shown(value)}", field=part)
-    return "\n".join(value for _, value in values if is_given(value))
+    return "\n".join(str(value) for value in values if is_given(value))
 
 
 def check_no_other_text(record: Mapping[str, Any], names: list[str], has_prompt: bool) -> None:

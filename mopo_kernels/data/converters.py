@@ -189,16 +189,10 @@ class SafeRLHF(Converter):
     available: ClassVar[tuple[str, ...]] = ("helpful", "harmless")
     columns: ClassVar[dict[str, str]] = {"helpful": "better_response_id", "harmless": "safer_response_id"}
     known: ClassVar[frozenset[str]] = frozenset(
-        ("prompt", "prompt_source", *columns.values())
-        + tuple(
-            name.format(i)
-            for i in range(2)
-            for name in (
-                "response_{}",
-                "is_response_{}_safe",
-                "response_{}_harm_category",
-                "response_{}_severity_level",
-            )
+        (
+            *("prompt", "prompt_source", *columns.values(), "response_0", "response_1"),
+            *("is_response_0_safe", "is_response_1_safe", "response_0_harm_category", "response_1_harm_category"),
+            *("response_0_severity_level", "response_1_severity_level"),
         )
     )
 
@@ -443,8 +437,8 @@ class HHRLHF(ChosenRejected):
         found = [name for name in ("helpful", "harmless") if name in self.origin.lower()]
         if len(found) != 1:
             raise ValueError(
-                f"objective: cannot tell helpful from harmless by the name {shown(self.origin)}: pass objective=, or load "
-                "the subsets apart as {'helpful': ..., 'harmless': ...}"
+                f"objective: cannot tell helpful from harmless by the name {shown(self.origin)}: pass objective=, or "
+                "load the subsets apart as {'helpful': ..., 'harmless': ...}"
             )
         return found[0]
 
@@ -487,9 +481,10 @@ class HHRLHF(ChosenRejected):
 
 # What chat templates and transcripts write before the assistant's turn.
 _ASSISTANT = re.compile(
-    r"(?:<\|im_start\|>assistant(?:<\|im_sep\|>)?|<\|start_header_id\|>assistant<\|end_header_id\|>|<start_of_turn>model|<\|assistant\|>"
-    r"|<\|Assistant\|>|<｜Assistant｜>|<\|CHATBOT_TOKEN\|>|\[/INST\]|### (?:Assistant|Response|Answer|Output):?"
-    r"|\b(?:ASSISTANT|GPT4 Correct Assistant):|TL;DR:|(?:^|\n)(?:Assistant|AI|Bot|Response|Answer|A):)\n*"
+    r"(?:<\|im_start\|>assistant(?:<\|im_sep\|>)?|<\|start_header_id\|>assistant<\|end_header_id\|>|<\|assistant\|>"
+    r"|<start_of_turn>model|<\|Assistant\|>|<\uff5cAssistant\uff5c>|<\|CHATBOT_TOKEN\|>|\[/INST\]"
+    r"|### (?:Assistant|Response|Answer|Output):?|\b(?:ASSISTANT|GPT4 Correct Assistant):|TL;DR:"
+    r"|(?:^|\n)(?:Assistant|AI|Bot|Response|Answer|A):)\n*"
 )
 _ROLES = {
     "human": "user",
@@ -554,15 +549,12 @@ def _continued(prompt: list[Message], shared: list[Message]) -> list[Message]:
     """The conversation of a prompt and of what both transcripts begin with, which repeats it in part, or goes on."""
     if any(shared[start : start + len(prompt)] == prompt for start in range(len(shared) - len(prompt) + 1)):
         return shared
-    overlap = next(
-        length
-        for length in range(min(len(prompt), len(shared)), -1, -1)
-        if prompt[len(prompt) - length :] == shared[:length]
-    )
+    longest = min(len(prompt), len(shared))
+    overlap = next(n for n in range(longest, -1, -1) if prompt[len(prompt) - n :] == shared[:n])
     if not overlap and shared[0]["role"] == prompt[-1]["role"]:
         raise DataError(
-            "is neither what the answers begin with nor what they go on from: pass columns= (--columns) prompt= to take "
-            "what they begin with",
+            "is neither what the answers begin with nor what they go on from: pass columns= (--columns) prompt= to "
+            "take what they begin with",
             field="prompt",
         )
     return prompt + shared[overlap:]

@@ -162,6 +162,11 @@ class PreferenceData:
             pair["margin"] is not None for row in self.dataset.select_columns(["pairs"]) for pair in row["pairs"]
         )
 
+    @property
+    def template_columns(self) -> list[str]:
+        """What the chat template is told beside the messages, by some examples."""
+        return [name for name in TEMPLATE_COLUMNS if name in self.dataset.column_names]
+
     def select(self, indices: Iterable[int]) -> PreferenceData:
         """The examples at ``indices``, in that order."""
         return replace(self, dataset=self.dataset.select(list(indices)))
@@ -272,12 +277,12 @@ def example_key(example: PreferenceExample) -> str:
 def merge_preferences(parts: Sequence[PreferenceData]) -> PreferenceData:
     """Join several data sets, such as one per objective, by prompt.
 
-    Examples with the same prompt (and tools, and variables of the template) become one; so do their responses with the same text (copies of a text within one
-    example stay apart, and the n-th copy joins the n-th copy). A pair that several parts judge for different objectives
-    carries all of those labels, whichever way round each part had it; a pair that only one part has stays unlabelled
-    for the other objectives. Where the same pair is judged for the same objective more than once, the labels are
-    averaged, and so are its margins, a reversed pair's with the other sign. ``ref_logprob`` survives when every joined
-    example has it; the id is the first's.
+    Examples with the same prompt (and tools, and variables of the template) become one; so do their responses with the
+    same text (copies of a text within one example stay apart, and the n-th copy joins the n-th copy). A pair that
+    several parts judge for different objectives carries all of those labels, whichever way round each part had it; a
+    pair that only one part has stays unlabelled for the other objectives. Where the same pair is judged for the same
+    objective more than once, the labels are averaged, and so are its margins, a reversed pair's with the other sign.
+    ``ref_logprob`` survives when every joined example has it; the id is the first's.
 
     Raises:
         ValueError: no part.

@@ -52,7 +52,7 @@ def _known_rows(rows: Iterator[Row], reject: Callable[[DataError], None]) -> Ite
 
 
 def detect_format(path_or_dataset: Any, columns: Mapping[str, str] | str | None = None, **place: Any) -> str | None:
-    """The format that "auto" takes, None where no row tells it; ``columns`` and ``place`` as of ``load_preferences``."""
+    """The format that "auto" takes, None where no row tells it; the arguments are those of ``load_preferences``."""
     _, rows = open_rows(path_or_dataset, **place)
 
     def ignore(error: DataError) -> None:

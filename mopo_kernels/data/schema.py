@@ -20,13 +20,8 @@ MEDIA_COLUMNS = ("image", "images", "video", "videos", "audio", "audios")
 # What the collator decides itself.
 _TEMPLATE_ARGUMENTS = frozenset(
     (
-        "add_generation_prompt",
-        "chat_template",
-        "continue_final_message",
-        "conversation",
-        "messages",
-        "tokenize",
-        "tools",
+        *("add_generation_prompt", "chat_template", "continue_final_message", "conversation", "documents", "messages"),
+        *("padding", "return_dict", "return_tensors", "tokenize", "tools", "truncation"),
     )
 )
 _MESSAGE_TEXTS = ("name", "tool_call_id", "reasoning_content")
@@ -190,15 +185,11 @@ def _check_message(value: object, field: str) -> Message:
         raise DataError(
             f"expected tool calls of the assistant, got those of {shown(role)}", field=f"{field}.tool_calls"
         )
-    if role in ("system", "tool", "assistant") and content == "":
-        message = {"role": role, "content": ""}
-    elif calls and content is None:
-        message = {"role": role, "content": ""}
-    else:
-        message = {"role": role, "content": check_text(content, f"{field}.content")}
-    message |= {
-        name: check_text(given[name], f"{field}.{name}") for name in _MESSAGE_TEXTS if is_given(given.get(name))
-    }
+    is_empty = (content == "" and role in ("system", "tool", "assistant")) or (content is None and calls)
+    message = {"role": role, "content": "" if is_empty else check_text(content, f"{field}.content")}
+    for name in _MESSAGE_TEXTS:
+        if is_given(given.get(name)):
+            message[name] = check_text(given[name], f"{field}.{name}")
     return message | {"tool_calls": calls} if calls else message
 
 

@@ -193,7 +193,7 @@ def _plain(value: Any) -> Any:
         value = value.tolist()
     if isinstance(value, (list, tuple)):
         return [_plain(item) for item in value]
-    missing = value is sys.modules["pandas"].NA or value != value  # noqa: PLR0124 - NaN and NaT
+    missing = value is sys.modules["pandas"].NA or value != value  # NaN and NaT
     return None if missing else value
 
 
@@ -407,8 +407,10 @@ def open_rows(
         label = "/".join(part for part in (str(source), name, data_dir) if part)
         rows = _from_hub(str(source), label, split, name=name, data_dir=data_dir, revision=revision)
         return label, itertools.islice(rows, max_rows)
-    if revision is not None:
-        raise ValueError(f"revision: expected None for a file or folder; got {revision!r}")
+    given = {"revision": revision} if path.is_dir() else {"revision": revision, "name": name, "data_dir": data_dir}
+    for option, value in given.items():
+        if value is not None and path.exists():
+            raise ValueError(f"{option}: expected None for a {'folder' if path.is_dir() else 'file'}; got {value!r}")
     if path.is_dir():
         inner = path / data_dir if data_dir else path
         if any((inner / file).is_file() for file in ("state.json", "dataset_dict.json")):

@@ -26,7 +26,6 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm  # type: ignore[import-untyped]
 
 from mopo_kernels.data import PreferenceCollator, PreferenceData, PreferenceExample, PreferencePair
-from mopo_kernels.data.schema import TEMPLATE_COLUMNS
 from mopo_kernels.trainer.head import causal_lm
 from mopo_kernels.trainer.layout import forward_arguments
 from mopo_kernels.trainer.reference_model import base_parameters
@@ -79,8 +78,7 @@ def config_fingerprint(model: nn.Module) -> str:
 def data_fingerprint(data: PreferenceData) -> str:
     """Tells data sets apart by their prompts, with what the template is told, and responses; labels do not matter."""
     digest = hashlib.sha256()
-    names = [name for name in data.dataset.column_names if name in ("prompt", "responses", *TEMPLATE_COLUMNS)]
-    for rows in data.dataset.select_columns(names).iter(batch_size=1000):
+    for rows in data.dataset.select_columns(["prompt", "responses", *data.template_columns]).iter(batch_size=1000):
         digest.update(json.dumps(rows, sort_keys=True, ensure_ascii=False).encode())
     return digest.hexdigest()
 

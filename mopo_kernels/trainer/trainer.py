@@ -29,7 +29,7 @@ from transformers import (
 )
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, TrainOutput, rotate_checkpoints
 
-from mopo_kernels.data import PreferenceCollator, PreferenceData, PreferenceExample, win_rates
+from mopo_kernels.data import DataError, PreferenceCollator, PreferenceData, load_preferences, win_rates
 from mopo_kernels.data.dataset import prompt_key
 from mopo_kernels.driver import to_device
 from mopo_kernels.dual import DualAscent, LabelSolution, ThresholdError, Unmet, solve_labels
@@ -140,8 +140,8 @@ class MOPOTrainer(Trainer):
         model: a decoder-only transformers model, or a ``PeftModel`` of one.
         args: the configuration.
         data_collator: default ``PreferenceCollator`` over ``processing_class`` with the configured lengths.
-        train_dataset: ``PreferenceData``, or a sequence of ``PreferenceExample``, or a ``datasets.Dataset`` with the
-            canonical columns.
+        train_dataset: ``PreferenceData``, or rows that ``load_preferences`` takes: a ``datasets.Dataset``, a pandas
+            frame or a sequence, in the columns of any format, or a dict by objective of such.
         eval_dataset: the same, or a dict of them.
         processing_class: the tokenizer.
         callbacks, optimizers and further keywords: as in ``transformers.Trainer``.
@@ -367,6 +367,10 @@ class MOPOTrainer(Trainer):
             return data
         if judges is not None:
             _check_judges(args, judges, self.objectives)
+            if context := self.dual_dataset.template_columns:
+                raise ValueError(
+                    f"judges: expected dual data without {context[0]}, which sampling does not use; got some"
+                )
         solution = self.label_solution or solve_dual(args, self.objectives, self.primary, self.given_dataset)
         self._controller = Controller(args, self.objectives, self.dual_dataset, solution.slope, judges)
         return data
@@ -1077,24 +1081,24 @@ def _left_on_cpu(loader: DataLoader[Any]) -> DataLoader[Any]:
 
 
 def as_preference_data(data: Any, argument: str) -> PreferenceData:
-    """``PreferenceData`` from itself, a ``datasets.Dataset`` with the canonical columns, or a sequence of examples.
+    """``PreferenceData`` from itself, or from rows that ``load_preferences`` takes: TRL's columns too.
 
     Raises:
-        ValueError: something else; DataError: a bad example.
+        ValueError: something else, or a stream; DataError: a bad row.
     """
     if isinstance(data, PreferenceData):
         return data
-    if hasattr(data, "column_names") and hasattr(data, "select_columns"):
-        return PreferenceData.from_examples(PreferenceExample.from_dict(row) for row in data)
-    if isinstance(data, Sequence) and not isinstance(data, str):
-        return PreferenceData.from_examples(
-            example if isinstance(example, PreferenceExample) else PreferenceExample.from_dict(example)
-            for example in data
-        )
-    raise ValueError(
-        f"{argument}: expected PreferenceData, a datasets.Dataset with its columns, or a sequence of "
-        f"PreferenceExample; got {type(data).__name__}"
-    )
+    expected = f"{argument}: expected PreferenceData, a datasets.Dataset, a pandas frame, or a sequence of rows"
+    if isinstance(data, (str, bytes, os.PathLike)):
+        raise ValueError(f"{expected}; got {type(data).__name__} (load_preferences reads files)")
+    try:
+        return load_preferences(data)
+    except TypeError as error:
+        raise ValueError(f"{expected}; got {type(data).__name__}") from error
+    except DataError:
+        raise
+    except ValueError as error:
+        raise ValueError(f"{argument}: {error}") from error
 
 
 def resolve_objectives(args: MOPOConfig, train: PreferenceData | None, evaluation: Any) -> tuple[tuple[str, ...], str]:
