@@ -152,21 +152,16 @@ class Columns:
                         field=name,
                     )
             return record, {}
-        # A list is the transcript that the question is from.
-        texts = [name for name in found if isinstance(record[name], str)] or found
-        if texts == ["instruction", "input"]:
-            joined = _joined(record, texts)
-        elif len(texts) == 1:
-            joined = record[texts[0]]
-        elif not texts:
+        if not found:
             return record, {}
-        else:
+        if len(found) > 1 and found != ["instruction", "input"]:
             raise DataError(
-                f"expected one column with the prompt, got {', '.join(texts)}: {_hint('prompt', texts[0])}",
-                field=texts[0],
+                f"expected one column with the prompt, got {', '.join(found)}: {_hint('prompt', found[0])}",
+                field=found[0],
             )
-        rest = {name: value for name, value in record.items() if name not in texts}
-        return rest | {"prompt": joined}, {"prompt": texts[0]}
+        rest = {name: value for name, value in record.items() if name not in found}
+        joined = record[found[0]] if len(found) == 1 else _joined(record, found)
+        return rest | {"prompt": joined}, {"prompt": found[0]}
 
     def unused(self, record: Mapping[str, Any], known: Collection[str]) -> list[str]:
         """Columns of the row with something in them that neither ``known`` names nor a name explains."""
@@ -210,8 +205,10 @@ def _joined(record: Mapping[str, Any], parts: list[str]) -> str:
     return "\n".join(str(value) for value in values if is_given(value))
 
 
-def check_no_other_text(record: Mapping[str, Any], names: list[str], has_prompt: bool) -> None:
+def check_no_other_text(record: Mapping[str, Any], names: list[str]) -> None:
     """DataError where a row of two plain answers has other text, which may be what its prompt is."""
+    if "prompt" in record:
+        raise DataError("is null, and the answers share no beginning up to a turn marker", field="prompt")
     texts = [name for name in names if any(text.strip() for text in _texts(record[name]))]
     if texts:
         listed = ", ".join(map(str, texts))
@@ -220,5 +217,3 @@ def check_no_other_text(record: Mapping[str, Any], names: list[str], has_prompt:
             f"{_hint('prompt', str(texts[0]))}, or prompt= to take what the answers share",
             field="prompt",
         )
-    if has_prompt:
-        raise DataError("is null, and the answers share no beginning up to a turn marker", field="prompt")

@@ -605,7 +605,7 @@ class TRL(ChosenRejected):
                 raise DataError("shares no message with chosen, so there is no prompt", field="rejected")
             prompt = shared
         elif shared:
-            given = check_prompt(prompt)
+            given = check_messages(prompt, "prompt") if isinstance(prompt, list) else check_prompt(prompt)
             # A string beside transcripts is one of the questions that they hold.
             questions = [message["content"].strip() for message in shared if message["role"] == "user"]
             repeated = isinstance(given, str) and given.strip() in questions
@@ -629,8 +629,8 @@ class TRL(ChosenRejected):
                 if marker in text[cut:]:
                     raise DataError("the answers differ before their last assistant turn", field=name)
         else:
-            has_prompt = "prompt" in record and "prompt" not in self.names.mapping
-            check_no_other_text(record, self.names.unused(record, self.known), has_prompt)
+            if self.names.mapping.get("prompt") != "":
+                check_no_other_text(record, self.names.unused(record, self.known))
             space = max(beginning.rfind(" "), beginning.rfind("\n"))
             cut = space + 1 if space >= 0 and beginning[space] == "\n" else max(space, 0)
         if not beginning[:cut].strip():

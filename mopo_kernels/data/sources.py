@@ -139,8 +139,8 @@ def _read_text(path: Path) -> Iterator[Row]:
     number, decoder = 0, _Decoder()
     try:
         with opener(path, "rb") as file:
-            lines = (line for line in file if line.strip())
-            first, second = next(lines, b"").removeprefix(_BOM), next(lines, None)
+            lines = (line.removeprefix(_BOM) for line in file if line.removeprefix(_BOM).strip())
+            first, second = next(lines, b""), next(lines, None)
             file.seek(0)
             # A first row that is a whole array among others is a bad row of JSON Lines.
             whole = second is not None and not isinstance(_line_value(first, decoder), DataError)
@@ -148,7 +148,7 @@ def _read_text(path: Path) -> Iterator[Row]:
                 yield from _array_rows(file.read().decode("utf-8-sig"), str(path))
                 return
             for number, line in enumerate(file, 1):
-                if line.strip():
+                if line.removeprefix(_BOM).strip():
                     yield _placed(_line_value(line, decoder), str(path), number)
     except (UnicodeDecodeError, EOFError, OSError, zlib.error) as error:
         yield _placed(DataError(f"cannot be read: {error}"), str(path), number + 1)
