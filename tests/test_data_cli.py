@@ -211,3 +211,55 @@ def test_help_describes_the_commands() -> None:
     assert result.exit_code == 0
     for command in ("validate", "convert", "report"):
         assert command in result.stdout
+
+
+def test_columns_of_other_names_are_mapped(tmp_path: Path) -> None:
+    rows = [{"q": "Sky?", "persona": "Be brief.", "good": "Blue.", "rejected": "Green."}]
+    path, target = write(tmp_path / "d.jsonl", rows), tmp_path / "o.jsonl"
+    names = "prompt=q,system=persona,chosen=good"
+    assert mopo_data("convert", path, "-o", target, "--columns", names).exit_code == 0
+    assert load_preferences(target)[0].prompt == [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "Sky?"},
+    ]
+    result = mopo_data("validate", path, "--columns", f"{names},history=past")
+    assert (result.exit_code, result.stderr.count("\n")) == (2, 1)
+    assert "columns: expected names of columns; got past, in no row" in result.stderr
+
+
+def test_a_folder_is_read_by_split(tmp_path: Path) -> None:
+    for split in ("train", "test"):
+        write(tmp_path / f"{split}.jsonl", [canonical(split)])
+    assert mopo_data("validate", tmp_path, "--split", "test").stdout.startswith("1 good examples")
+    result = mopo_data("validate", tmp_path)
+    assert (result.exit_code, result.stderr.count("\n")) == (2, 1)
+    assert "has several splits (test, train): pass split=" in result.stderr
+
+
+HOSTILE = "a[bold red]\x1b[31m\n\r:smile:\u202e[/x]\\"
+SHOWN = r"a[bold red]\x1b[31m\n\r:smile:\u202e[/x]" + "\\"
+
+
+@pytest.mark.parametrize("command", ["validate", "report", "convert"])
+def test_names_and_prompts_are_shown_as_they_are_in_one_line(tmp_path: Path, command: str) -> None:
+    rows = [canonical(**{HOSTILE: 1.0, "b": 0.0}), canonical() | {HOSTILE: "x"}, canonical(**{HOSTILE: 2.0})]
+    options = [] if command != "convert" else ["-o", tmp_path / "o.jsonl", "--on-error", "skip"]
+    result = mopo_data(command, write(tmp_path / "d.jsonl", rows), *options)
+    assert SHOWN in result.stdout
+    text = result.stdout + result.stderr
+    assert not any(mark in text for mark in ("\x1b", "\r", "\u202e", "😄"))
+    lines = [line for line in text.splitlines() if "[bold red]" in line]
+    assert all("[/x]" in line for line in lines)
+
+
+@pytest.mark.parametrize("option", ["--columns", "--objectives", "--format", "--split"])
+def test_errors_show_what_they_quote_in_one_line(tmp_path: Path, option: str) -> None:
+    result = mopo_data("validate", write(tmp_path / "d.jsonl", [canonical()]), option, f"prompt={HOSTILE}")
+    assert result.exit_code in (1, 2)
+    assert result.stderr.count("\n") == 1
+    assert not any(mark in result.stderr for mark in ("\x1b", "\r", "\u202e", "😄"))
+
+
+def test_the_log_of_unused_columns_is_one_line(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    load_preferences([canonical() | {HOSTILE: "x"}])
+    assert caplog.messages == [f"rows: columns that are not used (rows that have them): {SHOWN} (1)"]

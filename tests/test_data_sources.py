@@ -16,7 +16,6 @@ import pytest
 from mopo_kernels.data import DataError, PreferenceData, load_preferences
 from mopo_kernels.data.loaders import detect_format
 
-
 PAIR: dict[str, Any] = {"i": 0, "j": 1, "preference": {"k": 1.0}}
 
 
@@ -295,7 +294,7 @@ class TestBadRows:
             (completion("c", "6"), "annotations.helpfulness.Rating", "got '6'"),
             (completion("c", 10**5000), "annotations.helpfulness.Rating", "got a int that is too large to show"),
             (completion("c", annotations=["helpfulness"]), "annotations", "expected an object of aspect -> rating"),
-            (completion("c", annotations={"helpfulness": 3}), "annotations.helpfulness", "an object with Rating, got 3"),
+            (completion("c", annotations={"helpfulness": 3}), "annotations.helpfulness", "object with Rating, got 3"),
             (completion("c", annotations=""), "annotations", "expected an object of aspect -> rating"),
             ("c", None, "expected an object with response and annotations"),
         ],
