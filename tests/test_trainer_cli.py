@@ -82,7 +82,7 @@ def test_objectives_can_be_listed_with_commas_or_spaces(files):
         (["--train_file", "nowhere.jsonl"], "nowhere.jsonl"),
         (["--model_name_or_path", ""], "model_name_or_path: expected a folder or hub name"),
         (["--dataset_name", "some/set"], "train_file: expected it or dataset_name, not both; got both"),
-        (["--eval_split", "test"], "no split 'test', there is: one without a name"),
+        (["--eval_split", "test"], "no split 'test', there is: train"),
         (["--eval_fraction", "1.5"], "eval_fraction: expected a share in [0, 1); got 1.5"),
         (["--eval_file", "x.jsonl", "--eval_fraction", "0.1"], "eval_file: expected one way to hold data out"),
         (["--data_options", "[1]"], "data_options: expected a mapping"),
