@@ -18,7 +18,7 @@ import yaml
 from trainer_samples import make_data, make_model, make_tokenizer
 
 from mopo_kernels import cli
-from mopo_kernels.cli.train import empty_model, load_model, parse, train
+from mopo_kernels.cli.train import empty_model, load_data, load_model, parse, train
 from mopo_kernels.data import PreferenceCollator, load_preferences
 from mopo_kernels.data.synthetic import byte_tokenizer, random_preferences
 from mopo_kernels.trainer import last_complete_checkpoint
@@ -63,6 +63,30 @@ def test_the_command_line_overrides_the_file(files):
     assert (config.learning_rate, config.objectives, model.lora_r) == (1e-3, ["helpful", "brief"], 2)
     assert data.train_file == str(files / "train.jsonl")
     assert config.use_cpu is True
+
+
+def test_splits_of_a_local_folder_are_read_by_their_names_with_columns_mapped(files, tmp_path):
+    for split in ("train_prefs", "test_prefs", "train_sft"):
+        row = {"topic": split, "persona": "Be brief.", "chosen": "a", "rejected": "b"}
+        (tmp_path / f"{split}.jsonl").write_text(json.dumps(row) + "\n", encoding="utf-8")
+    options = [
+        "--train_file",
+        str(tmp_path),
+        "--train_split",
+        "train_prefs",
+        "--objectives",
+        "kind",
+        "--thresholds",
+        "",
+    ]
+    more = ["--columns", "prompt=topic,system=persona", "--eval_split", "test"]
+    _, data, config = parse(arguments(files, *options, *more))
+    parts = load_data(data, config, make_tokenizer())
+    assert [[[turn["content"] for turn in example.prompt] for example in part] for part in parts] == [
+        [["Be brief.", "train_prefs"]],
+        [["Be brief.", "test_prefs"]],
+    ]
+    assert [part.objectives for part in parts] == [("kind",), ("kind",)]
 
 
 def test_objectives_can_be_listed_with_commas_or_spaces(files):

@@ -146,7 +146,8 @@ def load_preferences(
         "columns": columns,
         "progress": progress,
     }
-    if isinstance(path_or_dataset, Mapping) and not isinstance(path_or_dataset, datasets.DatasetDict):
+    of_splits = isinstance(path_or_dataset, (datasets.DatasetDict, datasets.IterableDatasetDict))
+    if isinstance(path_or_dataset, Mapping) and not of_splits:
         if objectives is not None and set(objectives) != set(path_or_dataset):
             raise ValueError(f"objectives: expected the keys {sorted(path_or_dataset)}, got {sorted(objectives)}")
         parts = [
