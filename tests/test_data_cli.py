@@ -260,6 +260,15 @@ def test_errors_show_what_they_quote_in_one_line(tmp_path: Path, option: str) ->
     assert not any(mark in result.stderr for mark in ("\x1b", "\r", "\u202e", "😄"))
 
 
+@pytest.mark.parametrize("option", ["--columns", "--split", "--name", "--data-dir", "--format"])
+def test_options_of_data_are_refused_where_a_policy_answers_prompts(tmp_path: Path, option: str) -> None:
+    (tmp_path / "judges.py").write_text("JUDGES = {'k': lambda prompt, response: 0}", encoding="utf-8")
+    judges = ["--judges", f"{tmp_path / 'judges.py'}:JUDGES", "-o", tmp_path / "o.jsonl", "--policy", "none"]
+    result = mopo_data("label", write(tmp_path / "p.jsonl", [{"prompt": "p"}]), *judges, option, "trl")
+    assert (result.exit_code, result.stderr.count("\n")) == (2, 1)
+    assert f"{option}: expected it without --policy only" in result.stderr
+
+
 def test_the_log_of_unused_columns_is_one_line(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     load_preferences([canonical() | {HOSTILE: "x"}])
     assert caplog.messages == [f"rows: columns that are not used (rows that have them): {SHOWN} (1)"]

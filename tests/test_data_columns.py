@@ -102,8 +102,12 @@ class TestPrompt:
 
     def test_a_common_beginning_is_no_prompt_beside_other_text(self) -> None:
         row = answers(problem="Which gas?")
-        with pytest.raises(DataError, match=r"other text is in problem: pass columns= \(--columns\) prompt=problem"):
+        with pytest.raises(DataError, match=r"may be text in problem: pass columns= \(--columns\) prompt=problem"):
             load_preferences([row])
+        for other in ({"problem": ""}, {"problem": None}, {"question": " "}, {"notes": ["x"]}, {"system": "Be brief."}):
+            with pytest.raises(DataError, match=f"there may be text in {next(iter(other))}"):
+                load_preferences([answers(**other)])
+        assert only(load_preferences([answers(source="web", votes=3)])).prompt == "The right letter is"
         assert only(load_preferences([row], columns={"prompt": "problem"})).prompt == "Which gas?"
         assert only(load_preferences([row], columns="prompt=")).prompt == "The right letter is"
 

@@ -382,6 +382,12 @@ def label(
             responses = stored
             settings["source"] = _digest([prompts, texts])
         else:
+            given = {"--split": split, "--name": name, "--data-dir": data_dir, "--columns": columns}
+            given |= {"--format": None if format == "auto" else format, "--conversational": conversational}
+            if unused := [option for option, value in given.items() if value is not None]:
+                raise ValueError(
+                    f"{unused[0]}: expected it without --policy only, which answers a file of prompts; got it"
+                )
             prompts = load_prompts(source)[:limit]
             loaded = load_policy(policy, policy_adapter, device=device)
             sampling: dict[str, Any] = {

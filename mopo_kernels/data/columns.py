@@ -163,25 +163,25 @@ class Columns:
         joined = record[found[0]] if len(found) == 1 else _joined(record, found)
         return rest | {"prompt": joined}, {"prompt": found[0]}
 
-    def unused(self, record: Mapping[str, Any], known: Collection[str]) -> list[str]:
-        """Columns of the row with something in them that neither ``known`` names nor a name explains."""
-        used = [value for name, value in record.items() if name in known]
-        return [
-            name
-            for name, value in record.items()
-            if not (
-                name in known
-                or name in CONTEXT_COLUMNS
-                or name in MEDIA_COLUMNS
-                or _SILENT.search(str(name).lower())
-                or not is_given(value)
-                or any(_equal(value, other) for other in used)
-            )
-        ]
-
     def count_unused(self, record: Mapping[str, Any], known: Collection[str]) -> None:
-        """Count the columns of the row that nothing reads."""
-        self._unused.update(map(str, self.unused(record, known)))
+        """Count the columns of the row with something in them that nothing reads."""
+        self._unused.update(str(name) for name in _unread(record, known) if is_given(record[name]))
+
+    def check_no_other_text(self, record: Mapping[str, Any], known: Collection[str]) -> None:
+        """DataError where a row of two plain answers has other text, which may be what its prompt is."""
+        if self.mapping.get("prompt") == "":
+            return
+        if "prompt" in record:
+            raise DataError("is null, and the answers share no beginning up to a turn marker", field="prompt")
+        # A blank or null is of a column that has text in other rows.
+        texts = [name for name in _unread(record, known) if not isinstance(record[name], (bool, int, float))]
+        texts += [name for name in ("system", "history") if is_given(record.get(name))]
+        if texts:
+            raise DataError(
+                "expected a prompt, or answers that share one up to a turn marker; there may be text in "
+                f"{', '.join(map(str, texts))}: {_hint('prompt', str(texts[0]))}, or prompt= to take what answers share",
+                field="prompt",
+            )
 
     def check(self) -> None:
         """ValueError for a mapped column that no row had."""
@@ -205,15 +205,17 @@ def _joined(record: Mapping[str, Any], parts: list[str]) -> str:
     return "\n".join(str(value) for value in values if is_given(value))
 
 
-def check_no_other_text(record: Mapping[str, Any], names: list[str]) -> None:
-    """DataError where a row of two plain answers has other text, which may be what its prompt is."""
-    if "prompt" in record:
-        raise DataError("is null, and the answers share no beginning up to a turn marker", field="prompt")
-    texts = [name for name in names if any(text.strip() for text in _texts(record[name]))]
-    if texts:
-        listed = ", ".join(map(str, texts))
-        raise DataError(
-            f"expected a prompt, or answers that share one up to a turn marker; other text is in {listed}: "
-            f"{_hint('prompt', str(texts[0]))}, or prompt= to take what the answers share",
-            field="prompt",
+def _unread(record: Mapping[str, Any], known: Collection[str]) -> list[str]:
+    """Columns that neither ``known`` names nor a name explains, and that are no copy of what is read."""
+    read = [value for name, value in record.items() if name in known]
+    return [
+        name
+        for name, value in record.items()
+        if not (
+            name in known
+            or name in CONTEXT_COLUMNS
+            or name in MEDIA_COLUMNS
+            or _SILENT.search(str(name).lower())
+            or any(_equal(value, other) for other in read)
         )
+    ]

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple
 
-from mopo_kernels.data.columns import Columns, check_no_other_text
+from mopo_kernels.data.columns import Columns
 from mopo_kernels.data.schema import (
     CONTEXT_COLUMNS,
     DataError,
@@ -629,8 +629,7 @@ class TRL(ChosenRejected):
                 if marker in text[cut:]:
                     raise DataError("the answers differ before their last assistant turn", field=name)
         else:
-            if self.names.mapping.get("prompt") != "":
-                check_no_other_text(record, self.names.unused(record, self.known))
+            self.names.check_no_other_text(record, self.known)
             space = max(beginning.rfind(" "), beginning.rfind("\n"))
             cut = space + 1 if space >= 0 and beginning[space] == "\n" else max(space, 0)
         if not beginning[:cut].strip():

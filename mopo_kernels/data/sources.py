@@ -333,7 +333,7 @@ def _by_card(folder: Path, data_files: Any) -> dict[str | None, list[Path]]:
 
 def _folder_files(folder: Path, name: str | None, data_dir: str | None, split: str | None) -> list[Path]:
     """The files of a folder that belong to ``split``; which one must be said when there are several."""
-    config = None if data_dir else _choose_config(_card(folder), name, folder)
+    config = None if data_dir and name is None else _choose_config(_card(folder), name, folder)
     part = data_dir or (config or {}).get("data_dir")
     inner = folder / str(part) if part else folder
     if config is not None and config.get("data_files") is not None:
