@@ -382,7 +382,7 @@ def label(
             responses = stored
             settings["source"] = _digest([prompts, texts])
         else:
-            given = {"--split": split, "--name": name, "--data-dir": data_dir, "--columns": columns}
+            given: dict[str, Any] = {"--split": split, "--name": name, "--data-dir": data_dir, "--columns": columns}
             given |= {"--format": None if format == "auto" else format, "--conversational": conversational}
             if unused := [option for option, value in given.items() if value is not None]:
                 raise ValueError(

@@ -179,7 +179,7 @@ class Columns:
         if texts:
             raise DataError(
                 "expected a prompt, or answers that share one up to a turn marker; there may be text in "
-                f"{', '.join(map(str, texts))}: {_hint('prompt', str(texts[0]))}, or prompt= to take what answers share",
+                f"{', '.join(map(str, texts))}: {_hint('prompt', str(texts[0]))}, or prompt= for what answers share",
                 field="prompt",
             )
 
