@@ -6,6 +6,7 @@ import math
 from dataclasses import replace
 from pathlib import Path
 
+import pandas
 import pytest
 import torch
 from trainer_samples import (
@@ -868,7 +869,8 @@ def test_wrong_arguments_are_refused(tmp_path):
 def test_examples_rows_and_tables_are_taken_as_they_come(tmp_path):
     data = make_data(4)
     losses = []
-    for form in (data, list(data), [example.to_dict() for example in data], data.dataset):
+    rows = [example.to_dict() for example in data]
+    for form in (data, list(data), rows, data.dataset, pandas.DataFrame(rows)):
         trainer = make_trainer(tmp_path, data=form, max_steps=1, reference="model")
         assert isinstance(trainer.train_dataset, PreferenceData)
         trainer.train()
