@@ -337,7 +337,10 @@ def test_the_record_goes_into_the_model_card_once(workspace, tmp_path):
             ["--data", "{held}", "--thresholds", "brief=0.2", "--split", "test"],
             "no split 'test', there is: one without",
         ),
-        (["--data", "{held}", "--thresholds", "brief=0.2", "--columns", "prompt=q"], ":1: q: expected a string, got None"),
+        (
+            ["--data", "{held}", "--thresholds", "brief=0.2", "--columns", "prompt=q"],
+            ":1: q: expected a string, got None",
+        ),
         (
             ["--prompts", "x.txt", "--judges", "x.py:J", "--thresholds", "brief=0.2", "--split", "test"],
             "--split: expected it with --data only; got 'test'",
