@@ -333,6 +333,18 @@ def test_the_record_goes_into_the_model_card_once(workspace, tmp_path):
         (["--data", "{held}", "--thresholds", "brief=0.2", "--confidence", "0.4"], "--confidence must be in (0.5, 1)"),
         (["--data", "{held}", "--thresholds", "brief=0.2", "--judges", "x.py:J"], "--judges must be given with --prom"),
         (["--data", "{held}", "--thresholds", "brief=0.2", "--primary", "kind"], "--primary must be one of helpful"),
+        (
+            ["--data", "{held}", "--thresholds", "brief=0.2", "--split", "test"],
+            "no split 'test', there is: one without",
+        ),
+        (
+            ["--data", "{held}", "--thresholds", "brief=0.2", "--columns", "prompt=q"],
+            ":1: q: expected a string, got None",
+        ),
+        (
+            ["--prompts", "x.txt", "--judges", "x.py:J", "--thresholds", "brief=0.2", "--split", "test"],
+            "--split: expected it with --data only; got 'test'",
+        ),
     ],
 )
 def test_bad_options_are_refused_in_one_line(workspace, capsys, more, message):

@@ -452,7 +452,10 @@ def test_thresholds_that_none_of_the_policies_meets_are_all_named(capsys):
         (["{two}", "--grid", "99999"], "--grid: expected at most 20000 points in all; got 99999"),
         (["{two}", "--split", "train"], "--split: is for preferences"),
         (["{two}", "--output_json", "{dir}"], "{dir}"),
+        (["{two}", "--columns", "prompt=q"], "--columns: is for preferences"),
         (["{labels}", "--format", "csv"], "format: expected auto, canonical"),
+        (["{labels}", "--columns", "prompt=q"], ":1: q: expected a string, got None"),
+        (["{labels}", "--split", "test"], "no split 'test', there is: one without a name"),
     ],
 )
 def test_bad_arguments_exit_2_with_one_line(two, labels, tmp_path, capsys, arguments, words):

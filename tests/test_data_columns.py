@@ -126,8 +126,6 @@ class TestPrompt:
             "</s>\n<|assistant|>\n",
             "\n### Response:\n",
             " ASSISTANT:",
-            "\nA:",
-            "\n\nTL;DR:",
         ],
     )
     def test_a_turn_marker_ends_the_common_prompt(self, marker: str) -> None:
@@ -135,6 +133,20 @@ class TestPrompt:
         row = {"chosen": f"{start}It is neon.", "rejected": f"{start}It is iron.", "topic": "Gases are fun."}
         example = only(load_preferences([row]))
         assert (example.prompt, example.responses) == (start, ("It is neon.", "It is iron."))
+
+    def test_a_turn_marker_with_nothing_before_it_ends_no_prompt(self) -> None:
+        row = {"chosen": "<|assistant|>\nIt is neon.", "rejected": "<|assistant|>\nIt is iron.", "topic": "Which gas?"}
+        with pytest.raises(DataError, match="rejected: shares no beginning with chosen"):
+            load_preferences([row])
+
+    @pytest.mark.parametrize("marker", ["\nA:", "\nAnswer:", "\n\nTL;DR:"])
+    def test_a_word_that_answers_have_too_ends_it_only_without_other_text(self, marker: str) -> None:
+        start = f"Which gas?{marker}"
+        row = {"chosen": f"{start} It is neon.", "rejected": f"{start} It is iron."}
+        example = only(load_preferences([row]))
+        assert (example.prompt, example.responses) == (start, (" It is neon.", " It is iron."))
+        with pytest.raises(DataError, match="there may be text in topic"):
+            load_preferences([row | {"topic": "Gases are fun."}])
 
     def test_transcripts_that_differ_before_their_last_turn_are_refused(self) -> None:
         start = "Hi.\nA: Hello.\nSky"

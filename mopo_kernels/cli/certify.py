@@ -33,6 +33,10 @@ def certify_policies(
     data: Annotated[
         str | None, typer.Option(help="Held-out labelled pairs whose responses the base model wrote: file or hub name.")
     ] = None,
+    split: Annotated[str | None, typer.Option(help="With --data: which split, when there are several.")] = None,
+    columns: Annotated[
+        str | None, typer.Option(help="With --data: the rows' own names of columns: prompt=question,system=persona.")
+    ] = None,
     prompts: Annotated[Path | None, typer.Option(help="Or held-out prompts, answered afresh: .jsonl or .txt.")] = None,
     judges: Annotated[
         str | None, typer.Option(help="With --prompts: package.module:ATTR or file.py:ATTR, objective -> judge.")
@@ -76,6 +80,9 @@ def certify_policies(
         raise ValueError("--data or --prompts must be given, and not both")
     if (prompts is None) != (judges is None):
         raise ValueError("--judges must be given with --prompts, and only then")
+    for option, value in (("--split", split), ("--columns", columns)):
+        if data is None and value is not None:
+            raise ValueError(f"{option}: expected it with --data only; got {value!r}")
     if estimator not in ESTIMATORS:
         raise ValueError(f"--estimator must be one of {', '.join(ESTIMATORS)}, got {estimator}")
     if not 0.5 < confidence < 1.0:
@@ -88,7 +95,7 @@ def certify_policies(
     if data is not None:
         from mopo_kernels.data import load_preferences
 
-        held = load_preferences(data)
+        held = load_preferences(data, split=split, columns=columns)
         objectives: Sequence[str] = held.objectives
     else:
         assert prompts is not None

@@ -123,6 +123,9 @@ def exact_front(
     output_png: Annotated[Path | None, typer.Option("--output_png", help="Draw the front.")] = None,
     format: Annotated[str | None, typer.Option(help="Of preferences: auto, canonical, trl, hh-rlhf, ...")] = None,
     split: Annotated[str | None, typer.Option(help="Of preferences, when there are several splits.")] = None,
+    columns: Annotated[
+        str | None, typer.Option(help="The preferences' own names of columns: prompt=question,system=persona.")
+    ] = None,
     group: Annotated[bool, typer.Option("--group", help="Join the preference examples that share a prompt.")] = False,
 ) -> None:
     """Solve a finite problem exactly: its Pareto front, and the multipliers for chosen thresholds.
@@ -146,9 +149,9 @@ def exact_front(
     wanted = parse_mappings("--thresholds", thresholds or [])
     content = _problem_file(file)
     if content is None:
-        given = _read_preferences(file, format, split, group, primary, tau, robustness)
+        given = _read_preferences(file, format, split, columns, group, primary, tau, robustness)
     else:
-        options = {"--format": format, "--split": split, "--group": group or None}
+        options = {"--format": format, "--split": split, "--columns": columns, "--group": group or None}
         if unused := [name for name, value in options.items() if value is not None]:
             raise ValueError(f"{unused[0]}: is for preferences, and {file} is a finite problem")
         given = _read_problem(file, content, primary, tau, robustness)
@@ -340,6 +343,7 @@ def _read_preferences(
     file: str,
     format: str | None,
     split: str | None,
+    columns: str | None,
     group: bool,
     primary: str | None,
     tau: float | None,
@@ -351,7 +355,9 @@ def _read_preferences(
     from mopo_kernels.tabular import TabularProblem
 
     with _progress("reading") as advance:
-        data = load_preferences(file, format=format or "auto", split=split, group=group, progress=advance)
+        data = load_preferences(
+            file, format=format or "auto", split=split, columns=columns, group=group, progress=advance
+        )
     rates = win_rates(data)
     problem = TabularProblem(
         win_rate=rates.win_rate,

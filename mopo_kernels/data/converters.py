@@ -479,12 +479,12 @@ class HHRLHF(ChosenRejected):
         return messages
 
 
-# What chat templates and transcripts write before the assistant's turn.
+# What chat templates and transcripts write before the assistant's turn; the group "word" may also stand in an answer.
 _ASSISTANT = re.compile(
     r"(?:<\|im_start\|>assistant(?:<\|im_sep\|>)?|<\|start_header_id\|>assistant<\|end_header_id\|>|<\|assistant\|>"
     r"|<start_of_turn>model|<\|Assistant\|>|<\uff5cAssistant\uff5c>|<\|CHATBOT_TOKEN\|>|\[/INST\]"
-    r"|### (?:Assistant|Response|Answer|Output):?|\b(?:ASSISTANT|GPT4 Correct Assistant):|TL;DR:"
-    r"|(?:^|\n)(?:Assistant|AI|Bot|Response|Answer|A):)\n*"
+    r"|### (?:Assistant|Response):?|\b(?:ASSISTANT|GPT4 Correct Assistant):|\nAssistant:"
+    r"|(?P<word>TL;DR:|### (?:Answer|Output):?|(?:^|\n)(?:AI|Bot|Response|Answer|A):))\n*"
 )
 _ROLES = {
     "human": "user",
@@ -621,18 +621,18 @@ class TRL(ChosenRejected):
     def _split(self, record: Mapping[str, Any], chosen: str, rejected: str) -> tuple[str, str, str]:
         """(prompt, chosen, rejected) of two texts that begin alike."""
         beginning = chosen[: _common_prefix(chosen, rejected)]
-        cut = 0
-        for match in _ASSISTANT.finditer(beginning):
-            cut, marker = match.end(), match.group().strip()
-        if cut:
+        last = next(reversed(list(_ASSISTANT.finditer(beginning))), None)
+        if last is None or last["word"]:
+            self.names.check_no_other_text(record, self.known)
+        if last is not None:
+            before, cut = last.start(), last.end()
             for name, text in (("chosen", chosen), ("rejected", rejected)):
-                if marker in text[cut:]:
+                if last.group().strip() in text[cut:]:
                     raise DataError("the answers differ before their last assistant turn", field=name)
         else:
-            self.names.check_no_other_text(record, self.known)
             space = max(beginning.rfind(" "), beginning.rfind("\n"))
-            cut = space + 1 if space >= 0 and beginning[space] == "\n" else max(space, 0)
-        if not beginning[:cut].strip():
+            before = cut = space + 1 if space >= 0 and beginning[space] == "\n" else max(space, 0)
+        if not beginning[:before].strip():
             raise DataError("shares no beginning with chosen, so there is no prompt", field="rejected")
         return beginning[:cut], check_text(chosen[cut:], "chosen"), check_text(rejected[cut:], "rejected")
 

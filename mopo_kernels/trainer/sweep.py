@@ -30,7 +30,7 @@ import yaml
 from torch import nn
 from transformers.trainer_utils import TrainOutput
 
-from mopo_kernels.data import PreferenceCollator, PreferenceData, PreferenceExample
+from mopo_kernels.data import PreferenceCollator, PreferenceExample
 from mopo_kernels.data.collator import TokenizedExample
 from mopo_kernels.dual import ThresholdError
 from mopo_kernels.evaluation import SWEEP_FILE, read_sweep
@@ -40,7 +40,7 @@ from mopo_kernels.trainer.checkpoint import last_complete_checkpoint, sole_run, 
 from mopo_kernels.trainer.config import MOPOConfig
 from mopo_kernels.trainer.head import is_peft
 from mopo_kernels.trainer.reference_model import copy_parameters, fingerprint, trained_parameters
-from mopo_kernels.trainer.trainer import MOPOTrainer, peak_memory_mib
+from mopo_kernels.trainer.trainer import MOPOTrainer, as_preference_data, peak_memory_mib
 
 UNCONSTRAINED = "no_thresholds"
 # What file systems allow.
@@ -205,8 +205,8 @@ class Sweep:
         points: Sequence[SweepPoint],
         model: nn.Module,
         args: MOPOConfig,
-        train_dataset: PreferenceData,
-        eval_dataset: PreferenceData | None,
+        train_dataset: Any,
+        eval_dataset: Any,
         processing_class: Any,
         save: Callable[[MOPOTrainer, TrainOutput], Mapping[str, Any]],
         *,
@@ -219,7 +219,8 @@ class Sweep:
                 f"model: expected a PeftModel, as every point is an adapter on one frozen model; got "
                 f"{type(model).__name__}"
             )
-        objectives = train_dataset.objectives if args.objectives is None else tuple(args.objectives)
+        data = as_preference_data(train_dataset, "train_dataset")
+        objectives = data.objectives if args.objectives is None else tuple(args.objectives)
         self.primary = objectives[0] if args.primary is None else args.primary
         for point in points:
             if unknown := [name for name in point.thresholds if name not in objectives or name == self.primary]:
@@ -236,7 +237,7 @@ class Sweep:
         self.args = replace(args, reference="precomputed") if args.reference == "auto" else args
         self.processing_class = processing_class
         self.save = save
-        self._data: tuple[Any, Any] = (train_dataset, eval_dataset)
+        self._data: tuple[Any, Any] = (data, eval_dataset)
         self._collator: Any = None
         self._attributes: dict[str, Any] | None = None
         self._initial = copy_parameters(model)
