@@ -73,6 +73,8 @@ _SIZES: dict[str, Any] = {
     **dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), 0),
     "is_decoder": True,
 }  # fmt: skip
+# What a configuration may leave open.
+_OPEN = ("head_dim", "num_experts_per_tok", "attn_layer_indices")
 
 
 @dataclass(frozen=True)
@@ -104,8 +106,8 @@ def tiny_config(name: str) -> Any:
     for part in configurations(config):
         own = {key for key in dir(part) if not key.startswith("_")}
         for key, value in _SIZES.items():
-            if key.endswith("_token_id") or (key in own and getattr(part, key, None) is not None):
-                _try_set(part, key, value)
+            if key.endswith("_token_id") or (key in own and (key in _OPEN or _value(part, key) is not None)):
+                _try_set(part, key, [value] * 2 if isinstance(_value(part, key), list) and value == 48 else value)
         if "kv_lora_rank" in own:
             _try_set(part, "num_key_value_heads", _HEADS)
         kinds = list(getattr(part, "layer_types", None) or [])
@@ -116,6 +118,14 @@ def tiny_config(name: str) -> Any:
             _try_set(part, "layer_types", short)
             _try_set(part, "num_hidden_layers", len(short))
     return config
+
+
+def _value(config: Any, key: str) -> Any:
+    """None where a configuration has it for each layer apart."""
+    try:
+        return getattr(config, key, None)
+    except Exception:  # whatever a property raises
+        return None
 
 
 def _try_set(config: Any, key: str, value: Any) -> None:

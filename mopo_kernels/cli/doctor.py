@@ -30,6 +30,7 @@ OPTIONAL_PACKAGES = {
     "matplotlib": "plot",
     "moocore": "pareto",
     "torchao": "lean",
+    "bitsandbytes": "qlora",
 }
 
 # Releases that are in our ranges but not fit for each other, and what fails.

@@ -203,7 +203,7 @@ def _reference(
         )
     if "ref_logprob" in train.dataset.column_names:
         return f"its log-probabilities are in the data{lagged}"
-    how = "the model without its adapters" if is_adapter else "a copy of the starting weights"
+    how = "the model as training starts" if is_adapter else "a copy of the starting weights"
     return f"{how}, each step: {trained_on:,.0f} tokens forward in all{lagged}"
 
 

@@ -222,6 +222,11 @@ def find_transform(model: nn.Module) -> Transform:
     finally:
         for module, training in modes:
             module.training = training
+    if hidden.shape[-1] != weight.shape[-1]:
+        raise ValueError(
+            f"model: expected an output head on the backbone's own hidden states; {type(base).__name__} has states of "
+            f"{hidden.shape[-1]} numbers, a matrix of {weight.shape[-1]}, and a head that does more than it"
+        )
     expected = torch.log_softmax(logits.to(torch.float64), dim=-1)
     # The model rounds its logits to its own dtype, which moves a log-probability by about eps * |logit|.
     tolerance = max(4 * torch.finfo(head.weight.dtype).eps, 1e-4) * max(1.0, float(logits.abs().max()))

@@ -64,6 +64,17 @@ class NoiseOff:
                 setattr(owner, name, type(value)(0))
 
 
+def use_training_kernels(model: nn.Module) -> None:
+    """Let weights in 4 bits be multiplied in evaluation mode as they are in training.
+
+    On CPUs with avx512_bf16 bitsandbytes repacks them in evaluation mode alone, for products in bf16: the reference
+    would be computed with other products than the policy.
+    """
+    for module in model.modules():
+        if getattr(module, "support_avx512bf16_for_cpu", False):
+            module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
+
+
 def configurations(config: Any) -> Iterator[Any]:
     """A model's configuration and those inside it."""
     yield config

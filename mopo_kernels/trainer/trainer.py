@@ -76,7 +76,7 @@ from mopo_kernels.trainer.head import causal_lm, check_model, find_transform, is
 from mopo_kernels.trainer.interrupts import Interrupts, signal_name
 from mopo_kernels.trainer.layout import forward_arguments, scored_lengths
 from mopo_kernels.trainer.model_card import model_card
-from mopo_kernels.trainer.noise import NoiseOff, check_noise_off
+from mopo_kernels.trainer.noise import NoiseOff, check_noise_off, use_training_kernels
 from mopo_kernels.trainer.precompute import SUFFIX, reference_logprobs
 from mopo_kernels.trainer.reference_model import (
     ReferenceModel,
@@ -265,6 +265,7 @@ class MOPOTrainer(Trainer):
                 f"sees {args.n_gpu} GPUs"
             )
         check_model(model)
+        use_training_kernels(model)
         if is_peft(model):
             check_adapters_cover_training(model)
         if train_dataset is not None and not trained_parameters(model):
