@@ -339,7 +339,7 @@ def test_a_second_run_in_a_folder_is_refused_while_the_first_is_under_way(tmp_pa
     # As another process has it: the lock belongs to the open file.
     with (tmp_path / LOCK_FILE).open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        told = rf"^output_dir: expected a folder in which no other run .* got {tmp_path}.*\(process {os.getpid()} on "
+        told = rf"^output_dir: expected a folder in which no other run .* got {tmp_path}.*\(process {os.getpid()}\)$"
         for resume in (None, True):
             with pytest.raises(ValueError, match=told):
                 make_trainer(tmp_path, **EVERY_STEP).train(resume_from_checkpoint=resume)

@@ -17,7 +17,6 @@ import json
 import logging
 import os
 import shutil
-import socket
 import traceback
 import uuid
 from collections.abc import Callable, Iterator
@@ -78,8 +77,8 @@ def sole_run(output_dir: Path) -> Iterator[None]:
     try:
         lock.acquire(blocking=False)
     except Timeout:
-        holder = _read(output_dir / RUN_FILE)
-        who = f" (process {holder['pid']} on {holder['host']})" if {"pid", "host"} <= holder.keys() else ""
+        process = _read(output_dir / RUN_FILE).get("process")
+        who = "" if process is None else f" (process {process})"
         raise ValueError(
             f"output_dir: expected a folder in which no other run is under way; got {output_dir}, which one has{who}"
         ) from None
@@ -198,8 +197,7 @@ def find_damage(folder: str | os.PathLike[str]) -> str | None:
 
 
 def _name_run(output_dir: Path, run: str) -> None:
-    holder = {"run": run, "pid": os.getpid(), "host": socket.gethostname()}
-    write_atomically(output_dir / RUN_FILE, json.dumps(holder) + "\n")
+    write_atomically(output_dir / RUN_FILE, json.dumps({"run": run, "process": os.getpid()}) + "\n")
 
 
 def begin_run(output_dir: Path) -> str:
