@@ -783,7 +783,7 @@ def test_a_diverged_policy_is_told_with_its_step(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"tau": 0.0}, r"tau: expected a number in \(0, inf\); got 0\.0"),
+        ({"tau": 0.0}, r"tau: expected a number in \[1e-10, 1e\+10\]; got 0\.0"),
         ({"dual_smoothing": 1.0}, r"dual_smoothing: expected a number in \[0, 1\); got 1\.0"),
         ({"dual_lr": -1.0}, r"dual_lr: .*got -1\.0"),
         ({"dual_lr": "often"}, "dual_lr: expected a number or auto; got 'often'"),

@@ -100,7 +100,7 @@ def test_objectives_can_be_listed_with_commas_or_spaces(files):
         (["--taau", "0.1"], "unknown argument --taau 0.1"),
         (["--ta", "0.1"], "unknown argument --ta 0.1"),
         (["--tau", "big"], "argument --tau: invalid float value: 'big'"),
-        (["--tau", "-1"], "tau: expected a number in (0, inf); got -1.0"),
+        (["--tau", "-1"], "tau: expected a number in [1e-10, 1e+10]; got -1.0"),
         (["--thresholds", "brief"], "thresholds: expected a mapping"),
         (["--primary", "kind"], "primary: expected one of helpful, brief; got 'kind'"),
         (["--train_file", "nowhere.jsonl"], "nowhere.jsonl"),

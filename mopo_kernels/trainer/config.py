@@ -9,6 +9,7 @@ from typing import Any
 
 from transformers import TrainingArguments
 
+from mopo_kernels.checks import LARGEST, SMALLEST
 from mopo_kernels.mappings import parse_mapping
 from mopo_kernels.reference import ESTIMATORS, LOSS_TYPES
 
@@ -50,7 +51,7 @@ class MOPOConfig(TrainingArguments):
         fixed_multipliers: in place of thresholds, objective -> multiplier (at least 0) that never moves, in the same
             forms: a scalarisation of known weights, 1 for the primary. The loss fits every training prompt; there are
             no dual data and no dual steps. An objective other than the primary that is not named has weight 0.
-        tau: KL weight of the regression and cloning losses, beta of ``sigmoid``. Positive.
+        tau: KL weight of the regression and cloning losses, beta of ``sigmoid``. Between 1e-10 and 1e10.
         loss_type: ``regression``, ``cloning`` or ``sigmoid`` (see ``mopo_kernels.mopo_loss``).
         estimator: how satisfaction is measured: ``pair`` (0.5 at the reference; not the win rate) for responses that
             anybody wrote, ``snis`` (win rates) for those that the reference wrote, several a prompt, or
@@ -276,7 +277,7 @@ class MOPOConfig(TrainingArguments):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name}: expected one of {', '.join(choices)}; got {getattr(self, name)!r}")
         for name, low, high, low_open, high_open in (
-            ("tau", 0, math.inf, True, True),
+            ("tau", SMALLEST, LARGEST, False, False),
             ("dual_data", 0, 1, False, True),
             ("dual_steps", 1, math.inf, False, True),
             ("dual_prompts", 1, math.inf, False, True),
@@ -293,7 +294,7 @@ class MOPOConfig(TrainingArguments):
             ("dual_patience", 1, math.inf, False, True),
             ("reference_update_steps", 1, math.inf, False, True),
             ("threshold_relaxation", 0, 1, True, False),
-            ("max_ratio", 1, math.inf, False, True),
+            ("max_ratio", 1, LARGEST, False, False),
             ("max_length", 2, math.inf, False, True),
             ("max_response_length", 1, math.inf, False, True),
             ("max_tokens_per_batch", 1, math.inf, False, True),
@@ -305,7 +306,7 @@ class MOPOConfig(TrainingArguments):
             if value is None or value == AUTO:
                 continue
             if not (low < value if low_open else low <= value) or not (value < high if high_open else value <= high):
-                interval = f"{'(' if low_open else '['}{low}, {high}{')' if high_open else ']'}"
+                interval = f"{'(' if low_open else '['}{low:g}, {high:g}{')' if high_open else ']'}"
                 raise ValueError(f"{name}: expected a number in {interval}; got {value}")
         if self.label_rate is not None and self.loss_type == "cloning":
             raise ValueError(f"label_rate: expected None with loss_type 'cloning'; got {self.label_rate!r}")
