@@ -76,7 +76,7 @@ def folds(patch: pytest.MonkeyPatch, backend: str) -> list[int]:
 @pytest.mark.parametrize("backend", CPU_BACKENDS)
 def test_log_probabilities_are_right_and_never_positive_when_no_block_divides_the_vocabulary(backend: str) -> None:
     """verl: columns past the vocabulary's end entered the log-sum-exp, with log-probabilities of up to +123."""
-    for vocabulary, limit in itertools.product((1, 2, 37, 127, 129, 1000, 1025), (2_500, 9_000, 1 << 20)):
+    for vocabulary, limit in itertools.product((1, 2, 37, 127, 129, 1000, 1025), (3_000, 9_000, 1 << 20)):
         batch = make_batch(vocabulary=vocabulary, scale=2.0)
         options: dict[str, Any] = {"backend": backend, "max_buffer_bytes": limit}
         got = linear_logprob(batch.hidden, batch.weight, batch.target, batch.bias, **options)
