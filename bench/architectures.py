@@ -68,13 +68,18 @@ _SIZES: dict[str, Any] = {
     "word_embed_proj_dim": _HIDDEN,
     "rotary_dim": 4,
     "attn_layer_indices": [1],
+    "attn_layer_period": 2,
+    "attn_layer_offset": 1,
+    "attention_hidden_size": _HIDDEN,
+    "expand": 1,
+    "mamba_d_ssm": 64,
     "num_kv_shared_layers": 0,
     # None of the tokens that rows here have: some models count positions by it.
     **dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), 0),
     "is_decoder": True,
 }  # fmt: skip
 # What a configuration may leave open.
-_OPEN = ("head_dim", "num_experts_per_tok", "attn_layer_indices")
+_OPEN = ("head_dim", "num_key_value_heads", "num_experts_per_tok", "attn_layer_indices")
 
 
 @dataclass(frozen=True)
@@ -164,7 +169,7 @@ def survey(name: str) -> Result:
         model = tiny_model(name)
         # What it says of itself: some can be made and not be run.
         with torch.no_grad():
-            logits = model.eval()(input_ids=torch.arange(8)[None]).logits
+            logits = model.eval()(input_ids=torch.arange(8)[None], use_cache=False).logits
         if not torch.isfinite(logits).all():
             raise ValueError("its logits are not finite")
     except Exception as error:  # whatever a model's own code says to sizes that it was not made for
@@ -226,7 +231,8 @@ def _logprob_error(trainer: MOPOTrainer) -> float:
         for item in PreferenceCollator(collator.tokenizer, OBJECTIVES).tokenize(list(data)):
             for response in item.responses:
                 row = torch.tensor([*item.prompt, *response])
-                logprob = torch.log_softmax(model(input_ids=row[None]).logits[0].double(), -1)
+                logits = model(input_ids=row[None], use_cache=False).logits[0]
+                logprob = torch.log_softmax(logits.double(), -1)
                 scored = logprob[:-1].gather(1, row[1:, None])[len(item.prompt) - 1 :]
                 expected.append(float(scored.sum()))
                 count.append(len(response))
