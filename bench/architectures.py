@@ -252,7 +252,7 @@ def _tie_gradient(trainer: MOPOTrainer) -> float:
     return norms[1] / norms[0]
 
 
-def page(results: Iterable[Result]) -> str:
+def page(results: Iterable[Result], left_out: Iterable[str] = ()) -> str:
     """The document."""
     results = list(results)
     counts = Counter(result.state for result in results)
@@ -287,21 +287,25 @@ def page(results: Iterable[Result]) -> str:
             if result.state == state:
                 why = result.message.removeprefix("model: ").replace("|", "\\|").replace("<", "&lt;")
                 lines.append(f"| {result.name} | {why} |")
+    if names := ", ".join(left_out):
+        lines += ["", f"Left out here, for the time that they take on a CPU: {names}."]
     return "\n".join(lines) + "\n"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", help="architectures to try; default: all, for the page")
-    names = parser.parse_args().names
+    parser.add_argument("--skip", nargs="*", default=[], help="architectures to leave out of the page")
+    given = parser.parse_args()
+    names, skip = given.names, given.skip
     transformers.logging.set_verbosity_error()
     show = partial(print, flush=True)
     results = []
-    for name in names or NAMES:
+    for name in names or [name for name in NAMES if name not in skip]:
         results.append(survey(name))
         show(name, results[-1].state, results[-1].message or dict(results[-1].errors))
     if not names:
-        PAGE.write_text(page(results), encoding="utf-8")
+        PAGE.write_text(page(results, skip), encoding="utf-8")
         show(f"wrote {PAGE}")
 
 
