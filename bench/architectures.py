@@ -68,13 +68,18 @@ _SIZES: dict[str, Any] = {
     "word_embed_proj_dim": _HIDDEN,
     "rotary_dim": 4,
     "attn_layer_indices": [1],
+    "attn_layer_period": 2,
+    "attn_layer_offset": 1,
+    "attention_hidden_size": _HIDDEN,
+    "expand": 1,
+    "mamba_d_ssm": 64,
     "num_kv_shared_layers": 0,
     # None of the tokens that rows here have: some models count positions by it.
     **dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), 0),
     "is_decoder": True,
 }  # fmt: skip
 # What a configuration may leave open.
-_OPEN = ("head_dim", "num_experts_per_tok", "attn_layer_indices")
+_OPEN = ("head_dim", "num_key_value_heads", "num_experts_per_tok", "attn_layer_indices")
 
 
 @dataclass(frozen=True)
@@ -164,7 +169,7 @@ def survey(name: str) -> Result:
         model = tiny_model(name)
         # What it says of itself: some can be made and not be run.
         with torch.no_grad():
-            logits = model.eval()(input_ids=torch.arange(8)[None]).logits
+            logits = model.eval()(input_ids=torch.arange(8)[None], use_cache=False).logits
         if not torch.isfinite(logits).all():
             raise ValueError("its logits are not finite")
     except Exception as error:  # whatever a model's own code says to sizes that it was not made for
@@ -226,7 +231,8 @@ def _logprob_error(trainer: MOPOTrainer) -> float:
         for item in PreferenceCollator(collator.tokenizer, OBJECTIVES).tokenize(list(data)):
             for response in item.responses:
                 row = torch.tensor([*item.prompt, *response])
-                logprob = torch.log_softmax(model(input_ids=row[None]).logits[0].double(), -1)
+                logits = model(input_ids=row[None], use_cache=False).logits[0]
+                logprob = torch.log_softmax(logits.double(), -1)
                 scored = logprob[:-1].gather(1, row[1:, None])[len(item.prompt) - 1 :]
                 expected.append(float(scored.sum()))
                 count.append(len(response))
@@ -246,7 +252,7 @@ def _tie_gradient(trainer: MOPOTrainer) -> float:
     return norms[1] / norms[0]
 
 
-def page(results: Iterable[Result]) -> str:
+def page(results: Iterable[Result], left_out: Iterable[str] = ()) -> str:
     """The document."""
     results = list(results)
     counts = Counter(result.state for result in results)
@@ -281,21 +287,25 @@ def page(results: Iterable[Result]) -> str:
             if result.state == state:
                 why = result.message.removeprefix("model: ").replace("|", "\\|").replace("<", "&lt;")
                 lines.append(f"| {result.name} | {why} |")
+    if names := ", ".join(left_out):
+        lines += ["", f"Left out here, for the time that they take on a CPU: {names}."]
     return "\n".join(lines) + "\n"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", help="architectures to try; default: all, for the page")
-    names = parser.parse_args().names
+    parser.add_argument("--skip", nargs="*", default=[], help="architectures to leave out of the page")
+    given = parser.parse_args()
+    names, skip = given.names, given.skip
     transformers.logging.set_verbosity_error()
     show = partial(print, flush=True)
     results = []
-    for name in names or NAMES:
+    for name in names or [name for name in NAMES if name not in skip]:
         results.append(survey(name))
         show(name, results[-1].state, results[-1].message or dict(results[-1].errors))
     if not names:
-        PAGE.write_text(page(results), encoding="utf-8")
+        PAGE.write_text(page(results, skip), encoding="utf-8")
         show(f"wrote {PAGE}")
 
 
