@@ -182,7 +182,11 @@ def prepare(
 
 def usable(task: Task, split: str, tokenizer: Any, options: argparse.Namespace) -> list[tuple[str, list[str]]]:
     """Prompts and responses of a split that fit in ``max_length``, in a random order: subsets follow each other."""
-    data = load_preferences(options.source, split=split, on_error="skip", group=True, **task.options)
+    # A local copy has no revisions.
+    own = {
+        name: value for name, value in task.options.items() if name != "revision" or not Path(options.source).exists()
+    }
+    data = load_preferences(options.source, split=split, on_error="skip", group=True, **own)
     print(f"{options.source}, {split}: {len(data)} prompts, {len(data.skipped)} bad rows", flush=True)
     found = []
     for index in np.random.default_rng(options.seed).permutation(len(data)):
