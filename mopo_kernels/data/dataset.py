@@ -196,17 +196,13 @@ class PreferenceData:
         return PreferenceData.from_examples(examples, self.objectives, self.skipped)
 
     def drop_overlong(self, collator: PreferenceCollator) -> PreferenceData:
-        """Move the examples that ``collator`` would refuse for their length into ``skipped``."""
-        kept, skipped = [], list(self.skipped)
-        for index, example in enumerate(self):
-            try:
-                collator.tokenize([example])
-                kept.append(index)
-            except DataError as error:
-                skipped.append(error)
-        if not kept:
-            raise DataError(f"every one of {len(self)} examples is over-long; the first: {skipped[len(self.skipped)]}")
-        return replace(self.select(kept), skipped=tuple(skipped))
+        """Move the examples that ``collator`` would refuse, for their length or as the chat template does, into
+        ``skipped``."""
+        refused = collator.refused(self)
+        if len(refused) == len(self):
+            raise DataError(f"every one of {len(self)} examples is refused; the first: {refused[0]}")
+        kept = self.select(index for index in range(len(self)) if index not in refused)
+        return replace(kept, skipped=(*self.skipped, *refused.values()))
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write JSON Lines (``.jsonl``) or parquet (``.parquet``); the file appears whole or not at all.

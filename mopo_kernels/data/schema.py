@@ -37,6 +37,10 @@ class DataError(ValueError):
     def __str__(self) -> str:
         return ": ".join(part for part in (self.location, self.field, self.problem) if part)
 
+    def of(self, example: str) -> DataError:
+        """The same error of an example by its name, where file and line are not known any more."""
+        return DataError(f"example {example}: {self.problem}", self.source, self.line, self.field)
+
     def at(self, source: str | None, line: int | None, fields: Mapping[str, str] | None = None) -> DataError:
         """The same error located in a file; ``fields`` renames canonical fields to the row's own."""
         field = (fields or {}).get(self.field or "", self.field)
