@@ -21,29 +21,18 @@ from transformers.trainer_utils import TrainOutput
 from mopo_kernels import backends
 from mopo_kernels.cli.plan import plan
 from mopo_kernels.cli.sweep import train_sweep
-from mopo_kernels.data import PreferenceCollator, PreferenceData, load_preferences, summarize
+from mopo_kernels.data import PreferenceData, load_preferences, summarize
 from mopo_kernels.data.synthetic import byte_tokenizer, random_preferences
 from mopo_kernels.dual import ThresholdError
-from mopo_kernels.mappings import parse_mapping
+from mopo_kernels.mappings import parse_json, parse_mapping
 from mopo_kernels.trainer import MOPOConfig, MOPOTrainer, TrainingInterrupted, last_complete_checkpoint
 from mopo_kernels.trainer.checkpoint import write_atomically
 from mopo_kernels.trainer.model_card import installed_version, model_card
+from mopo_kernels.trainer.rows import make_collator
 
 SUMMARY_FILE = "training_summary.json"
 # What random data is labelled for when no objectives are named.
 RANDOM_OBJECTIVES = ["first", "second"]
-
-
-def _parse_json(name: str, value: dict[str, Any] | str | None) -> dict[str, Any]:
-    """A mapping, or the JSON of one."""
-    if isinstance(value, str):
-        try:
-            value = json.loads(value)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{name}: expected a JSON object; got {value!r}") from error
-    if not isinstance(value, (dict, type(None))):
-        raise ValueError(f"{name}: expected a mapping; got {value!r}")
-    return value or {}
 
 
 @dataclass
@@ -84,7 +73,7 @@ class ModelArguments:
     )
 
     def __post_init__(self) -> None:
-        self.architecture_options = _parse_json("architecture_options", self.architecture_options)
+        self.architecture_options = parse_json("architecture_options", self.architecture_options)
         if self.random_weights:
             if self.architecture is None and not self.has_folder:
                 raise ValueError(
@@ -134,7 +123,10 @@ class DataArguments:
         default=None, metadata={"help": "Further options of load_preferences, as JSON or a mapping."}
     )
     on_data_error: str = field(default="raise", metadata={"help": "raise, or skip bad rows and count them."})
-    skip_overlong: bool = field(default=False, metadata={"help": "Leave out examples longer than max_length allows."})
+    skip_overlong: bool = field(
+        default=False,
+        metadata={"help": "Leave out examples that are longer than max_length allows, or that the template refuses."},
+    )
     eval_fraction: float = field(default=0.0, metadata={"help": "Share of prompts to hold out of the training data."})
     split_seed: int = field(default=0, metadata={"help": "Seed of that choice."})
     max_examples: int | None = field(default=None, metadata={"help": "Read this many rows at most."})
@@ -162,7 +154,7 @@ class DataArguments:
             raise ValueError(f"{held[0]}: expected one way to hold data out; got also {held[1]}")
         if not 0 <= self.eval_fraction < 1:
             raise ValueError(f"eval_fraction: expected a share in [0, 1); got {self.eval_fraction}")
-        self.data_options = _parse_json("data_options", self.data_options)
+        self.data_options = parse_json("data_options", self.data_options)
 
     @property
     def is_given(self) -> bool:
@@ -237,7 +229,7 @@ def load_data(
             name=arguments.dataset_config,
             data_dir=arguments.dataset_dir,
             limit=limit,
-            **_parse_json("data_options", arguments.data_options),
+            **parse_json("data_options", arguments.data_options),
         )
 
     def is_canonical(source: str, split: str | None) -> bool:
@@ -267,14 +259,7 @@ def load_data(
                 )
             data = PreferenceData.from_examples(data, wanted, data.skipped)
         if arguments.skip_overlong:
-            data = data.drop_overlong(
-                PreferenceCollator(
-                    tokenizer,
-                    data.objectives,
-                    max_length=config.max_length,
-                    max_response_length=config.max_response_length,
-                )
-            )
+            data = data.drop_overlong(make_collator(config, tokenizer, data.objectives))
         return data
 
     source = arguments.train_file or arguments.dataset_name or ""
@@ -318,7 +303,7 @@ def model_config(arguments: ModelArguments) -> Any:
             return AutoConfig.from_pretrained(arguments.model_name_or_path, revision=arguments.model_revision)
     try:
         return AutoConfig.for_model(
-            str(arguments.architecture), **_parse_json("architecture_options", arguments.architecture_options)
+            str(arguments.architecture), **parse_json("architecture_options", arguments.architecture_options)
         )
     except ValueError as error:
         if arguments.architecture not in CONFIG_MAPPING:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mopo_kernels.data.rendering import Renderer
 from mopo_kernels.data.schema import DataError, PreferenceExample
-from mopo_kernels.data.tokenized import example_key, tokenize_data
+from mopo_kernels.data.tokenized import text_digest, text_key, tokenize_data
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -45,6 +45,14 @@ class ExampleSize(NamedTuple):
         return ExampleSize(
             self.responses + other.responses, max(self.longest, other.longest), self.tokens + other.tokens
         )
+
+
+class _Prepared(NamedTuple):
+    """Where the token ids of an example are, and how many the prompt and each response have."""
+
+    table: Dataset
+    row: int
+    lengths: list[int]
 
 
 @dataclass
@@ -115,7 +123,8 @@ class PreferenceCollator:
     control_tokens: str = "neutralize"
     chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
     truncated: int = field(default=0, init=False)
-    _known: dict[str, tuple[Dataset, int]] = field(default_factory=dict, init=False, repr=False)
+    _tables: dict[str, Dataset] = field(default_factory=dict, init=False, repr=False)
+    _prepared: dict[str, _Prepared] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
         self.objectives = tuple(self.objectives)
@@ -131,27 +140,36 @@ class PreferenceCollator:
 
     def tokenize(self, examples: Sequence[PreferenceExample]) -> list[TokenizedExample]:
         """Token ids of each example, cut or refused by the length limits; those of prepared examples are known."""
-        found: list[tuple[list[int], list[list[int]]] | None] = [self._look_up(example) for example in examples]
+        found = [self._look_up(example) for example in examples]
         new = [example for example, known in zip(examples, found, strict=True) if known is None]
         fresh = iter(self.renderer.tokenize(new) if new else ())
         result = []
         for example, known in zip(examples, found, strict=True):
-            prompt, responses = next(fresh)[:2] if known is None else known
-            try:
-                room = self._room(len(prompt), list(map(len, responses)))
-            except DataError as error:
-                raise error.of(example.name) from None
+            if known is None:
+                prompt, responses = next(fresh)[:2]
+            else:
+                row = known.table[known.row]
+                prompt, responses = row["prompt"], row["responses"]
+            room = self._room_of(example, len(prompt), list(map(len, responses)))
             self.truncated += sum(room is not None and len(ids) > room for ids in responses)
             result.append(TokenizedExample(prompt, [ids[:room] for ids in responses]))
         return result
 
-    def _look_up(self, example: PreferenceExample) -> tuple[list[int], list[list[int]]] | None:
-        """Token ids that ``prepare`` made."""
-        if not self._known or (place := self._known.get(example_key(example))) is None:
-            return None
-        table, index = place
-        row = table[index]
-        return row["prompt"], row["responses"]
+    def sizes(self, examples: Sequence[PreferenceExample]) -> list[ExampleSize]:
+        """What each example takes up."""
+        result = []
+        for example in examples:
+            if (known := self._look_up(example)) is None:
+                result.append(self.tokenize([example])[0].size)
+                continue
+            prompt, *responses = known.lengths
+            room = self._room_of(example, prompt, responses)
+            lengths = responses if room is None else [min(length, room) for length in responses]
+            result.append(ExampleSize(len(lengths), prompt + max(lengths), prompt + sum(lengths) - len(lengths)))
+        return result
+
+    def _look_up(self, example: PreferenceExample) -> _Prepared | None:
+        return self._prepared.get(text_key(example)) if self._prepared else None
 
     def prepare(self, data: PreferenceData, num_proc: int | None = None) -> Dataset:
         """Tokenise ``data`` once, for every batch to come, and look at all of it before any training.
@@ -163,12 +181,18 @@ class PreferenceCollator:
         Raises:
             DataError: the first example that the template or the limits refuse, and how many there are.
         """
-        table = tokenize_data(self.renderer, data, num_proc)
+        digest = text_digest(data)
+        table = self._tables.get(digest)
+        if table is None:
+            table = tokenize_data(self.renderer, data, num_proc)
         if errors := self._refused(data, table):
             index, error = next(iter(errors.items()))
             more = f" ({len(errors)} of {len(data)} examples are refused)" if len(errors) > 1 else ""
             raise DataError(f"row {index}: {error.problem}{more}", field=error.field)
-        self._known.update((key, (table, index)) for index, key in enumerate(table["key"]))
+        if digest not in self._tables:
+            self._tables[digest] = table
+            places = enumerate(zip(table["key"], table["lengths"], strict=True))
+            self._prepared.update((key, _Prepared(table, index, lengths)) for index, (key, lengths) in places)
         return table
 
     def refused(self, data: PreferenceData) -> dict[int, DataError]:
@@ -188,6 +212,13 @@ class PreferenceCollator:
                 errors[index] = error.of(data[index].name)
         return errors
 
+    def _room_of(self, example: PreferenceExample, prompt: int, responses: Sequence[int]) -> int | None:
+        """As ``_room``, with an error that names the example."""
+        try:
+            return self._room(prompt, responses)
+        except DataError as error:
+            raise error.of(example.name) from None
+
     def _room(self, prompt: int, responses: Sequence[int]) -> int | None:
         """Tokens that the limits leave to a response, by the lengths of the prompt and the responses."""
         room = self.max_response_length
@@ -195,8 +226,7 @@ class PreferenceCollator:
             left = self.max_length - prompt
             if left < 1:
                 raise DataError(
-                    f"{prompt} tokens leave no room for a response within max_length={self.max_length}",
-                    field="prompt",
+                    f"{prompt} tokens leave no room for a response within max_length={self.max_length}", field="prompt"
                 )
             room = left if room is None else min(room, left)
         for index, length in enumerate(responses):

@@ -10,7 +10,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mopo_kernels.data.schema import DataError, PreferenceExample, PreferencePair, as_messages, response_text
+from mopo_kernels.data.schema import (
+    TEXT_ROLE,
+    DataError,
+    PreferenceExample,
+    PreferencePair,
+    as_messages,
+    response_text,
+)
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -42,8 +49,8 @@ def _to_table(examples: Sequence[PreferenceExample], objectives: Sequence[str]) 
     datasets = import_datasets()
     text = datasets.Value("string")
     message = [{"role": text, "content": text}]
-    # Arrow wants one type per column. Where both forms occur the strings become messages, which changes nothing: with a
-    # chat template a string is one user turn anyway, and without one messages cannot be used at all.
+    # Arrow wants one type per column. Where both forms occur the strings become messages: a prompt one that says so, as
+    # it may be text that no chat template is to be applied to.
     chat_prompts = any(not isinstance(example.prompt, str) for example in examples)
     chat_responses = any(not isinstance(response, str) for example in examples for response in example.responses)
     pair_features = {
@@ -65,8 +72,8 @@ def _to_table(examples: Sequence[PreferenceExample], objectives: Sequence[str]) 
     rows = []
     for example in examples:
         row = example.to_dict()
-        if chat_prompts:
-            row["prompt"] = as_messages(example.prompt)
+        if chat_prompts and isinstance(example.prompt, str):
+            row["prompt"] = [{"role": TEXT_ROLE, "content": example.prompt}]
         if chat_responses:
             row["responses"] = [[{"role": "assistant", "content": response_text(r)}] for r in example.responses]
         for pair in row["pairs"]:

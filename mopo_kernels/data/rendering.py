@@ -131,14 +131,14 @@ class Renderer:
         )
 
     def _render_turns(self, example: PreferenceExample) -> RenderedExample:
-        messages = self._turns(example.prompt)
-        prompt = self._apply(messages, "prompt", True)
+        messages, options = self._turns(example.prompt), self._template_options(example)
+        prompt = self._apply(messages, options, "prompt", True)
         wholes = []
         for index, response in enumerate(example.responses):
             place = f"responses[{index}]"
             turn: Message = {"role": "assistant"} | ({} if isinstance(response, str) else response[0])
             turn["content"] = self._without_end(response_text(response))
-            whole = self._apply([*messages, self._neutral(turn, place)], place, False)
+            whole = self._apply([*messages, self._neutral(turn, place)], options, place, False)
             wholes.append(self._cut(whole))
         return RenderedExample(prompt, [text for text, _ in wholes], [ended for _, ended in wholes], "turns")
 
@@ -183,11 +183,15 @@ class Renderer:
             and all(response_text(response).lstrip().startswith(header) for response in responses)
         )
 
-    def _apply(self, messages: list[Message], place: str, generation: bool) -> str:
+    def _template_options(self, example: PreferenceExample) -> Mapping[str, Any]:
+        """What the template is told beside the messages of an example."""
+        return self.chat_template_kwargs
+
+    def _apply(self, messages: list[Message], options: Mapping[str, Any], place: str, generation: bool) -> str:
         """The template's text; the one place where a conversation is rendered."""
         try:
             text: str = self.tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=generation, **self.chat_template_kwargs
+                messages, tokenize=False, add_generation_prompt=generation, **options
             )
         except _REFUSALS as error:
             raise DataError(f"the chat template refuses it: {error}", field=place) from error
@@ -260,6 +264,11 @@ class Renderer:
         own = self._template.end_id if self.tokenizer.chat_template else None
         return tuple(dict.fromkeys(index for index in (own, self.tokenizer.eos_token_id) if index is not None))
 
+    @property
+    def writes_no_end(self) -> bool:
+        """Whether the template writes no token that ends the assistant's turn."""
+        return self._template.end_id is None
+
     @cached_property
     def _end_texts(self) -> tuple[str, ...]:
         written = self.tokenizer.chat_template and self._template.end_id is not None
@@ -321,10 +330,19 @@ class Renderer:
     def tokenize(self, examples: Sequence[PreferenceExample]) -> list[RenderedTokens]:
         """Token ids of each example; every text is tokenised with the others in one call."""
         rendered = [self.render(example) for example in examples]
-        ids = iter(self._encode([(text, item.form) for item in rendered for text in (item.prompt, *item.wholes)]))
+        heads = [self._head(item) for item in rendered]
+        ids = iter(
+            self._encode(
+                [
+                    (text, item.form != "turns")
+                    for item, head in zip(rendered, heads, strict=True)
+                    for text in (head, *(text[len(head) :] for text in (item.prompt, *item.wholes)))
+                ]
+            )
+        )
         result = []
         for item in rendered:
-            prompt = self._open(next(ids), item.prompt)
+            head, prompt = next(ids), self._open(next(ids), item.prompt)
             wholes = [
                 self._open(next(ids), text) if ended else self._closed(next(ids))
                 for text, ended in zip(item.wholes, item.ends, strict=True)
@@ -333,7 +351,7 @@ class Renderer:
             shared = min(min(_agreement(prompt, whole), len(whole) - 1) for whole in wholes)
             result.append(
                 RenderedTokens(
-                    prompt[:shared],
+                    head + prompt[:shared],
                     [whole[shared:] for whole in wholes],
                     item.form,
                     any(_BREAK in text for text in (item.prompt, *item.wholes)),
@@ -342,27 +360,58 @@ class Renderer:
             )
         return result
 
-    def prompt_ids(self, prompt: Text, responses: Sequence[Text] = ()) -> list[int]:
-        """Token ids of a prompt, ready for a response to follow; ``responses`` are looked at by ``chat="auto"``."""
-        form = self._form(prompt, responses)
-        text = self._apply(self._turns(prompt), "prompt", True) if form == "turns" else prompt
-        assert isinstance(text, str)
-        return self._open(self._encode([(text, form)])[0], text)
+    def prompt_ids(self, prompt: Text) -> list[int]:
+        """Token ids of a prompt alone, ready for a response to follow."""
+        return self._opening_ids(prompt, self._form(prompt, ()), self.chat_template_kwargs)
 
-    def _encode(self, texts: Sequence[tuple[str, str]]) -> list[list[int]]:
-        """Token ids of texts, each with its form: what went through a template has its special tokens."""
+    def example_prompt_ids(self, example: PreferenceExample) -> list[int]:
+        """Token ids of an example's prompt, ready for another response to follow."""
+        form = self._form(example.prompt, example.responses)
+        return self._opening_ids(example.prompt, form, self._template_options(example))
+
+    def _opening_ids(self, prompt: Text, form: str, options: Mapping[str, Any]) -> list[int]:
+        text = self._apply(self._turns(prompt), options, "prompt", True) if form == "turns" else prompt
+        assert isinstance(text, str)
+        return self._open(self._encode([(text, form != "turns")])[0], text)
+
+    def _head(self, item: RenderedExample) -> str:
+        """What of a prompt and its wholes can be tokenised once for all of them, without a token being another."""
+        if item.form != "turns" or not self._tail or not item.prompt.endswith(self._tail):
+            return ""
+        head = item.prompt.removesuffix(self._tail)
+        return head if all(whole.startswith(item.prompt) for whole in item.wholes) else ""
+
+    @cached_property
+    def _tail(self) -> str:
+        """The end of what the template writes after a question, from its last added token on, at which a tokenizer cuts
+        every text; empty where there is none, or where this tokenizer's tokens are others after the cut."""
+        messages = [{"role": "user", "content": _ASKED}]
+        answered = [*messages, {"role": "assistant", "content": _ANSWERED}]
+        prompt = self._apply(messages, self.chat_template_kwargs, "prompt", True)
+        whole = self._apply(answered, self.chat_template_kwargs, "responses", False)
+        plain = [
+            token.content
+            for token in self.tokenizer.added_tokens_decoder.values()
+            if token.content in self._added and not (token.lstrip or token.rstrip or token.single_word)
+        ]
+        start = max((prompt.rfind(token) for token in plain), default=-1)
+        if start <= prompt.rfind(_ASKED) or not whole.startswith(prompt):
+            return ""
+        head, *rest = self._encode([(text, False) for text in (prompt[:start], prompt[start:], whole[start:])])
+        return prompt[start:] if [head + ids for ids in rest] == self._encode([(prompt, False), (whole, False)]) else ""
+
+    def _encode(self, texts: Sequence[tuple[str, bool]]) -> list[list[int]]:
+        """Token ids of texts, with the tokenizer's own opening and closing tokens where asked for: but text that begins
+        with BOS is given no other. Elsewhere no token spans a break."""
         ids: list[list[int]] = [[] for _ in texts]
+        bos = self.tokenizer.bos_token
         for special in (False, True):
-            # Text that begins with BOS is given no other.
-            places = [
-                place
-                for place, (text, form) in enumerate(texts)
-                if special == (form != "turns" and not text.startswith(self.tokenizer.bos_token or _BREAK))
-            ]
             pieces = [
                 (place, piece)
-                for place in places
-                for piece in (texts[place][0].split(_BREAK) if texts[place][1] == "turns" else [texts[place][0]])
+                for place, (text, asked) in enumerate(texts)
+                if special == (asked and not (bos and text.startswith(bos)))
+                for piece in ([text] if asked else text.split(_BREAK))
+                if piece
             ]
             if pieces:
                 found = self.tokenizer([piece for _, piece in pieces], add_special_tokens=special)["input_ids"]

@@ -11,6 +11,9 @@ from typing import Any
 Message = dict[str, str]
 Text = str | list[Message]
 
+# Of the one message that a table whose other prompts are lists of messages holds in place of a string.
+TEXT_ROLE = "text"
+
 
 class DataError(ValueError):
     """A row that cannot be used: which file, which line, which field, and what is wrong with it.
@@ -105,6 +108,8 @@ def check_prompt(value: object, field: str = "prompt", max_chars: int | None = N
     """A prompt: a non-blank string, or messages that end with someone else's turn than the assistant's."""
     if isinstance(value, (list, tuple)):
         messages = _check_messages(value, field, max_chars)
+        if [message["role"] for message in messages] == [TEXT_ROLE]:
+            return messages[0]["content"]
         if messages[-1]["role"] == "assistant":
             raise DataError("ends with an assistant message: that one belongs to the responses", field=field)
         return messages
@@ -130,8 +135,10 @@ def response_text(response: Text) -> str:
 
 
 def as_messages(prompt: Text) -> list[Message]:
-    """A prompt as messages: a string is one user turn."""
-    return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    """A prompt as messages: a string is one user turn, however a table holds it."""
+    if not isinstance(prompt, str) and [message["role"] for message in prompt] != [TEXT_ROLE]:
+        return prompt
+    return [{"role": "user", "content": prompt if isinstance(prompt, str) else prompt[0]["content"]}]
 
 
 @dataclass(frozen=True)

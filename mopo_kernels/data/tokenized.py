@@ -35,7 +35,7 @@ def text_digest(data: PreferenceData, *leave_out: str) -> str:
     return digest.hexdigest()
 
 
-def example_key(example: PreferenceExample) -> str:
+def text_key(example: PreferenceExample) -> str:
     """Equal for examples of equal texts."""
     content = {name: value for name, value in example.to_dict().items() if name not in (*_LABELS, "id")}
     return hashlib.blake2b(json.dumps(content, sort_keys=True).encode(), digest_size=16).hexdigest()
@@ -58,7 +58,7 @@ def tokenize_data(renderer: Renderer, data: PreferenceData, num_proc: int | None
         num_proc: processes; None is one for every 2000 examples, at most one a core.
 
     Returns:
-        With the columns ``key`` (see :func:`example_key`), ``prompt``, ``responses`` (ids), ``lengths`` (tokens of the
+        With the columns ``key`` (see :func:`text_key`), ``prompt``, ``responses`` (ids), ``lengths`` (tokens of the
         prompt and of each response), ``largest`` (id), ``form``, ``neutralized``, ``left_out`` (as of
         ``RenderedTokens``), ``problem`` and ``field`` (None where there is none).
     """
@@ -133,7 +133,7 @@ def _tokens_or_problem(renderer: Renderer, example: PreferenceExample) -> Render
 
 
 def _record(example: PreferenceExample, item: RenderedTokens | DataError) -> dict[str, Any]:
-    key = example_key(example)
+    key = text_key(example)
     if isinstance(item, DataError):
         empty: dict[str, Any] = {"prompt": [], "responses": [], "lengths": []}
         counts = {"largest": -1, "form": "", "neutralized": False, "left_out": 0}
