@@ -175,7 +175,7 @@ class Renderer:
         if text.endswith(template.headed):
             return True
         # The header may stand before each response instead.
-        header = min(template.headed, key=len).removeprefix(template.asked).strip()
+        header = min(template.headed, key=len, default="").removeprefix(template.asked).strip()
         return (
             bool(header)
             and text.endswith(template.asked)
@@ -216,7 +216,8 @@ class Renderer:
                 around([asked], _ASKED, True)[1].strip(),
                 around([asked], _ASKED, True, enable_thinking=False)[1].strip(),
             }
-            last = around([asked, answered], _ANSWERED)[1]
+            before, last = around([asked, answered], _ANSWERED)
+            headed.add(before.rpartition(_ASKED)[2].strip())
         except _REFUSALS as error:
             raise ValueError(
                 f"tokenizer: expected a chat template that takes a user's and an assistant's turn; got {error}"
@@ -233,7 +234,7 @@ class Renderer:
         return _Template(
             tuple(text for each in openings if (text := each.strip().removeprefix(bos).strip())),
             after.strip(),
-            tuple(headed),
+            tuple(text for text in headed if text),
             last,
             ending,
             end_id,
