@@ -283,7 +283,7 @@ def test_a_row_that_the_template_refuses_is_a_data_error_by_name() -> None:
     collator = PreferenceCollator(chat_tokenizer("gemma"), ["a"])
     rows = [example("Why?", ("yes", "no")), example(SYSTEM, ("yes", "no"), id="third")]
     data = PreferenceData.from_examples(rows)
-    with pytest.raises(DataError, match=r"^prompt: row 1: example third: the chat template refuses it: System role"):
+    with pytest.raises(DataError, match=r"^2: prompt: example third: the chat template refuses it: System role"):
         collator.prepare(data)
     kept = data.drop_overlong(collator)
     assert list(kept) == rows[:1]
@@ -366,17 +366,17 @@ class TestBeforeTraining:
         assert trainer.state.global_step == 2
 
     def test_a_row_that_the_template_refuses(self, tmp_path: Any) -> None:
-        with pytest.raises(DataError, match=r"^train: prompt: row 4: example late: the chat template refuses it"):
+        with pytest.raises(DataError, match=r"^train:5: prompt: example late: the chat template refuses it"):
             self.trainer(tmp_path, [*self.rows, example(SYSTEM, ("yes", "no"), id="late")])
 
     def test_an_over_long_row(self, tmp_path: Any) -> None:
         rows = [*self.rows, example("Why?", ("yes", "no " * 40), id="late")]
-        with pytest.raises(DataError, match=r"^train: responses\[1\]: row 4: example late: \d+ tokens, more than"):
+        with pytest.raises(DataError, match=r"^train:5: responses\[1\]: example late: \d+ tokens, more than"):
             self.trainer(tmp_path, rows, max_length=40)
 
     def test_a_row_longer_than_the_models_positions(self, tmp_path: Any) -> None:
         rows = [*self.rows, example("Why?", ("yes", "no " * 40), id="late")]
-        with pytest.raises(DataError, match=r"^train: row 4: example late: \d+ tokens, more than the model's 48 pos"):
+        with pytest.raises(DataError, match=r"^train:5: example late: \d+ tokens, more than the model's 48 pos"):
             self.trainer(tmp_path, rows, max_position_embeddings=48)
 
     def test_a_token_beyond_the_embedding(self, tmp_path: Any) -> None:
@@ -385,7 +385,7 @@ class TestBeforeTraining:
         tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
         tokenizer.chat_template = TEMPLATES["chatml"].source
         with pytest.raises(
-            ValueError, match=rf"processing_class: expected token ids below {rows}.*'<|im_end|>'.*row 0"
+            ValueError, match=rf"processing_class: expected token ids below {rows}.*'<|im_end|>'.*row 1 of train"
         ):
             self.trainer(tmp_path, self.rows, rows, tokenizer=tokenizer)
 

@@ -186,9 +186,9 @@ class PreferenceCollator:
         if table is None:
             table = tokenize_data(self.renderer, data, num_proc)
         if errors := self._refused(data, table):
-            index, error = next(iter(errors.items()))
+            first = next(iter(errors.values()))
             more = f" ({len(errors)} of {len(data)} examples are refused)" if len(errors) > 1 else ""
-            raise DataError(f"row {index}: {error.problem}{more}", field=error.field)
+            raise DataError(first.problem + more, None, first.line, first.field)
         if digest not in self._tables:
             self._tables[digest] = table
             places = enumerate(zip(table["key"], table["lengths"], strict=True))
@@ -203,13 +203,13 @@ class PreferenceCollator:
         errors = {}
         for index, row in enumerate(table.select_columns(["problem", "field", "lengths"])):
             if row["problem"] is not None:
-                errors[index] = DataError(row["problem"], field=row["field"])
+                errors[index] = DataError(row["problem"], None, index + 1, row["field"])
                 continue
             prompt, *responses = row["lengths"]
             try:
                 self._room(prompt, responses)
             except DataError as error:
-                errors[index] = error.of(data[index].name)
+                errors[index] = error.of(data[index].name).at(None, index + 1)
         return errors
 
     def _room_of(self, example: PreferenceExample, prompt: int, responses: Sequence[int]) -> int | None:

@@ -124,7 +124,7 @@ class Renderer:
             except DataError as error:
                 raise error.of(example.name) from error.__cause__
         assert isinstance(example.prompt, str)
-        end = self._template.ending if form == "rendered" else ""
+        end = self._template.ending if form == "rendered" and not self.writes_no_end else ""
         written = [self._ended(response_text(response), end) for response in example.responses]
         return RenderedExample(
             example.prompt, [example.prompt + text for text, _ in written], [ended for _, ended in written], form

@@ -66,7 +66,7 @@ def prepare_rows(
             try:
                 table = collator.prepare(data, args.dataset_num_proc)
             except DataError as error:
-                raise DataError(error.problem, argument, field=error.field) from error.__cause__
+                raise error.at(argument, error.line) from None
         _check_ids(model, collator, argument, data, table)
         _check_positions(model, collator, argument, data, table)
         for note in () if quiet else _notes(collator, table):
@@ -104,7 +104,7 @@ def _check_ids(
     for index, largest in enumerate(table["largest"]):
         if largest >= rows:
             raise _unknown_token(
-                collator.tokenizer, largest, rows, f"example {data[index].name}, row {index} of {argument}"
+                collator.tokenizer, largest, rows, f"example {data[index].name}, row {index + 1} of {argument}"
             )
 
 
@@ -119,9 +119,10 @@ def _check_positions(
         longest = prompt + (max(responses) if cut is None else min(max(responses), cut))
         if longest > limit:
             raise DataError(
-                f"row {index}: example {data[index].name}: {longest} tokens, more than the model's {limit} positions "
+                f"example {data[index].name}: {longest} tokens, more than the model's {limit} positions "
                 f"(with max_length={limit}, skip_overlong or drop_overlong of the data leaves such rows out)",
                 argument,
+                index + 1,
             )
 
 
