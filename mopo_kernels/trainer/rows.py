@@ -111,7 +111,9 @@ def _check_ids(
 def _check_positions(
     model: nn.Module, collator: PreferenceCollator, argument: str, data: PreferenceData, table: Dataset
 ) -> None:
-    limit = getattr(causal_lm(model).config.get_text_config(), "max_position_embeddings", None)
+    config = causal_lm(model).config.get_text_config()
+    # Linear biases (ALiBi) have no last position.
+    limit = None if getattr(config, "alibi", False) else getattr(config, "max_position_embeddings", None)
     if limit is None or (collator.max_length is not None and collator.max_length <= limit):
         return
     cut = collator.max_response_length if collator.truncate else None
