@@ -441,6 +441,8 @@ def measure_pairs(
             data.objectives,
             max_response_length=max_response_length,
             truncate=max_response_length is not None,
+            chat=policy.renderer.chat,
+            chat_template_kwargs=policy.renderer.chat_template_kwargs,
         )
         return sequence_logprobs(policy, collator, [examples[index] for index in indices], batch_size, progress)
 
@@ -493,6 +495,7 @@ def measure_judged(
                 policy.tokenizer,
                 asked,
                 seed=state,
+                renderer=policy.renderer,
                 progress=progress,
                 description=f"sampling {policy.name}",
                 **sampling,

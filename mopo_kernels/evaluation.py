@@ -28,6 +28,7 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from mopo_kernels.data.rendering import Renderer
 from mopo_kernels.text import one_line
 
 Prompt = str | list[dict[str, str]]
@@ -155,12 +156,13 @@ class Comparison:
 
 
 class _Weights:
-    """One model in memory and the peft adapters loaded onto it: what several policies share."""
+    """One model in memory, the peft adapters loaded onto it and what writes its prompts: what several policies
+    share."""
 
-    def __init__(self, source: str, model: Any, tokenizer: Any) -> None:
+    def __init__(self, source: str, model: Any, renderer: Renderer) -> None:
         self.source = source
         self.model = model
-        self.tokenizer = tokenizer
+        self.renderer = renderer
         self.adapters: dict[str, str] = {}  # folder or hub name -> name inside the PeftModel
         self._scaling: dict[str, list[tuple[dict[str, float], float]]] = {}
 
@@ -212,16 +214,34 @@ class Policy:
     _weights: _Weights = dataclasses.field(repr=False)
 
     @classmethod
-    def from_model(cls, model: Any, tokenizer: Any, *, adapter: str | None = None, name: str = "policy") -> Policy:
-        """Wrap a model already in memory. For a PeftModel, `adapter` names the adapter; None is its base model."""
+    def from_model(
+        cls,
+        model: Any,
+        tokenizer: Any,
+        *,
+        adapter: str | None = None,
+        name: str = "policy",
+        chat: str = "auto",
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+    ) -> Policy:
+        """Wrap a model already in memory. For a PeftModel, `adapter` names the adapter; None is its base model.
+
+        chat, chat_template_kwargs: as for `load_policy`.
+        """
         known = list(getattr(model, "peft_config", {}))
         if adapter is not None and adapter not in known:
             raise ValueError(f"adapter must be one of the model's adapters {known}, got {adapter!r}")
-        return cls(name, {} if adapter is None else {adapter: 1.0}, _Weights(name, model, tokenizer))
+        renderer = Renderer(tokenizer, chat, chat_template_kwargs=chat_template_kwargs or {})
+        return cls(name, {} if adapter is None else {adapter: 1.0}, _Weights(name, model, renderer))
+
+    @property
+    def renderer(self) -> Renderer:
+        """What writes prompts as this policy is to see them."""
+        return self._weights.renderer
 
     @property
     def tokenizer(self) -> Any:
-        return self._weights.tokenizer
+        return self._weights.renderer.tokenizer
 
     @property
     def source(self) -> str:
@@ -288,6 +308,8 @@ def load_policy(
     dtype: str | torch.dtype | None = None,
     share: Policy | None = None,
     scale: float = 1.0,
+    chat: str = "auto",
+    chat_template_kwargs: Mapping[str, Any] | None = None,
 ) -> Policy:
     """Load a policy for sampling.
 
@@ -301,6 +323,8 @@ def load_policy(
     share: a policy loaded before; if it stands on the same model, its weights are used again, not loaded twice. An
         adapter that is there already is not loaded again, whatever its scale.
     scale: factor of the update, and of every weight of several: 0 is the model alone, 1 the adapter as it was saved.
+    chat, chat_template_kwargs: how prompts are written, as for `data.rendering.Renderer`; of weights used again, what
+        was given with them.
     Raises ValueError for a folder that is missing or is neither, for a scale without an adapter, and for a factor other
         than 1 of an adapter whose update is more than a product of LoRA factors (DoRA, trained biases, modules saved
         whole, another method); OSError where the checkpoint can't be read.
@@ -353,7 +377,8 @@ def load_policy(
             loaded = loaded.to(target).eval()
         except OSError as error:
             raise OSError(f"model {source} could not be loaded: {error}") from error
-        weights = _Weights(source, loaded, transformers.AutoTokenizer.from_pretrained(source, trust_remote_code=False))
+        tokenizer = transformers.AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+        weights = _Weights(source, loaded, Renderer(tokenizer, chat, chat_template_kwargs=chat_template_kwargs or {}))
     return Policy(name, {weights.add_adapter(folder): factor for folder, factor in factors.items() if factor}, weights)
 
 
@@ -410,9 +435,9 @@ def read_sweep(folder: str | Path) -> dict[str, Any]:
 
 
 def load_sweep_policies(
-    folder: str | Path, *, device: str | torch.device | None = None, dtype: str | torch.dtype | None = None
+    folder: str | Path, *, device: str | torch.device | None = None, **options: Any
 ) -> list[Policy]:
-    """The trained points of a sweep, by their names, on one model in memory; device and dtype as for `load_policy`.
+    """The trained points of a sweep, by their names, on one model in memory; device and options as for `load_policy`.
 
     Raises ValueError where no point is trained.
     """
@@ -421,7 +446,7 @@ def load_sweep_policies(
     for record in records:
         if record["status"] == "trained":
             share = policies[0] if policies else None
-            policies.append(load_policy(Path(folder) / record["name"], device=device, dtype=dtype, share=share))
+            policies.append(load_policy(Path(folder) / record["name"], device=device, share=share, **options))
     if not policies:
         raise ValueError(f"policy {folder} must be a sweep with a trained point, got {len(records)} points without")
     return policies
@@ -447,21 +472,11 @@ def _same_source(first: str, second: str) -> bool:
 
 
 def encode_prompt(tokenizer: Any, prompt: Prompt) -> list[int]:
-    """Token ids of a prompt, ready for the response to follow.
+    """Token ids of a prompt, ready for the response to follow, as ``data.rendering.Renderer`` has them by default.
 
-    As PreferenceCollator does it: with a chat template a str is one user turn and the generation prompt is appended;
-    without one a str is encoded as it is, with the special tokens that open a text, and messages raise ValueError.
+    Raises ValueError for messages without a chat template, and DataError for a prompt that the template refuses.
     """
-    if getattr(tokenizer, "chat_template", None):
-        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        return list(tokenizer(text, add_special_tokens=False)["input_ids"])
-    if not isinstance(prompt, str):
-        raise ValueError("prompt must be a str for a tokenizer without a chat template, got a list of messages")
-    ids = list(tokenizer(prompt)["input_ids"])
-    # Some tokenizers close every text with EOS; the response has yet to come.
-    closed = ids[-1:] == [tokenizer.eos_token_id] and tokenizer(prompt, add_special_tokens=False)["input_ids"] != ids
-    return ids[:-1] if closed else ids
+    return Renderer(tokenizer).prompt_ids(prompt)
 
 
 def prompt_text(prompt: Prompt) -> str:
@@ -602,7 +617,7 @@ def _prompt_cache(
 def sample_responses(
     model: Any,
     tokenizer: Any,
-    prompts: Sequence[Prompt],
+    prompts: Sequence[Prompt | list[int]],
     *,
     samples_per_prompt: int,
     max_new_tokens: int,
@@ -610,6 +625,7 @@ def sample_responses(
     top_p: float = 1.0,
     batch_size: int,
     seed: int,
+    renderer: Renderer | None = None,
     progress: bool = True,
     description: str = "sampling",
 ) -> list[list[str]]:
@@ -624,6 +640,7 @@ def sample_responses(
         top_p=top_p,
         batch_size=batch_size,
         seed=seed,
+        renderer=renderer,
         progress=progress,
         description=description,
     )
@@ -640,7 +657,7 @@ class Draw(NamedTuple):
 def draw_responses(
     model: Any,
     tokenizer: Any,
-    prompts: Sequence[Prompt],
+    prompts: Sequence[Prompt | list[int]],
     *,
     samples_per_prompt: int,
     max_new_tokens: int,
@@ -648,14 +665,17 @@ def draw_responses(
     top_p: float = 1.0,
     batch_size: int,
     seed: int,
+    renderer: Renderer | None = None,
     progress: bool = True,
     description: str = "sampling",
 ) -> list[list[Draw]]:
     """Draw responses from a causal language model.
 
-    prompts (X): str or messages, see `encode_prompt`. samples_per_prompt: draws a prompt, independent.
+    prompts (X): str or messages, which `renderer` writes as the model is to see them, or token ids.
+    samples_per_prompt: draws a prompt, independent.
     max_new_tokens: longest response, tokens. temperature: 0 is greedy. top_p: nucleus mass in (0, 1].
     batch_size: sequences decoded together (a prompt drawn 4 times is 4 sequences).
+    renderer: default one of the tokenizer, with its default options.
     seed: the draws depend on it, the prompts and batch_size, on no other use of the random state, which is left as it
         was. Two policies that are compared need different seeds, or their samples are not independent.
     Returns [prompt][sample] in the order of `prompts`, special tokens removed.
@@ -674,7 +694,11 @@ def draw_responses(
         raise ValueError(f"top_p must be in (0, 1], got {top_p}")
 
     context = getattr(model.config, "max_position_embeddings", None)
-    encoded = [encode_prompt(tokenizer, prompt) for prompt in prompts]
+    renderer = renderer or Renderer(tokenizer)
+    encoded = [
+        prompt if isinstance(prompt, list) and isinstance(prompt[0], int) else renderer.prompt_ids(prompt)
+        for prompt in prompts
+    ]
     for index, ids in enumerate(encoded):
         if not ids:
             raise ValueError(f"prompts[{index}] must have at least one token, got {prompts[index]!r}")
@@ -685,7 +709,7 @@ def draw_responses(
             )
 
     stop = getattr(model.generation_config, "eos_token_id", None)
-    stops = {*(stop if isinstance(stop, list) else [stop]), tokenizer.eos_token_id} - {None}
+    stops = {*(stop if isinstance(stop, list) else [stop]), *renderer.end_ids} - {None}
     pad = next((p for p in (tokenizer.pad_token_id, tokenizer.eos_token_id, *sorted(stops)) if p is not None), 0)
     options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "pad_token_id": pad, "use_cache": True}
     options |= {"eos_token_id": sorted(stops)} if stops else {}
@@ -1116,6 +1140,7 @@ def compare_with_baseline(
                 top_p=top_p,
                 batch_size=batch_size,
                 seed=state,
+                renderer=policy.renderer,
                 progress=progress,
                 description=f"sampling the {role} ({policy.name})",
             )

@@ -110,6 +110,7 @@ class Sampler:
                 top_p=self.top_p,
                 batch_size=self.batch_size,
                 seed=seed,
+                renderer=self.policy.renderer,
                 progress=False,
             )
         return [[text for draw in row if (text := self._kept(*draw)) is not None] for row in drawn]

@@ -1,4 +1,4 @@
-"""Numbers by objective, as command lines and configuration files write them; needs neither torch nor transformers."""
+"""Mappings as command lines and configuration files write them; needs neither torch nor transformers."""
 
 from __future__ import annotations
 
@@ -7,7 +7,23 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-__all__ = ["parse_mapping", "parse_mappings"]
+__all__ = ["parse_json", "parse_mapping", "parse_mappings"]
+
+
+def parse_json(name: str, value: Mapping[str, Any] | str | None) -> dict[str, Any]:
+    """A mapping, or the JSON of one; None is the empty one.
+
+    Raises:
+        ValueError: naming the argument, what was expected and what came.
+    """
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{name}: expected a JSON object; got {value!r}") from error
+    if not isinstance(value, (Mapping, type(None))):
+        raise ValueError(f"{name}: expected a mapping; got {value!r}")
+    return dict(value or {})
 
 
 def parse_mapping(name: str, value: Mapping[str, Any] | str | None) -> dict[str, float]:

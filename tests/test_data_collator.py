@@ -52,6 +52,9 @@ def word_level(closing: bool) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
 
 
+SPACED = (" yes", " no the river flows")
+
+
 def example(
     prompt: Any = "say the word",
     responses: Sequence[Any] = ("yes", "no the river flows"),
@@ -105,15 +108,15 @@ def test_prompts_go_through_the_chat_template_and_are_the_same_for_every_respons
         assert tokenizer.decode(prompt_ids(batch, row)) == f"{text}<|start|>assistant\n"
 
 
-def test_the_boundary_between_prompt_and_response_never_merges() -> None:
+def test_the_boundary_is_where_the_whole_text_has_it() -> None:
     tokenizer = byte_level(template=None)
-    joint = tokenizer("say the wo" + "rd", add_special_tokens=False)["input_ids"]
     batch = PreferenceCollator(tokenizer, ["a"])([example("say the wo", ["rd", "no"])])
-    apart = prompt_ids(batch, 0) + scored(batch, 0)[:-1]
-    assert apart != joint  # the control: together they would have merged
-    assert (
-        prompt_ids(batch, 0) == prompt_ids(batch, 1) == tokenizer("say the wo", add_special_tokens=False)["input_ids"]
-    )
+    for row, response in enumerate(("rd", "no")):
+        joint = tokenizer(f"say the wo{response}", add_special_tokens=False)["input_ids"]
+        assert prompt_ids(batch, row) + scored(batch, row) == [*joint, tokenizer.eos_token_id]
+    # A token of the first spans the boundary, so the prompt ends before it for both.
+    apart = tokenizer("say the wo", add_special_tokens=False)["input_ids"]
+    assert prompt_ids(batch, 0) == prompt_ids(batch, 1) == apart[: len(prompt_ids(batch, 0))] != apart
 
 
 def test_padding_is_on_the_right_masked_and_never_scored() -> None:
@@ -179,7 +182,7 @@ def test_dicts_and_examples_give_the_same_batch() -> None:
 @pytest.mark.parametrize("closing", [False, True], ids=["bos", "bos-and-eos"])
 def test_without_a_template_the_tokenizers_bos_opens_the_prompt_and_no_eos_closes_it(closing: bool) -> None:
     tokenizer = word_level(closing)
-    batch = PreferenceCollator(tokenizer, ["a"])([example()])
+    batch = PreferenceCollator(tokenizer, ["a"])([example(responses=SPACED)])
     words = {index: word for word, index in tokenizer.get_vocab().items()}
     assert [words[index] for index in prompt_ids(batch, 0)] == ["<s>", "say", "the", "word"]
     assert [[words[index] for index in scored(batch, row)] for row in (0, 1)] == [
@@ -191,7 +194,7 @@ def test_without_a_template_the_tokenizers_bos_opens_the_prompt_and_no_eos_close
 def test_a_tokenizer_without_pad_token_pads_with_eos_and_still_scores_only_the_response() -> None:
     tokenizer = word_level(closing=False)
     assert tokenizer.pad_token_id is None
-    batch = PreferenceCollator(tokenizer, ["a"])([example()])
+    batch = PreferenceCollator(tokenizer, ["a"])([example(responses=SPACED)])
     assert batch["input_ids"][0, -1] == tokenizer.eos_token_id
     assert (batch["labels"][0] == tokenizer.eos_token_id).sum() == 1
 
@@ -206,9 +209,9 @@ def test_an_over_long_response_raises_naming_the_example_or_is_cut_without_eos_a
 ) -> None:
     tokenizer = word_level(closing=False)
     with pytest.raises(DataError, match=r"responses\[1\]: example river-1: 5 tokens, more than the 4"):
-        PreferenceCollator(tokenizer, ["a"], **limits)([example(id="river-1")])
+        PreferenceCollator(tokenizer, ["a"], **limits)([example(responses=SPACED, id="river-1")])
     collator = PreferenceCollator(tokenizer, ["a"], truncate=True, **limits)
-    batch = collator([example(), example()])
+    batch = collator([example(responses=SPACED), example(responses=SPACED)])
     assert tokenizer.eos_token_id in scored(batch, 0)
     assert tokenizer.convert_ids_to_tokens(scored(batch, 1)) == ["no", "the", "river", "flows"]
     assert collator.truncated == 2
@@ -216,7 +219,7 @@ def test_an_over_long_response_raises_naming_the_example_or_is_cut_without_eos_a
 
 def test_a_length_exactly_at_the_limit_passes() -> None:
     collator = PreferenceCollator(word_level(closing=False), ["a"], max_length=9, max_response_length=5)
-    batch = collator([example()])
+    batch = collator([example(responses=SPACED)])
     assert int(batch["attention_mask"].sum(dim=1).max()) == 9
     assert collator.truncated == 0
 
@@ -224,17 +227,17 @@ def test_a_length_exactly_at_the_limit_passes() -> None:
 def test_a_prompt_without_room_raises_even_when_truncating_and_names_the_start_of_the_prompt() -> None:
     collator = PreferenceCollator(word_level(closing=False), ["a"], max_length=4, truncate=True)
     with pytest.raises(DataError, match="prompt: example 'say the word': 4 tokens leave no room"):
-        collator([example()])
+        collator([example(responses=SPACED)])
 
 
 def test_over_long_examples_can_be_dropped_beforehand_and_are_listed() -> None:
-    rows = [example(id="long").to_dict(), example(id="short", responses=["yes", "no"]).to_dict()]
+    rows = [example(responses=SPACED, id="long").to_dict(), example(id="short", responses=[" yes", " no"]).to_dict()]
     collator = PreferenceCollator(word_level(closing=False), ["a"], max_length=8)
     data = load_preferences(rows)
     kept = data.drop_overlong(collator)
     assert [item.id for item in kept] == ["short"]
     assert ["long" in str(error) for error in kept.skipped] == [True]
-    with pytest.raises(DataError, match="every one of 1 examples is over-long"):
+    with pytest.raises(DataError, match="every one of 1 examples is refused"):
         data.select([0]).drop_overlong(collator)
 
 

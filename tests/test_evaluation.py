@@ -276,7 +276,9 @@ def test_prompts_are_encoded_as_the_collator_encodes_them_for_training(tmp_path,
         tokenizer.backend_tokenizer.post_processor = TemplateProcessing("<unk> $A", special_tokens=[("<unk>", 2)])
     if kind == "closed with EOS":
         tokenizer.backend_tokenizer.post_processor = TemplateProcessing("$A <eos>", special_tokens=[("<eos>", 1)])
-    example = PreferenceExample("w1 w2", ("w5", "w6 w7"), (PreferencePair(0, 1, {"a": 1.0}),), None)
+    # Text goes on where the prompt ends: a word of its own begins with a space.
+    answers = ("w5", "w6 w7") if kind == "template" else (" w5", " w6 w7")
+    example = PreferenceExample("w1 w2", answers, (PreferencePair(0, 1, {"a": 1.0}),), None)
     batch = PreferenceCollator(tokenizer, ["a"], max_length=32, max_response_length=16)([example])
     trained_on = batch["input_ids"][0][(batch["labels"][0] == -100) & (batch["attention_mask"][0] == 1)].tolist()
     assert evaluation.encode_prompt(tokenizer, "w1 w2") == trained_on

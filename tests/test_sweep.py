@@ -19,7 +19,7 @@ from trainer_samples import make_config, make_data, make_model, make_tokenizer
 
 from mopo_kernels import cli, evaluation, plots
 from mopo_kernels.cli.train import train
-from mopo_kernels.data import PreferenceCollator
+from mopo_kernels.data.rendering import Renderer
 from mopo_kernels.tabular import nondominated
 from mopo_kernels.trainer import MOPOTrainer, last_complete_checkpoint
 from mopo_kernels.trainer.sweep import Sweep, SweepPoint, load_sweep
@@ -237,7 +237,7 @@ def test_what_a_point_leaves_on_the_model_does_not_reach_the_next(changes, files
 def test_one_backbone_one_reference_pass_and_one_tokenisation_serve_all_points(files, tmp_path, monkeypatch):
     seen, passes, texts = [], [], []
     run, log_probabilities = MOPOTrainer.train, sys.modules["mopo_kernels.trainer.trainer"].reference_logprobs
-    tokenize = PreferenceCollator.tokenize
+    tokenize = Renderer.tokenize
 
     def watched(self, *args, **options):
         model = self.model
@@ -260,7 +260,7 @@ def test_one_backbone_one_reference_pass_and_one_tokenisation_serve_all_points(f
 
     monkeypatch.setattr(MOPOTrainer, "train", watched)
     monkeypatch.setattr("mopo_kernels.trainer.trainer.reference_logprobs", counted)
-    monkeypatch.setattr(PreferenceCollator, "tokenize", remembered)
+    monkeypatch.setattr(Renderer, "tokenize", remembered)
     train(arguments(files, tmp_path / "out"))
     assert len(seen) == 3
     assert seen[0] == seen[1] == seen[2]

@@ -121,13 +121,14 @@ def test_one_token_responses_and_a_missing_prompt() -> None:
     class Split:
         """A tokenizer that knows numbers only, so that a text can be without a token."""
 
-        eos_token_id, pad_token_id, chat_template = 1, 0, None
+        eos_token, eos_token_id, pad_token_id = "<eos>", 1, 0
+        bos_token = chat_template = None
 
         def __call__(self, texts: list[str], add_special_tokens: bool) -> dict[str, list[list[int]]]:
             return {"input_ids": [[int(word) for word in text.split() if word.isdigit()] for text in texts]}
 
     pairs = (PreferencePair(0, 1, {"a": 1.0}),)
-    examples = [PreferenceExample("-", ("7", "8 9 4"), pairs), PreferenceExample("5 6", ("-", "9"), pairs)]
+    examples = [PreferenceExample("-", (" 7", " 8 9 4"), pairs), PreferenceExample("5 6", (" -", " 9"), pairs)]
     model = model_of("llama")
     assert share_prompts(model, None) is None
     rows = [

@@ -153,7 +153,7 @@ def one_response_changed():
 def with_template(template):
     tokenizer = make_tokenizer()
     tokenizer.chat_template = template
-    return {"tokenizer": tokenizer}
+    return {"tokenizer": tokenizer, "chat": "always"}
 
 
 TEMPLATE = "{% for message in messages %}w5 {{ message['content'] }} {% endfor %}"

@@ -96,7 +96,8 @@ def make_data(prompts: int = 8, seed: int = 0) -> PreferenceData:
     examples = []
     for _ in range(prompts):
         lengths = [rng.randint(1, 8) for _ in range(rng.randint(2, 4))]
-        responses = tuple(" ".join(rng.choice(WORDS) for _ in range(length)) for length in lengths)
+        # They go on with the prompt: a word of its own begins with a space.
+        responses = tuple("".join(f" {rng.choice(WORDS)}" for _ in range(length)) for length in lengths)
         pairs = []
         for i in range(len(lengths)):
             for j in range(i):

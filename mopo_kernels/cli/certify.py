@@ -15,7 +15,7 @@ from rich.table import Table
 import mopo_kernels
 from mopo_kernels.certify import ESTIMATORS, certify, measure_judged, measure_pairs
 from mopo_kernels.cli.doctor import installed_version
-from mopo_kernels.cli.output import literal, prepare_file, show
+from mopo_kernels.cli.output import Chat, TemplateVariables, chat_options, literal, prepare_file, show
 from mopo_kernels.evaluation import is_adapter, is_sweep, load_judges, load_policy, load_prompts, read_sweep
 from mopo_kernels.mappings import parse_mappings
 
@@ -67,6 +67,8 @@ def certify_policies(
     ] = 0.7,
     seed: Annotated[int, typer.Option(min=0, help="Of the two halves, and of sampling.")] = 0,
     device: Annotated[str | None, typer.Option(help="Default: CUDA where there is one, else cpu.")] = None,
+    chat: Chat = "auto",
+    chat_template_kwargs: TemplateVariables = None,
     output: Annotated[Path | None, typer.Option(help="Write the record as JSON.")] = None,
     card: Annotated[bool, typer.Option("--card", help="Write it into the model card in the policy's folder.")] = False,
 ) -> None:
@@ -110,11 +112,12 @@ def certify_policies(
     if output is not None:
         prepare_file("--output", output)
 
-    candidates = [load_policy(places[0][0], device=device, scale=places[0][1])]
+    loading = {"device": device, **chat_options(chat, chat_template_kwargs)}
+    candidates = [load_policy(places[0][0], scale=places[0][1], **loading)]
     for place, scale in places[1:]:
-        candidates.append(load_policy(place, device=device, scale=scale, share=candidates[0]))
+        candidates.append(load_policy(place, scale=scale, share=candidates[0], **loading))
     if baseline is not None:
-        against = load_policy(baseline, device=device, share=candidates[0])
+        against = load_policy(baseline, share=candidates[0], **loading)
     elif all(is_adapter(place) for place, _ in places) and len({policy.source for policy in candidates}) == 1:
         against = candidates[0].base()
     else:

@@ -15,7 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-from mopo_kernels.cli.output import prepare_file, show
+from mopo_kernels.cli.output import Chat, TemplateVariables, chat_options, prepare_file, show
 from mopo_kernels.data.converters import CONVERTERS
 from mopo_kernels.data.dataset import PreferenceData
 from mopo_kernels.data.loaders import load_preferences
@@ -338,6 +338,8 @@ def label(
     device: Annotated[
         str | None, typer.Option(help="For the policy. Default: CUDA where there is one, else cpu.")
     ] = None,
+    chat: Chat = "auto",
+    chat_template_kwargs: TemplateVariables = None,
     format: Format = "auto",
     split: Split = None,
     name: Config = None,
@@ -389,7 +391,8 @@ def label(
                     f"{unused[0]}: expected it without --policy only, which answers a file of prompts; got it"
                 )
             prompts = load_prompts(source)[:limit]
-            loaded = load_policy(policy, policy_adapter, device=device)
+            writing = chat_options(chat, chat_template_kwargs)
+            loaded = load_policy(policy, policy_adapter, device=device, **writing)
             sampling: dict[str, Any] = {
                 "samples": samples,
                 "max_new_tokens": max_new_tokens,
@@ -401,7 +404,7 @@ def label(
                 "keep_unfinished": unfinished == "keep",
             }
             responses = Sampler(loaded, **sampling)
-            settings |= {"policy_adapter": policy_adapter, "source": _digest(prompts), **sampling}
+            settings |= {"policy_adapter": policy_adapter, "source": _digest(prompts), **sampling, **writing}
         with _progress("labelling", total=len(prompts)) as advance:
             progress = label_file(
                 output,

@@ -14,7 +14,7 @@ from rich.table import Table
 
 import mopo_kernels
 from mopo_kernels.cli.doctor import installed_version
-from mopo_kernels.cli.output import literal, prepare_file, show
+from mopo_kernels.cli.output import Chat, TemplateVariables, chat_options, literal, prepare_file, show
 from mopo_kernels.evaluation import (
     Comparison,
     compare_with_baseline,
@@ -64,6 +64,8 @@ def evaluate(
     confidence: Annotated[float, typer.Option(min=0.0, max=1.0, help="Level of the intervals.")] = 0.95,
     seed: Annotated[int, typer.Option(min=0, help="Of sampling and bootstrap.")] = 0,
     device: Annotated[str | None, typer.Option(help="Default: CUDA where there is one, else cpu.")] = None,
+    chat: Chat = "auto",
+    chat_template_kwargs: TemplateVariables = None,
     output: Annotated[Path | None, typer.Option(help="Write the report, samples and scores included, as JSON.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Write a PNG of the plane of two objectives.")] = None,
     x: Annotated[str | None, typer.Option(help="Objective on the plot's horizontal axis.")] = None,
@@ -75,6 +77,7 @@ def evaluate(
     For a sweep also which points no other dominates; its picture has --y (default: the primary objective) over --x
     (default: every other that was held).
     """
+    loading = {"device": device, **chat_options(chat, chat_template_kwargs)}
     judge_of = load_judges(judges)
     thresholds = _thresholds(threshold or [], list(judge_of))
     across = [] if x is None else [x]
@@ -108,11 +111,11 @@ def evaluate(
 
     if sweep is not None:
         _nondominated(np.empty((0, 1)))  # a missing package shows before the work, not after it
-        candidates = load_sweep_policies(policy, device=device)
+        candidates = load_sweep_policies(policy, **loading)
     elif baseline is None and ours_on is None and not is_adapter(policy):
         raise ValueError("--baseline is needed: the policy has no adapter, so no base model to be compared with")
     else:
-        candidates = [load_policy(policy, ours_on, device=device, scale=policy_scale)]
+        candidates = [load_policy(policy, ours_on, scale=policy_scale, **loading)]
     candidate = candidates[0]
     if baseline is None and theirs_on is None:
         if baseline_scale != 1.0:
@@ -122,7 +125,7 @@ def evaluate(
         reference = candidate.base()
     else:
         reference = load_policy(
-            baseline or candidate.source, theirs_on, device=device, share=candidate, scale=baseline_scale
+            baseline or candidate.source, theirs_on, share=candidate, scale=baseline_scale, **loading
         )
 
     ours, theirs = candidate.name, reference.name

@@ -1,15 +1,30 @@
-"""What the commands share about output: tables on stdout, and files that are written at the end."""
+"""What the commands share: how prompts are written, tables on stdout, and files that are written at the end."""
 
 from __future__ import annotations
 
 import os
 import sys
 from pathlib import Path
+from typing import Annotated, Any
 
+import typer
 from rich.console import Console, RenderableType
 from rich.markup import escape
 
+from mopo_kernels.mappings import parse_json
 from mopo_kernels.text import one_line
+
+Chat = Annotated[
+    str, typer.Option(help="Prompts that are strings as user turns of the chat template: auto, always or never.")
+]
+TemplateVariables = Annotated[
+    str | None, typer.Option("--chat-template-kwargs", help="Variables for the chat template, as a JSON object.")
+]
+
+
+def chat_options(chat: str, chat_template_kwargs: str | None) -> dict[str, Any]:
+    """How prompts are written, as ``evaluation.load_policy`` takes it."""
+    return {"chat": chat, "chat_template_kwargs": parse_json("--chat-template-kwargs", chat_template_kwargs)}
 
 
 def literal(text: str) -> str:

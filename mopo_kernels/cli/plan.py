@@ -20,6 +20,7 @@ from mopo_kernels.trainer.config import MOPOConfig
 from mopo_kernels.trainer.control import hold_out
 from mopo_kernels.trainer.estimate import estimate_memory
 from mopo_kernels.trainer.head import causal_lm, is_peft
+from mopo_kernels.trainer.rows import make_collator, prepare_rows
 from mopo_kernels.trainer.sampler import TokenBudgetSampler, batch_tokens
 from mopo_kernels.trainer.trainer import precomputes, resolve_objectives, starting_multipliers
 
@@ -38,13 +39,9 @@ def plan(
     """
     objectives, primary = resolve_objectives(config, train, evaluation)
     shared, why_not = _shares(model, config)
-    collator = PreferenceCollator(
-        tokenizer,
-        objectives,
-        max_length=config.max_length,
-        max_response_length=config.max_response_length,
-        shared_prompts=shared,
-    )
+    collator = make_collator(config, tokenizer, objectives, shared_prompts=shared)
+    parts = {"train_dataset": train} | ({} if evaluation is None else {"eval_dataset": evaluation})
+    prepare_rows(model, collator, parts, config, quiet=config.process_index != 0)
     rest, held, reason = hold_out(config, train)
     fitted = train.select(rest) if held else train
     tokens = _Tokens(collator, fitted)

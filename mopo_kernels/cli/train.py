@@ -31,18 +31,19 @@ from transformers.utils import find_adapter_config_file
 from mopo_kernels import backends
 from mopo_kernels.cli.plan import plan
 from mopo_kernels.cli.sweep import train_sweep
-from mopo_kernels.data import PreferenceCollator, PreferenceData, load_preferences, summarize
+from mopo_kernels.data import PreferenceData, load_preferences, summarize
 from mopo_kernels.data.columns import parse_columns
 from mopo_kernels.data.loaders import detect_format
 from mopo_kernels.data.synthetic import byte_tokenizer, random_preferences
 from mopo_kernels.dual import ThresholdError
 from mopo_kernels.evaluation import is_adapter
-from mopo_kernels.mappings import parse_mapping
+from mopo_kernels.mappings import parse_json, parse_mapping
 from mopo_kernels.text import one_line
 from mopo_kernels.trainer import MOPOConfig, MOPOTrainer, TrainingInterrupted, last_complete_checkpoint
 from mopo_kernels.trainer.checkpoint import WriteError, sole_run, write_atomically, writing
 from mopo_kernels.trainer.head import causal_lm
 from mopo_kernels.trainer.model_card import installed_version, model_card
+from mopo_kernels.trainer.rows import make_collator
 
 SUMMARY_FILE = "training_summary.json"
 # What random data is labelled for when no objectives are named.
@@ -53,18 +54,6 @@ MERGE_LATER = (
 )
 # The name of a frozen adapter under the one that is trained.
 _UNDER = "under"
-
-
-def _parse_json(name: str, value: dict[str, Any] | str | None) -> dict[str, Any]:
-    """A mapping, or the JSON of one."""
-    if isinstance(value, str):
-        try:
-            value = json.loads(value)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{name}: expected a JSON object; got {value!r}") from error
-    if not isinstance(value, (dict, type(None))):
-        raise ValueError(f"{name}: expected a mapping; got {value!r}")
-    return value or {}
 
 
 @dataclass
@@ -114,7 +103,7 @@ class ModelArguments:
     )
 
     def __post_init__(self) -> None:
-        self.architecture_options = _parse_json("architecture_options", self.architecture_options)
+        self.architecture_options = parse_json("architecture_options", self.architecture_options)
         if self.random_weights:
             if self.adapter is not None:
                 raise ValueError(
@@ -218,7 +207,10 @@ class DataArguments:
         default=None, metadata={"help": "Further options of load_preferences, as JSON or a mapping."}
     )
     on_data_error: str = field(default="raise", metadata={"help": "raise, or skip bad rows and count them."})
-    skip_overlong: bool = field(default=False, metadata={"help": "Leave out examples longer than max_length allows."})
+    skip_overlong: bool = field(
+        default=False,
+        metadata={"help": "Leave out examples that are longer than max_length allows, or that the template refuses."},
+    )
     eval_fraction: float = field(default=0.0, metadata={"help": "Share of prompts to hold out of the training data."})
     split_seed: int = field(default=0, metadata={"help": "Seed of that choice."})
     max_examples: int | None = field(default=None, metadata={"help": "Read this many rows at most."})
@@ -248,7 +240,7 @@ class DataArguments:
             raise ValueError(f"{held[0]}: expected one way to hold data out; got also {held[1]}")
         if not 0 <= self.eval_fraction < 1:
             raise ValueError(f"eval_fraction: expected a share in [0, 1); got {self.eval_fraction}")
-        self.data_options = _parse_json("data_options", self.data_options)
+        self.data_options = parse_json("data_options", self.data_options)
 
     @property
     def is_given(self) -> bool:
@@ -326,7 +318,7 @@ def load_data(
             objectives=objectives,
             on_error=arguments.on_data_error,  # type: ignore[arg-type]
             **place(file, split),
-            **_parse_json("data_options", arguments.data_options),
+            **parse_json("data_options", arguments.data_options),
         )
 
     def is_canonical(file: str, split: str | None) -> bool:
@@ -351,14 +343,7 @@ def load_data(
                 )
             data = PreferenceData.from_examples(data, wanted, data.skipped)
         if arguments.skip_overlong:
-            data = data.drop_overlong(
-                PreferenceCollator(
-                    tokenizer,
-                    data.objectives,
-                    max_length=config.max_length,
-                    max_response_length=config.max_response_length,
-                )
-            )
+            data = data.drop_overlong(make_collator(config, tokenizer, data.objectives))
         return data
 
     train = load(source, arguments.train_split)
@@ -402,7 +387,7 @@ def model_config(arguments: ModelArguments) -> Any:
             return AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False)
     try:
         return AutoConfig.for_model(
-            str(arguments.architecture), **_parse_json("architecture_options", arguments.architecture_options)
+            str(arguments.architecture), **parse_json("architecture_options", arguments.architecture_options)
         )
     except ValueError as error:
         if arguments.architecture not in CONFIG_MAPPING:

@@ -4,16 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from mopo_kernels.data.schema import DataError, PreferenceExample, as_messages, response_text
+from mopo_kernels.data.rendering import Renderer
+from mopo_kernels.data.schema import DataError, PreferenceExample
+from mopo_kernels.data.tokenized import text_digest, text_key, tokenize_data
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+    from mopo_kernels.data.dataset import PreferenceData
 
 
 class TokenizedExample(NamedTuple):
-    """Token ids of one example: the prompt's, which all responses share, and each response's with its EOS."""
+    """Token ids of one example: the prompt's, which all responses share, and each response's with its end token."""
 
     prompt: list[int]
     responses: list[list[int]]
@@ -40,35 +47,44 @@ class ExampleSize(NamedTuple):
         )
 
 
+class _Prepared(NamedTuple):
+    """Where the token ids of an example are, and how many the prompt and each response have."""
+
+    table: Dataset
+    row: int
+    lengths: list[int]
+
+
 @dataclass
 class PreferenceCollator:
     """Tokenises examples and lays them out, by default as a padded row per response, B rows in all.
 
-    A row is ``prompt ids + response ids + EOS``. Prompt and response are tokenised apart, so no token can span the
-    boundary and every response of a prompt follows identical prompt ids. With a chat template a string prompt is one
-    user turn and the template adds the assistant's header; without one the prompt is tokenised as it stands (with the
-    tokenizer's own beginning-of-sequence token), and prompts made of messages are refused. An example's ``tools`` and
-    ``chat_template_kwargs`` are handed to the template; one that does not use them is an error.
+    A row is ``prompt ids + response ids``, as the model's own chat template writes them or, where a template was
+    applied before and for plain text, as they stand; it ends with the template's end token or EOS: see
+    ``rendering.Renderer``. Every response of a prompt follows identical prompt ids. Without a chat template, prompts
+    made of messages are refused. An example's ``tools`` and ``chat_template_kwargs`` are handed to the template; one
+    that does not use them is an error.
 
     Args:
         tokenizer: a ``transformers`` tokenizer with an EOS token.
         objectives: names of the K objectives in the order of the ``preference`` columns; labels of others are left out.
         max_length: tokens that prompt and response together may have.
-        max_response_length: tokens that a response may have, EOS included.
+        max_response_length: tokens that a response may have, its end token included.
         ignore_index: label of the tokens that are not scored.
         pad_to_multiple_of: round T up to a multiple of this.
-        truncate: False: an over-long response raises. True: it is cut, loses its EOS, and is counted in ``truncated``
-            (which counts in the process where the collator runs). A prompt that leaves no room raises in both cases:
-            see ``PreferenceData.drop_overlong``.
+        truncate: False: an over-long response raises. True: it is cut, loses its end token, and is counted in
+            ``truncated`` (which counts in the process where the collator runs). A prompt that leaves no room raises in
+            both cases: see ``PreferenceData.drop_overlong``.
         shared_prompts: lay out everything in one row of L tokens instead, without padding: each prompt once, its
             responses behind it. Needs a model whose attention can be told so, see ``MOPOConfig.shared_prompts``.
+        chat, control_tokens, chat_template_kwargs: as of ``rendering.Renderer``.
 
     Calling it on a list of ``PreferenceExample`` (or their dicts) returns
 
     ==================  ==========  ========  ==================================================================
     input_ids           (B, T)      int64     padded on the right
     attention_mask      (B, T)      int64     1 on tokens, 0 on padding
-    labels              (B, T)      int64     the response's tokens and EOS; ``ignore_index`` elsewhere, not shifted
+    labels              (B, T)      int64     the response's tokens; ``ignore_index`` elsewhere, not shifted
     pairs               (P, 2)      int64     row indices
     preference          (P, K)      float32   P(first beats second), NaN where unlabelled
     pair_weight         (P,)        float32   the example's weight
@@ -91,9 +107,10 @@ class PreferenceCollator:
     ==================  ==========  ========  ==================================================================
 
     Raises:
-        ValueError: no objective, a tokenizer without EOS token, no example, or messages without a chat template.
-        DataError: an over-long example, or one with tools or variables that the template does not use, named by its id
-            or the start of its prompt.
+        ValueError: no objective, a tokenizer without EOS token, no example, messages without a chat template, or an
+            unknown option.
+        DataError: an over-long example, one that the template refuses, or one with tools or variables that the template
+            does not use, named by its id or the start of its prompt.
     """
 
     tokenizer: Any
@@ -104,7 +121,12 @@ class PreferenceCollator:
     pad_to_multiple_of: int | None = None
     truncate: bool = False
     shared_prompts: bool = False
+    chat: str = "auto"
+    control_tokens: str = "neutralize"
+    chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
     truncated: int = field(default=0, init=False)
+    _tables: dict[str, Dataset] = field(default_factory=dict, init=False, repr=False)
+    _prepared: dict[str, _Prepared] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
         self.objectives = tuple(self.objectives)
@@ -116,79 +138,107 @@ class PreferenceCollator:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name}: expected a positive number of tokens, got {value}")
+        self.renderer = Renderer(self.tokenizer, self.chat, self.control_tokens, self.chat_template_kwargs)
 
     def tokenize(self, examples: Sequence[PreferenceExample]) -> list[TokenizedExample]:
-        """Token ids of each example, cut or refused by the length limits; each text is tokenised once."""
-        prompts = self._prompt_ids(examples)
-        texts = [response_text(response) for example in examples for response in example.responses]
-        ids = iter(self.tokenizer(texts, add_special_tokens=False)["input_ids"])
-        return [
-            self._limited(example, prompt, [[*next(ids), self.tokenizer.eos_token_id] for _ in example.responses])
-            for example, prompt in zip(examples, prompts, strict=True)
-        ]
+        """Token ids of each example, cut or refused by the length limits; those of prepared examples are known."""
+        found = [self._look_up(example) for example in examples]
+        new = [example for example, known in zip(examples, found, strict=True) if known is None]
+        fresh = iter(self.renderer.tokenize(new) if new else ())
+        result = []
+        for example, known in zip(examples, found, strict=True):
+            if known is None:
+                prompt, responses = next(fresh)[:2]
+            else:
+                row = known.table[known.row]
+                prompt, responses = row["prompt"], row["responses"]
+            room = self._room_of(example, len(prompt), list(map(len, responses)))
+            self.truncated += sum(room is not None and len(ids) > room for ids in responses)
+            result.append(TokenizedExample(prompt, [ids[:room] for ids in responses]))
+        return result
 
-    def _template_options(self, example: PreferenceExample) -> dict[str, Any]:
-        """What the template is told beside the messages. Raises DataError for what it would not write."""
-        given = example.chat_template_kwargs or {}
-        options = given if example.tools is None else {**given, "tools": example.tools}
-        if options:
-            template = self.tokenizer.get_chat_template(tools=example.tools) if self.tokenizer.chat_template else ""
-            if unused := [name for name in options if name not in template]:
-                raise DataError(
-                    f"example {example.name}: expected none, as the chat template does not use it; got some",
-                    field="tools" if "tools" in unused else f"chat_template_kwargs.{unused[0]}",
-                )
-        return options
+    def sizes(self, examples: Sequence[PreferenceExample]) -> list[ExampleSize]:
+        """What each example takes up."""
+        result = []
+        for example in examples:
+            if (known := self._look_up(example)) is None:
+                result.append(self.tokenize([example])[0].size)
+                continue
+            prompt, *responses = known.lengths
+            room = self._room_of(example, prompt, responses)
+            lengths = responses if room is None else [min(length, room) for length in responses]
+            result.append(ExampleSize(len(lengths), prompt + max(lengths), prompt + sum(lengths) - len(lengths)))
+        return result
 
-    def _prompt_ids(self, examples: Sequence[PreferenceExample]) -> list[list[int]]:
-        options = [self._template_options(example) for example in examples]
-        if self.tokenizer.chat_template:
-            # The template writes the special tokens itself.
-            texts = [
-                self.tokenizer.apply_chat_template(
-                    as_messages(example.prompt), tokenize=False, add_generation_prompt=True, **given
-                )
-                for example, given in zip(examples, options, strict=True)
-            ]
-            return self.tokenizer(texts, add_special_tokens=False)["input_ids"]
-        prompts = [example.prompt for example in examples]
-        if any(not isinstance(prompt, str) for prompt in prompts):
-            raise ValueError(
-                "tokenizer: expected a chat template, as the prompts are lists of messages (hh-rlhf can be loaded with "
-                "conversational=False)"
-            )
-        eos = self.tokenizer.eos_token_id
-        plain = self.tokenizer(list(prompts), add_special_tokens=False)["input_ids"]
-        special = self.tokenizer(list(prompts), add_special_tokens=True)["input_ids"]
-        # Some tokenizers close every text with EOS; the response has yet to come.
-        return [
-            whole[:-1] if whole[-1:] == [eos] and bare[-1:] != [eos] else whole
-            for whole, bare in zip(special, plain, strict=True)
-        ]
+    def _look_up(self, example: PreferenceExample) -> _Prepared | None:
+        return self._prepared.get(text_key(example)) if self._prepared else None
 
-    def _limited(self, example: PreferenceExample, prompt: list[int], responses: list[list[int]]) -> TokenizedExample:
+    def prepare(self, data: PreferenceData, num_proc: int | None = None) -> Dataset:
+        """Tokenise ``data`` once, for every batch to come, and look at all of it before any training.
+
+        Args:
+            data: the examples.
+            num_proc: as of ``tokenized.tokenize_data``, whose table is returned.
+
+        Raises:
+            DataError: the first example that the template or the limits refuse, and how many there are.
+        """
+        digest = text_digest(data)
+        table = self._tables.get(digest)
+        if table is None:
+            table = tokenize_data(self.renderer, data, num_proc)
+        if errors := self._refused(data, table):
+            first = next(iter(errors.values()))
+            more = f" ({len(errors)} of {len(data)} examples are refused)" if len(errors) > 1 else ""
+            raise DataError(first.problem + more, None, first.line, first.field)
+        if digest not in self._tables:
+            self._tables[digest] = table
+            places = enumerate(zip(table["key"], table["lengths"], strict=True))
+            self._prepared.update((key, _Prepared(table, index, lengths)) for index, (key, lengths) in places)
+        return table
+
+    def refused(self, data: PreferenceData) -> dict[int, DataError]:
+        """The examples, by their index, that the template or the limits refuse."""
+        return self._refused(data, tokenize_data(self.renderer, data))
+
+    def _refused(self, data: PreferenceData, table: Dataset) -> dict[int, DataError]:
+        errors = {}
+        for index, row in enumerate(table.select_columns(["problem", "field", "lengths"])):
+            if row["problem"] is not None:
+                errors[index] = DataError(row["problem"], None, index + 1, row["field"])
+                continue
+            prompt, *responses = row["lengths"]
+            try:
+                self._room(prompt, responses)
+            except DataError as error:
+                errors[index] = error.of(data[index].name).at(None, index + 1)
+        return errors
+
+    def _room_of(self, example: PreferenceExample, prompt: int, responses: Sequence[int]) -> int | None:
+        """As ``_room``, with an error that names the example."""
+        try:
+            return self._room(prompt, responses)
+        except DataError as error:
+            raise error.of(example.name) from None
+
+    def _room(self, prompt: int, responses: Sequence[int]) -> int | None:
+        """Tokens that the limits leave to a response, by the lengths of the prompt and the responses."""
         room = self.max_response_length
         if self.max_length is not None:
-            left = self.max_length - len(prompt)
+            left = self.max_length - prompt
             if left < 1:
                 raise DataError(
-                    f"example {example.name}: {len(prompt)} tokens leave no room for a response within "
-                    f"max_length={self.max_length}",
-                    field="prompt",
+                    f"{prompt} tokens leave no room for a response within max_length={self.max_length}", field="prompt"
                 )
             room = left if room is None else min(room, left)
-        for index, ids in enumerate(responses):
-            if room is None or len(ids) <= room:
-                continue
-            if not self.truncate:
+        for index, length in enumerate(responses):
+            if room is not None and length > room and not self.truncate:
                 raise DataError(
-                    f"example {example.name}: {len(ids)} tokens, more than the {room} that max_length="
-                    f"{self.max_length} and max_response_length={self.max_response_length} allow",
+                    f"{length} tokens, more than the {room} that max_length={self.max_length} and "
+                    f"max_response_length={self.max_response_length} allow",
                     field=f"responses[{index}]",
                 )
-            self.truncated += 1
-            responses[index] = ids[:room]
-        return TokenizedExample(prompt, responses)
+        return room
 
     def __call__(self, examples: Sequence[PreferenceExample | Mapping[str, Any]]) -> dict[str, Tensor]:
         if not examples:

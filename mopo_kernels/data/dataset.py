@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from mopo_kernels.data.schema import (
     TEMPLATE_COLUMNS,
+    TEXT_ROLE,
     DataError,
     Message,
     PreferenceExample,
@@ -60,8 +61,8 @@ def _to_table(examples: Sequence[PreferenceExample], objectives: Sequence[str]) 
     message = [{"role": text, "content": text}]
     turns = [turn for example in examples if not isinstance(example.prompt, str) for turn in example.prompt]
     keys = list(dict.fromkeys(["role", "content", *(key for turn in turns for key in turn)]))
-    # Arrow wants one type per column. Where both forms occur the strings become messages, which changes nothing: with a
-    # chat template a string is one user turn anyway, and without one messages cannot be used at all.
+    # Arrow wants one type per column. Where both forms occur the strings become messages: a prompt one that says so, as
+    # it may be text that no chat template is to be applied to.
     chat_prompts = any(not isinstance(example.prompt, str) for example in examples)
     chat_responses = any(not isinstance(response, str) for example in examples for response in example.responses)
     pair_features = {
@@ -87,7 +88,9 @@ def _to_table(examples: Sequence[PreferenceExample], objectives: Sequence[str]) 
     for example in examples:
         row = example.to_dict()
         if chat_prompts:
-            row["prompt"] = [_stored_message(turn, keys) for turn in as_messages(example.prompt)]
+            prompt = example.prompt
+            stored = [{"role": TEXT_ROLE, "content": prompt}] if isinstance(prompt, str) else prompt
+            row["prompt"] = [_stored_message(turn, keys) for turn in stored]
         if chat_responses:
             row["responses"] = [[{"role": "assistant", "content": response_text(r)}] for r in example.responses]
         for pair in row["pairs"]:
@@ -224,17 +227,13 @@ class PreferenceData:
         return PreferenceData.from_examples(examples, self.objectives, self.skipped)
 
     def drop_overlong(self, collator: PreferenceCollator) -> PreferenceData:
-        """Move the examples that ``collator`` would refuse for their length into ``skipped``."""
-        kept, skipped = [], list(self.skipped)
-        for index, example in enumerate(self):
-            try:
-                collator.tokenize([example])
-                kept.append(index)
-            except DataError as error:
-                skipped.append(error)
-        if not kept:
-            raise DataError(f"every one of {len(self)} examples is over-long; the first: {skipped[len(self.skipped)]}")
-        return replace(self.select(kept), skipped=tuple(skipped))
+        """Move the examples that ``collator`` would refuse, for their length or as the chat template does, into
+        ``skipped``."""
+        refused = collator.refused(self)
+        if len(refused) == len(self):
+            raise DataError(f"every one of {len(self)} examples is refused; the first: {refused[0]}")
+        kept = self.select(index for index in range(len(self)) if index not in refused)
+        return replace(kept, skipped=(*self.skipped, *refused.values()))
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write JSON Lines (``.jsonl``) or parquet (``.parquet``); the file appears whole or not at all.

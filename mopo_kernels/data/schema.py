@@ -28,6 +28,8 @@ _MESSAGE_TEXTS = ("name", "tool_call_id", "reasoning_content")
 # The pairs' weights, margins and reference log-probabilities are computed with in fp32.
 _FP32_MAX = 3.4028234663852886e38
 _FP32_TINY = 1.1754943508222875e-38
+# Of the one message that a table whose other prompts are lists of messages holds in place of a string.
+TEXT_ROLE = "text"
 
 
 class DataError(ValueError):
@@ -54,6 +56,10 @@ class DataError(ValueError):
 
     def __str__(self) -> str:
         return printable(": ".join(part for part in (self.location, self.field, self.problem) if part))
+
+    def of(self, example: str) -> DataError:
+        """The same error of an example by its name, where file and line are not known any more."""
+        return DataError(f"example {example}: {self.problem}", self.source, self.line, self.field)
 
     def at(self, source: str | None, line: int | None, fields: Mapping[str, str] | None = None) -> DataError:
         """The same error located in a file; ``fields`` renames canonical fields to the row's own."""
@@ -206,6 +212,11 @@ def check_prompt(value: object, field: str = "prompt", max_chars: int | None = N
     """A prompt: a non-blank string, or messages that end with someone else's turn than the assistant's."""
     if isinstance(value, (list, tuple)):
         messages = check_messages(value, field, max_chars)
+        if [message["role"] for message in messages] == [TEXT_ROLE]:
+            if extra := sorted(set(messages[0]) - {"role", "content"}):
+                raise DataError(f"expected text, as its role says; got {', '.join(extra)}", field=f"{field}[0]")
+            text: str = messages[0]["content"]
+            return text
         if messages[-1]["role"] == "assistant":
             raise DataError("ends with an assistant message: that one belongs to the responses", field=field)
         for index, message in enumerate(messages):
@@ -240,8 +251,10 @@ def response_text(response: Text) -> str:
 
 
 def as_messages(prompt: Text) -> list[Message]:
-    """A prompt as messages: a string is one user turn."""
-    return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    """A prompt as messages: a string is one user turn, however a table holds it."""
+    if not isinstance(prompt, str) and [message["role"] for message in prompt] != [TEXT_ROLE]:
+        return prompt
+    return [{"role": "user", "content": prompt if isinstance(prompt, str) else prompt[0]["content"]}]
 
 
 def check_media(record: Mapping[str, Any]) -> None:

@@ -10,7 +10,8 @@ from typing import Any
 from transformers import TrainingArguments
 
 from mopo_kernels.checks import LARGEST, SMALLEST
-from mopo_kernels.mappings import parse_mapping
+from mopo_kernels.data.rendering import CHAT, CONTROL_TOKENS
+from mopo_kernels.mappings import parse_json, parse_mapping
 from mopo_kernels.reference import ESTIMATORS, LOSS_TYPES
 
 REFERENCES = ("auto", "precomputed", "model")
@@ -112,6 +113,15 @@ class MOPOConfig(TrainingArguments):
         length_normalize: divide log-probabilities by the number of scored tokens.
         max_length: tokens of prompt plus response; None is no limit.
         max_response_length: tokens of a response; None is no limit.
+        chat: what prompts that are strings are. ``always``: a user's turn, which goes through the chat template;
+            ``never``: text that the responses continue; ``auto``: by what each row is
+            (``mopo_kernels.data.rendering.Renderer``).
+        control_tokens: what of control tokens inside the texts of a conversation: ``neutralize`` encodes them as
+            ordinary text, ``refuse`` refuses the row.
+        chat_template_kwargs: variables for the chat template, such as ``{"enable_thinking": false}``, as a dict or
+            JSON.
+        dataset_num_proc: processes that tokenise the data before training. None: one for every 2000 examples, at most
+            one a core.
         shared_prompts: ``auto`` computes each prompt once for all its responses, in one row without padding, where the
             model's attention can be told so (``attn_implementation`` sdpa or flex_attention, no window shorter than
             ``max_length``), and says so where it cannot. ``always`` refuses instead. ``never``: a padded row a
@@ -200,6 +210,16 @@ class MOPOConfig(TrainingArguments):
     length_normalize: bool = field(default=False, metadata={"help": "Divide log-probabilities by token counts."})
     max_length: int | None = field(default=None, metadata={"help": "Tokens of prompt plus response."})
     max_response_length: int | None = field(default=None, metadata={"help": "Tokens of a response."})
+    chat: str = field(default="auto", metadata={"help": f"String prompts as user turns: one of {', '.join(CHAT)}."})
+    control_tokens: str = field(
+        default="neutralize", metadata={"help": f"Control tokens in texts: one of {', '.join(CONTROL_TOKENS)}."}
+    )
+    chat_template_kwargs: dict | str | None = field(
+        default=None, metadata={"help": "Variables for the chat template, as JSON or a mapping."}
+    )
+    dataset_num_proc: int | None = field(
+        default=None, metadata={"help": "Processes that tokenise the data; default: by its size, at most one a core."}
+    )
     shared_prompts: str = field(
         default="auto", metadata={"help": f"Compute a prompt once for its responses: {', '.join(SHARED_PROMPTS)}."}
     )
@@ -259,6 +279,7 @@ class MOPOConfig(TrainingArguments):
             for name, value in self.label_rate.items():
                 if not 0 < value <= 1:
                     raise ValueError(f"label_rate[{name!r}]: expected a share in (0, 1]; got {value}")
+        self.chat_template_kwargs = parse_json("chat_template_kwargs", self.chat_template_kwargs)
         if self.dual_lr is None:
             self.dual_lr = AUTO
         if isinstance(self.dual_lr, str) and self.dual_lr != AUTO:
@@ -273,6 +294,8 @@ class MOPOConfig(TrainingArguments):
             ("reference_dtype", REFERENCE_DTYPES),
             ("on_infeasible", ON_INFEASIBLE),
             ("shared_prompts", SHARED_PROMPTS),
+            ("chat", CHAT),
+            ("control_tokens", CONTROL_TOKENS),
         ):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name}: expected one of {', '.join(choices)}; got {getattr(self, name)!r}")
@@ -298,6 +321,7 @@ class MOPOConfig(TrainingArguments):
             ("max_length", 2, math.inf, False, True),
             ("max_response_length", 1, math.inf, False, True),
             ("max_tokens_per_batch", 1, math.inf, False, True),
+            ("dataset_num_proc", 1, math.inf, False, True),
             ("early_stopping_patience", 1, math.inf, False, True),
             ("max_buffer_bytes", 1, math.inf, False, True),
             ("gradient_filter", 0, 1, True, True),

@@ -7,7 +7,6 @@ file beside it, which takes its name when it is whole; an interrupted pass goes 
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import json
 import logging
@@ -26,7 +25,8 @@ from filelock import FileLock, Timeout
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm  # type: ignore[import-untyped]
 
-from mopo_kernels.data import PreferenceCollator, PreferenceData, PreferenceExample, PreferencePair
+from mopo_kernels.data import PreferenceCollator, PreferenceData
+from mopo_kernels.data.tokenized import text_digest
 from mopo_kernels.trainer.checkpoint import writing
 from mopo_kernels.trainer.head import causal_lm
 from mopo_kernels.trainer.layout import forward_arguments
@@ -82,33 +82,6 @@ def config_fingerprint(model: nn.Module) -> str:
     )
 
 
-def data_fingerprint(data: PreferenceData) -> str:
-    """Tells data sets apart by their prompts, with what the template is told, and responses; labels do not matter."""
-    digest = hashlib.sha256()
-    for rows in data.dataset.select_columns(["prompt", "responses", *data.template_columns]).iter(batch_size=1000):
-        digest.update(json.dumps(rows, sort_keys=True, ensure_ascii=False).encode())
-    return digest.hexdigest()
-
-
-def tokenizer_fingerprint(collator: PreferenceCollator) -> str:
-    """Tells tokenizers apart by their rules, their template and the ids they give one example.
-
-    The ids show what the rest does not: a template that writes today's date.
-    """
-    tokenizer = collator.tokenizer
-    if (backend := getattr(tokenizer, "backend_tokenizer", None)) is not None:
-        rules = json.loads(backend.to_str())
-        # What the last call asked for, not what the tokenizer is.
-        del rules["padding"], rules["truncation"]
-    else:
-        rules = sorted(tokenizer.get_vocab().items())
-    unlimited = copy.copy(collator)
-    unlimited.max_length = unlimited.max_response_length = None
-    pair = PreferencePair(0, 1, {"any": 1.0})
-    ids = unlimited.tokenize([PreferenceExample("Name a fruit.", ("An apple.", "A pear."), (pair,))])
-    return _digest([rules, tokenizer.chat_template, tokenizer.eos_token_id, ids])
-
-
 def reference_key(
     model: nn.Module,
     data: PreferenceData,
@@ -118,14 +91,14 @@ def reference_key(
 ) -> dict[str, Any]:
     """What the log-probabilities of ``data`` depend on, fit for JSON.
 
-    ``model``, ``config``, ``data`` and ``tokenizer`` are fingerprints. The device, the batch size, the number of ranks
-    and the layout move results by rounding only, and are left out.
+    ``model``, ``config``, ``data`` and ``tokenizer`` (with its template and the options of rendering) are fingerprints.
+    The device, the batch size, the number of ranks and the layout move results by rounding only, and are left out.
     """
     return {
         "model": model_fingerprint,
         "config": config_fingerprint(model),
-        "data": data_fingerprint(data),
-        "tokenizer": tokenizer_fingerprint(collator),
+        "data": text_digest(data, "id"),
+        "tokenizer": collator.renderer.fingerprint(),
         "dtype": ", ".join(sorted({str(value.dtype).removeprefix("torch.") for _, value in base_parameters(model)})),
         "mixed_precision": str(accelerator.mixed_precision),
         "max_length": collator.max_length,

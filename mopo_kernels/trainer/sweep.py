@@ -17,10 +17,9 @@ import json
 import re
 import sys
 import time
-from array import array
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +29,6 @@ import yaml
 from torch import nn
 from transformers.trainer_utils import TrainOutput
 
-from mopo_kernels.data import PreferenceCollator, PreferenceExample
-from mopo_kernels.data.collator import TokenizedExample
 from mopo_kernels.dual import ThresholdError
 from mopo_kernels.evaluation import SWEEP_FILE, read_sweep
 from mopo_kernels.mappings import parse_mapping
@@ -149,27 +146,6 @@ def _folder_name(argument: str, name: str | None, thresholds: Mapping[str, float
     if len(name.encode()) > _LONGEST_NAME:
         raise ValueError(f"{argument}: expected a name of at most {_LONGEST_NAME} bytes, as a folder's; got {name!r}")
     return name
-
-
-class _RememberingCollator(PreferenceCollator):
-    """Tokenises every example once, whichever point asks, and keeps 4 bytes a token."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self._known: dict[str, tuple[array[int], list[array[int]]]] = {}
-
-    def tokenize(self, examples: Sequence[PreferenceExample]) -> list[TokenizedExample]:
-        keys = [
-            json.dumps([example.prompt, example.tools, example.chat_template_kwargs, example.responses])
-            for example in examples
-        ]
-        new = {key: example for key, example in zip(keys, examples, strict=True) if key not in self._known}
-        for key, item in zip(new, super().tokenize(list(new.values())) if new else (), strict=True):
-            self._known[key] = array("i", item.prompt), [array("i", ids) for ids in item.responses]
-        return [
-            TokenizedExample(prompt.tolist(), [ids.tolist() for ids in responses])
-            for prompt, responses in map(self._known.__getitem__, keys)
-        ]
 
 
 class Sweep:
@@ -394,10 +370,7 @@ class Sweep:
     def _share(self, trainer: MOPOTrainer) -> None:
         """Before the first point: the reference's log-probabilities, for it and the points to come."""
         if self._collator is None:
-            options = [item.name for item in fields(PreferenceCollator) if item.init]
-            self._collator = trainer.data_collator = _RememberingCollator(
-                **{name: getattr(trainer.data_collator, name) for name in options}
-            )
+            self._collator = trainer.data_collator
             started = time.perf_counter()
             # As in MOPOTrainer.train: the random state that training starts from is the same in every point.
             with torch.random.fork_rng(devices=[]):

@@ -31,7 +31,7 @@ from transformers import (
 from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, TrainOutput
 
-from mopo_kernels.data import DataError, PreferenceCollator, PreferenceData, load_preferences, win_rates
+from mopo_kernels.data import DataError, PreferenceData, load_preferences, win_rates
 from mopo_kernels.data.dataset import prompt_key
 from mopo_kernels.driver import to_device
 from mopo_kernels.dual import DualAscent, LabelSolution, ThresholdError, Unmet, solve_labels
@@ -94,6 +94,7 @@ from mopo_kernels.trainer.resume import (
     rows_fingerprint,
     set_optimizer_options,
 )
+from mopo_kernels.trainer.rows import make_collator, prepare_rows
 from mopo_kernels.trainer.sampler import TokenBudgetLoader, TokenBudgetSampler
 from mopo_kernels.trainer.statistics import RunningMean, Statistics
 
@@ -123,6 +124,9 @@ _PROBLEM = (
     "max_length",
     "max_response_length",
     "optim",
+    "chat",
+    "control_tokens",
+    "chat_template_kwargs",
 )
 
 
@@ -286,12 +290,8 @@ class MOPOTrainer(Trainer):
         if data_collator is None:
             if processing_class is None:
                 raise ValueError("processing_class: expected the tokenizer; got None")
-            data_collator = PreferenceCollator(
-                processing_class,
-                self.objectives,
-                max_length=args.max_length,
-                max_response_length=args.max_response_length,
-                shared_prompts=_shares_prompts(model, args),
+            data_collator = make_collator(
+                args, processing_class, self.objectives, shared_prompts=_shares_prompts(model, args)
             )
         elif getattr(data_collator, "shared_prompts", False) and (
             reason := share_prompts(model, data_collator.max_length)
@@ -322,6 +322,7 @@ class MOPOTrainer(Trainer):
         self.dual = self._new_dual(args)
         self.given_dataset = train_dataset
         train_dataset = self._split(args, train_dataset, dual_dataset, judges)
+        prepare_rows(model, data_collator, self._given_parts(eval_dataset), args, quiet=args.process_index != 0)
         if eval_dataset is None and args.eval_strategy != "no":
             eval_dataset = self.dual_dataset
         super().__init__(
@@ -460,7 +461,7 @@ class MOPOTrainer(Trainer):
             _check_judges(args, judges, self.objectives)
             if context := self.dual_dataset.template_columns:
                 raise ValueError(
-                    f"judges: expected dual data without {context[0]}, which sampling does not use; got some"
+                    f"judges: expected dual data without {context[0]}, which judges are not shown; got some"
                 )
         solution = self.label_solution or solve_dual(args, self.objectives, self.primary, self.given_dataset)
         self._controller = Controller(args, self.objectives, self.dual_dataset, solution.slope, judges)
@@ -609,11 +610,12 @@ class MOPOTrainer(Trainer):
                 answers = sample_responses(
                     self.model,
                     self.data_collator.tokenizer,
-                    [data[index].prompt for index in indices],
+                    [self.data_collator.renderer.example_prompt_ids(data[index]) for index in indices],
                     samples_per_prompt=1,
                     max_new_tokens=tokens,
                     batch_size=len(indices),
                     seed=int(seed[0]),
+                    renderer=self.data_collator.renderer,
                     progress=False,
                 )
                 found |= {
@@ -629,21 +631,28 @@ class MOPOTrainer(Trainer):
 
     # -------------------------------------------------------------------------------------------------- reference
 
+    def _given_parts(self, eval_dataset: Any) -> dict[str, PreferenceData]:
+        """The data sets by the names that they were given as, each once."""
+        parts: dict[str, PreferenceData] = {}
+        if self.given_dataset is not None:
+            # As given, so that runs with and without dual data share what is made of it.
+            parts["train"] = self.given_dataset
+        if self.dual_dataset is not None and self._parts is None:
+            parts["dual"] = self.dual_dataset
+        if isinstance(eval_dataset, dict):
+            parts.update({f"eval_{name}": part for name, part in eval_dataset.items()})
+        elif eval_dataset is not None and eval_dataset is not self.dual_dataset:
+            parts["eval"] = eval_dataset
+        return parts
+
     def _prepare_references(self) -> None:
         """Give every data set its log-probabilities under the first reference, if they are to be computed before."""
         if not self._precompute:
             return
-        parts: dict[str, PreferenceData] = {}
-        if self.train_dataset is not None:
-            # As given, so that runs with and without dual data share the file.
-            parts["train"] = self.train_dataset if self._parts is None else self.given_dataset
-        if self.dual_dataset is not None and self._parts is None:
-            parts["dual"] = self.dual_dataset
+        if self._parts is None:
+            self.given_dataset = self.train_dataset
+        parts = self._given_parts(self.eval_dataset)
         evaluates_dual = self.eval_dataset is self.dual_dataset
-        if isinstance(self.eval_dataset, dict):
-            parts.update({f"eval_{name}": part for name, part in self.eval_dataset.items()})
-        elif self.eval_dataset is not None and not evaluates_dual:
-            parts["eval"] = self.eval_dataset
         lacking = {name: indices for name, part in parts.items() if (indices := _without_reference(part))}
         if not lacking:
             return
@@ -776,7 +785,7 @@ class MOPOTrainer(Trainer):
                 self.data_collator = collator
         # The ranks take their own parts of one plan, so accelerate must not deal the batches out again.
         sampler = TokenBudgetSampler(
-            [item.size for item in self.data_collator.tokenize(list(self.train_dataset))],
+            self.data_collator.sizes(list(self.train_dataset)),
             args.max_tokens_per_batch,
             shared_prompts=self.data_collator.shared_prompts,
             shuffle=args.train_sampling_strategy != "sequential",
