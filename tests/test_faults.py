@@ -117,10 +117,10 @@ def _first(trainer):
 
 
 def rows(words):
-    """A prompt a word, each with an id."""
+    """A prompt a word, each with an id; the responses go on with it."""
     pair = (PreferencePair(1, 0, {"helpful": 1.0, "brief": 0.0}),)
     return PreferenceData.from_examples(
-        [PreferenceExample(word, ("w1", "w2 w3"), pair, id=f"id {word}") for word in words], ["helpful", "brief"]
+        [PreferenceExample(word, (" w1", " w2 w3"), pair, id=f"id {word}") for word in words], ["helpful", "brief"]
     )
 
 
