@@ -267,8 +267,7 @@ def check_padded_rows(model: nn.Module) -> None:
         return
     found = torch.cat([together[0, :4], together[1]]).float()
     difference = float((found - alone).norm() / alone.norm())
-    # Weights that are not finite, and so no difference, are named where the reference is computed.
-    if difference > max(1e-4, 8 * torch.finfo(embedding.dtype).eps):
+    if not difference <= max(1e-4, 8 * torch.finfo(embedding.dtype).eps):
         raise ValueError(
             f"model: expected {type(base).__name__} to compute a row as it computes it alone; padded beside a longer "
             f"one its hidden states are off by {difference:.2g} of their norm, and so would log-probabilities be"
