@@ -333,9 +333,14 @@ def test_the_fingerprint_has_all_that_ids_depend_on() -> None:
     [
         ({"chat": "sometimes"}, "chat: expected one of auto, always, never; got 'sometimes'"),
         ({"control_tokens": "keep"}, "control_tokens: expected one of neutralize, refuse; got 'keep'"),
+        (
+            {"chat_template_kwargs": {"quick": True}},
+            "kwargs: expected variables that the chat template uses; got 'quick'",
+        ),
+        ({"chat_template_kwargs": {"tokenize": True}}, "kwargs: expected variables of the template, got tokenize"),
     ],
 )
-def test_an_unknown_choice_is_named(options: dict[str, str], problem: str) -> None:
+def test_an_unknown_choice_is_named(options: dict[str, Any], problem: str) -> None:
     with pytest.raises(ValueError, match=problem):
         PreferenceCollator(chat_tokenizer("chatml"), ["a"], **options)
 

@@ -69,6 +69,7 @@ BAD = {
         "prompt[0]",
         "'weight'",
     ),
+    "text-with-more": (record(prompt=[{"role": "text", "content": "hi", "name": "x"}]), "prompt[0]", "got name"),
     "message-calls-of-the-user": (
         record(prompt=[{"role": "user", "content": "hi", "tool_calls": [{"type": "function"}]}]),
         "prompt[0].tool_calls",

@@ -20,6 +20,7 @@ from mopo_kernels.data.schema import (
     PreferencePair,
     Text,
     as_messages,
+    check_template_kwargs,
     response_text,
 )
 
@@ -101,7 +102,7 @@ class Renderer:
         chat_template_kwargs: variables for the template, such as ``{"enable_thinking": False}``.
 
     Raises:
-        ValueError: an unknown choice, or messages without a chat template.
+        ValueError: an unknown choice, messages without a chat template, or a variable that the template does not use.
         DataError: a row that the template refuses, tools or variables of a row that are not written, or a control token
             that is refused.
     """
@@ -115,6 +116,10 @@ class Renderer:
         for name, choices in (("chat", CHAT), ("control_tokens", CONTROL_TOKENS)):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name}: expected one of {', '.join(choices)}; got {getattr(self, name)!r}")
+        self.chat_template_kwargs = check_template_kwargs(self.chat_template_kwargs) or {}
+        template = str(self.tokenizer.chat_template or "")
+        if unused := [name for name in self.chat_template_kwargs if name not in template]:
+            raise ValueError(f"chat_template_kwargs: expected variables that the chat template uses; got {unused[0]!r}")
 
     # ----------------------------------------------------------------------------------------------- what is written
 

@@ -263,7 +263,7 @@ def check_padded_rows(model: nn.Module) -> None:
             module.training = training
     alone = torch.cat(rows).float()
     if not alone.isfinite().all():
-        # Nothing to compare with: the log-probabilities will not be finite either, which is an error of its own.
+        # Nothing to compare with: log-probabilities that are not finite are an error of their own.
         return
     found = torch.cat([together[0, :4], together[1]]).float()
     difference = float((found - alone).norm() / alone.norm())

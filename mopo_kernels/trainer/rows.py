@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from mopo_kernels.data import DataError, PreferenceCollator, PreferenceData
 from mopo_kernels.mappings import parse_json
+from mopo_kernels.text import one_line
 from mopo_kernels.trainer.config import MOPOConfig
 from mopo_kernels.trainer.head import causal_lm
 
@@ -84,8 +85,8 @@ def _embedding_rows(model: nn.Module) -> int:
 def _unknown_token(tokenizer: Any, index: int, rows: int, where: str) -> ValueError:
     return ValueError(
         f"processing_class: expected token ids below {rows}, the rows of the model's embedding; got {index} "
-        f"({tokenizer.convert_ids_to_tokens(index)!r}) in {where} (model.resize_token_embeddings({len(tokenizer)}) "
-        "adds rows, which are then to be trained)"
+        f"({tokenizer.convert_ids_to_tokens(index)!r}) in {one_line(where)} "
+        f"(model.resize_token_embeddings({len(tokenizer)}) adds rows, which are then to be trained)"
     )
 
 
