@@ -445,6 +445,14 @@ class TestBeforeTraining:
         with pytest.raises(DataError, match=r"^train:5: example late: \d+ tokens, more than the model's 48 pos"):
             self.trainer(tmp_path, rows, max_position_embeddings=48)
 
+    def test_relative_positions_have_no_last_one(self, tmp_path: Any) -> None:
+        """XLNet's configuration says -1."""
+        from mopo_kernels.trainer.rows import prepare_rows
+
+        trainer = self.trainer(tmp_path, self.rows)
+        trainer.model.config.max_position_embeddings = -1
+        prepare_rows(trainer.model, trainer.data_collator, {"train": trainer.train_dataset}, trainer.args)
+
     def test_a_token_beyond_the_embedding(self, tmp_path: Any) -> None:
         tokenizer = chat_tokenizer("llama2")
         rows = len(tokenizer)

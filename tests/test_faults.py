@@ -618,5 +618,6 @@ def test_a_run_killed_at_any_moment_resumes_to_the_same_weights_and_two_at_once_
 
 
 @pytest.mark.slow
-def test_a_run_killed_at_every_moment_of_many_resumes_to_the_same_weights(tmp_path):
-    check_killed(child(str(tmp_path), "150"))
+def test_a_run_killed_at_each_of_its_moments_resumes_to_the_same_weights(tmp_path):
+    """A moment a file operation, of which a run has fewer than a thousand."""
+    check_killed(child(str(tmp_path), "1000"))

@@ -113,9 +113,9 @@ def _check_positions(
     model: nn.Module, collator: PreferenceCollator, argument: str, data: PreferenceData, table: Dataset
 ) -> None:
     config = causal_lm(model).config.get_text_config()
-    # Linear biases (ALiBi) have no last position.
+    # Linear biases (ALiBi) have no last position, nor have relative ones, whose configuration says -1 (XLNet).
     limit = None if getattr(config, "alibi", False) else getattr(config, "max_position_embeddings", None)
-    if limit is None or (collator.max_length is not None and collator.max_length <= limit):
+    if limit is None or limit < 1 or (collator.max_length is not None and collator.max_length <= limit):
         return
     cut = collator.max_response_length if collator.truncate else None
     for index, (prompt, *responses) in enumerate(table["lengths"]):
