@@ -205,8 +205,9 @@ def linear_logprob(
             ``|g|`` of the chunk; targets always are. A row of dweight then lacks what the small probabilities of its
             entry would have added: a rare token is still pushed up where it is the target, but no longer pushed down
             where nothing expects it. Log-probabilities are exact. Of three products with a trained head two become
-            small, of two with a frozen one one; where more than half of the vocabulary would be kept, the gradient is
-            exact, at the usual cost. With "reference" it has no effect.
+            small, of two with a frozen one one. Where more than half of the vocabulary would be kept, or what is kept
+            has less than half of the probability (looked at where a tile spans the vocabulary, on one rank), the
+            gradient is exact, at the usual cost. With "reference" it has no effect.
         process_group: ranks that each hold some rows of one head: weight (W, H) and bias (W,) are this rank's, W may
             differ, and rank after rank they are the V rows. Every rank passes the same hidden and target, whose ids are
             those of the whole vocabulary, and gets the same log-probabilities and the whole gradient for hidden. All

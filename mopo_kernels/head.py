@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from mopo_kernels.backends import Head, TileBackend
+from mopo_kernels.backends.torch_ops import logits_
 from mopo_kernels.parallel import Shard
 
 # Fewer rows than this make a product so narrow that computing it twice over a tiled vocabulary is faster.
@@ -46,6 +47,9 @@ FILTER_ROWS = 128
 FILTER_BYTES = 32 << 20
 # Where it would keep more of the columns than this, the whole tile is faster.
 FILTER_LARGEST_SHARE = 0.5
+# Where what it keeps holds less than this of the first rows' probability, distributions are flat, and all that is small
+# is not nothing together.
+FILTER_LEAST_MASS = 0.5
 # Bytes a column of a tile takes while it is filtered: its mark and its number.
 FILTER_COLUMN_BYTES = 1 + 8
 # Gradients in fp16 are multiplied by this before they are rounded: they lie between -1 and 1, and what is below 2^-24
@@ -613,6 +617,8 @@ class LinearHead:
             if a == 0:
                 if kept.shape[0] > FILTER_LARGEST_SHARE * (stop - start):
                     return False
+                if self.whole and self.shard is None and not self._holds_the_mass(products[a:b], folded, kept):
+                    return False
                 if dweight is not None and self.untouched:
                     dweight[start:stop].zero_()
             rows = slice(a, b)
@@ -633,6 +639,16 @@ class LinearHead:
                     self._product_(part, gradient.T, hidden[rows])
                     dweight[start:stop].index_add_(0, columns, part)
         return True
+
+    def _holds_the_mass(self, products: Tensor, folded: Folded, kept: Tensor) -> bool:
+        """Whether entries ``kept`` (C,) of the vocabulary have most of the probability of the tile's first rows."""
+        mass = torch.zeros(products.shape[0], dtype=torch.float64)
+        for first, last in row_chunks(kept.shape[0], self._filter_columns):
+            columns = kept[first:last]
+            bias = None if self.bias is None else self.bias.index_select(0, columns)
+            z, _ = logits_(products.index_select(1, columns), bias, self.head)
+            mass += z.sub_(folded.logsumexp[: products.shape[0], None]).exp_().sum(dim=1)
+        return not bool(mass.mean() < FILTER_LEAST_MASS)
 
     def _gradient_(
         self, tile: Tile, target: Tensor, start: int, stop: int, folded: Folded, coefficient: Tensor | None

@@ -19,7 +19,7 @@ pytestmark = pytest.mark.parametrize("backend", CPU_BACKENDS)
 N, V, H = 300, 1500, 24
 HEADS: list[dict[str, Any]] = [
     {},
-    {"softcap": 12.0, "logit_scale": 1.3, "temperature": 0.8},
+    {"softcap": 30.0, "logit_scale": 1.3, "temperature": 0.8},
     {"logit_scale": 0.7, "temperature": 1.2},
 ]
 
@@ -30,7 +30,7 @@ def peaked(dtype: torch.dtype = torch.float64, seed: int = 0) -> tuple[Tensor, T
     g = torch.Generator().manual_seed(seed)
     weight = torch.randn(V, H, generator=g, dtype=torch.float64)
     target = torch.randint(V, (N,), generator=g)
-    hidden = 0.45 * weight[target] + 0.3 * weight[torch.randint(V, (N,), generator=g)]
+    hidden = 0.8 * weight[target] + 0.5 * weight[torch.randint(V, (N,), generator=g)]
     target[torch.rand(N, generator=g) < 0.1] = -100
     bias = 0.3 * torch.randn(V, generator=g, dtype=torch.float64)
     upstream = torch.randn(N, generator=g, dtype=torch.float64) * torch.logspace(0, -5, N, dtype=torch.float64)
@@ -178,6 +178,20 @@ def test_the_buffer_holds_what_is_gathered(backend: str, trained: bool) -> None:
     gradients = sum(tensor.nbytes for tensor in call(2.0**-6))
     assert error(call(2.0**-6)[0], call(None)[0]) > 1e-6
     assert peak_mib(lambda: call(2.0**-6)) * 2**20 < limit + 2 * gradients + 200 * 500
+
+
+@pytest.mark.parametrize("trained", [True, False], ids=["trained", "frozen"])
+def test_many_small_elements_are_not_nothing(backend: str, trained: bool) -> None:
+    """Every probability is far below the share, which would leave nothing but the targets: the exact gradient."""
+    hidden, weight, target, _, upstream = peaked(torch.float32)
+    leaves = [(0.01 * hidden).requires_grad_(), *([weight.requires_grad_()] if trained else [])]
+
+    def gradients(share: float | None) -> tuple[Tensor, ...]:
+        logprob = linear_logprob(leaves[0], weight, target, backend=backend, gradient_filter=share)
+        return torch.autograd.grad(logprob, leaves, upstream)
+
+    for one, other in zip(gradients(2.0**-4), gradients(None), strict=True):
+        assert torch.equal(one, other)
 
 
 def test_calls_repeat_bit_for_bit(backend: str) -> None:

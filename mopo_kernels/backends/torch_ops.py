@@ -28,7 +28,7 @@ def _row_blocks(tile: Tensor) -> Iterator[slice]:
         yield slice(start, min(start + rows, tile.shape[0]))
 
 
-def _logits_(block: Tensor, bias: Tensor | None, head: Head, need_slope: bool = False) -> tuple[Tensor, Tensor | None]:
+def logits_(block: Tensor, bias: Tensor | None, head: Head, need_slope: bool = False) -> tuple[Tensor, Tensor | None]:
     """Products to logits, in place; and, if needed and not constant, their slope ``1 - tanh^2``, scale left out."""
     if bias is not None:
         block += bias
@@ -58,7 +58,7 @@ class TorchBackend(TileBackend):
         column = target - start
         inside = (column >= 0) & (column < width)
         for rows in _row_blocks(tile):
-            z, _ = _logits_(tile[rows].clone(), bias, head)
+            z, _ = logits_(tile[rows].clone(), bias, head)
             hit = z.gather(1, column[rows].clamp(0, width - 1)[:, None])[:, 0]
             picked[rows] = torch.where(inside[rows], hit, picked[rows])
             top = torch.maximum(maximum[rows], z.amax(dim=1))
@@ -83,7 +83,7 @@ class TorchBackend(TileBackend):
         column = target - start
         inside = (column >= 0) & (column < width)
         for rows in _row_blocks(tile):
-            z, slope = _logits_(tile[rows], bias, head, need_slope=True)
+            z, slope = logits_(tile[rows], bias, head, need_slope=True)
             # Two numbers stand for the fp64 log-sum-exp: rounding it to one would tilt the whole row's gradient.
             high = logsumexp[rows].to(z.dtype)
             low = (logsumexp[rows] - high).to(z.dtype)
@@ -110,7 +110,7 @@ class TorchBackend(TileBackend):
     ) -> None:
         marked.zero_()
         for rows in _row_blocks(tile):
-            z, _ = _logits_(tile[rows].clone(), bias, head)
+            z, _ = logits_(tile[rows].clone(), bias, head)
             marked |= (z < least[rows, None]).logical_not_().any(dim=0)
             del z  # before the next block's copy is made
         column = target - start
