@@ -450,8 +450,12 @@ class TestBeforeTraining:
         from mopo_kernels.trainer.rows import prepare_rows
 
         trainer = self.trainer(tmp_path, self.rows)
+        arguments = (trainer.model, trainer.data_collator, {"train": trainer.train_dataset}, trainer.args)
+        trainer.model.config.max_position_embeddings = 1
+        with pytest.raises(DataError, match="more than the model's 1 positions"):
+            prepare_rows(*arguments)
         trainer.model.config.max_position_embeddings = -1
-        prepare_rows(trainer.model, trainer.data_collator, {"train": trainer.train_dataset}, trainer.args)
+        prepare_rows(*arguments)
 
     def test_a_token_beyond_the_embedding(self, tmp_path: Any) -> None:
         tokenizer = chat_tokenizer("llama2")

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from mopo_kernels.data import DataError, PreferenceExample, PreferencePair, load_preferences
 from mopo_kernels.data.converters import CONVERTERS
-from mopo_kernels.data.schema import printable
+from mopo_kernels.text import one_line
 
 # Half surrogates too, which JSON can write and UTF-8 cannot.
 ANY_TEXT = st.text(st.characters(exclude_categories=()), max_size=12)
@@ -98,7 +98,7 @@ def load(source: Any, **options: Any) -> tuple[int, tuple[DataError, ...]]:
     except DataError as error:
         refused, skipped = (error,), error.skipped
     assert good or refused
-    assert all(printable(str(error)) == str(error) for error in (*refused, *skipped))
+    assert all(one_line(str(error)) == str(error) for error in (*refused, *skipped))
     return good, skipped
 
 

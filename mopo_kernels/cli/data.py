@@ -15,14 +15,15 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-from mopo_kernels.cli.output import Chat, TemplateVariables, chat_options, prepare_file, show
+from mopo_kernels.cli.output import Chat, TemplateVariables, chat_options, literal, prepare_file, show
 from mopo_kernels.data.converters import CONVERTERS
 from mopo_kernels.data.dataset import PreferenceData
 from mopo_kernels.data.loaders import load_preferences
 from mopo_kernels.data.report import PreferenceReport, summarize
-from mopo_kernels.data.schema import DataError, printable, response_text
+from mopo_kernels.data.schema import DataError, response_text
 from mopo_kernels.evaluation import Prompt, load_judges, load_policy, load_prompts
 from mopo_kernels.mappings import parse_mapping
+from mopo_kernels.text import one_line
 
 data_app = typer.Typer(
     help="Check, convert and describe preference data.",
@@ -64,11 +65,7 @@ ColumnNames = Annotated[
 
 def _print(text: str, console: Console) -> None:
     """A line as it is: names from data are neither markup nor what a terminal acts on."""
-    console.print(Text(printable(text)), highlight=False)
-
-
-def _cell(text: str) -> Text:
-    return Text(printable(text))
+    console.print(Text(one_line(text)), highlight=False)
 
 
 def _fail(message: object, status: int = 2) -> NoReturn:
@@ -186,18 +183,18 @@ def _print_report(report: PreferenceReport) -> None:
     table = Table("objective", "labelled pairs", "coverage", "ties", "soft", "cycles / triples", title="Labels")
     for item in report.objectives:
         cells = (_percent(item.coverage), _percent(item.ties), _percent(item.soft))
-        table.add_row(_cell(item.objective), str(item.labelled), *cells, f"{item.cycles} / {item.triples}")
+        table.add_row(literal(item.objective), str(item.labelled), *cells, f"{item.cycles} / {item.triples}")
     show(table)
     if report.agreement:
         table = Table("objectives", "pairs with both", "correlation", "in conflict", title="Agreement within prompts")
         for entry in report.agreement:
             correlation = "-" if entry.correlation is None else f"{entry.correlation:+.3f}"
             table.add_row(
-                _cell(f"{entry.first}, {entry.second}"), str(entry.pairs), correlation, _percent(entry.conflict)
+                literal(f"{entry.first}, {entry.second}"), str(entry.pairs), correlation, _percent(entry.conflict)
             )
         show(table)
     for message in report.messages:
-        show(_cell(f"note: {message}"))
+        show(literal(f"note: {message}"))
 
 
 @data_app.command()
@@ -422,7 +419,7 @@ def label(
         _fail(error)
     more = "" if policy is None or unfinished == "keep" else "; more of them end with more --max-new-tokens"
     show(
-        _cell(
+        literal(
             f"{progress.rows} rows in {output}, {progress.left_out} prompts left out with fewer than two "
             f"responses{more if progress.left_out else ''}; objectives: {', '.join(judge_of)}"
         )

@@ -9,7 +9,8 @@ from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
-from mopo_kernels.data.schema import CONTEXT_COLUMNS, MEDIA_COLUMNS, DataError, is_given, printable, shown
+from mopo_kernels.data.schema import CONTEXT_COLUMNS, MEDIA_COLUMNS, DataError, is_given, shown
+from mopo_kernels.text import one_line
 
 logger = logging.getLogger(__name__)
 
@@ -193,7 +194,7 @@ class Columns:
         """Name the columns that nothing read, in one line of the log."""
         if self._unused:
             names = ", ".join(f"{name} ({count})" for name, count in sorted(self._unused.items()))
-            logger.warning(printable(f"{origin}: columns that are not used (rows that have them): {names}"))
+            logger.warning(one_line(f"{origin}: columns that are not used (rows that have them): {names}"))
 
 
 def _joined(record: Mapping[str, Any], parts: list[str]) -> str:

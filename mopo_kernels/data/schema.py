@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from numbers import Real
 from typing import Any
 
+from mopo_kernels.text import one_line
+
 Message = dict[str, Any]
 Text = str | list[Message]
 
@@ -55,7 +57,7 @@ class DataError(ValueError):
         return ":".join(str(part) for part in (self.source, self.line) if part is not None)
 
     def __str__(self) -> str:
-        return printable(": ".join(part for part in (self.location, self.field, self.problem) if part))
+        return one_line(": ".join(part for part in (self.location, self.field, self.problem) if part))
 
     def of(self, example: str) -> DataError:
         """The same error of an example by its name, where file and line are not known any more."""
@@ -72,13 +74,6 @@ def renamed(field: str, fields: Mapping[str, str]) -> str:
         if field == name or field.startswith((f"{name}.", f"{name}[")):
             return own + field[len(name) :]
     return field
-
-
-def printable(text: str) -> str:
-    """``text`` in one line that a terminal shows as it is: control characters and half surrogates as escapes."""
-    if text.isprintable():
-        return text
-    return "".join(letter if letter.isprintable() else letter.encode("unicode_escape").decode() for letter in text)
 
 
 def shown(value: object) -> str:

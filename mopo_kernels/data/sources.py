@@ -18,7 +18,8 @@ import yaml
 
 from mopo_kernels.data.converters import Row
 from mopo_kernels.data.dataset import import_datasets
-from mopo_kernels.data.schema import DataError, PreferenceExample, printable
+from mopo_kernels.data.schema import DataError, PreferenceExample
+from mopo_kernels.text import one_line
 
 logger = logging.getLogger(__name__)
 
@@ -204,7 +205,7 @@ def _table_rows(table: Iterable[Any], convert: Callable[[Any], Any] = lambda rec
 def _check_split(split: str | None, own: str | None, source: str) -> None:
     """DataError for a split other than the one that ``source`` is; one of no name is the training split."""
     if split is not None and _canonical(split) != _canonical(own or "train"):
-        raise DataError(f"no split {printable(repr(split))}, there is: {own or 'one without a name'}", source)
+        raise DataError(f"no split {one_line(repr(split))}, there is: {own or 'one without a name'}", source)
 
 
 def _of_objects(source: Any, split: str | None) -> Iterator[Row]:
@@ -345,7 +346,7 @@ def _folder_files(folder: Path, name: str | None, data_dir: str | None, split: s
     if len({(path.parent, _stem(path)) for path in files}) > 1:
         listed = ", ".join(str(path.relative_to(inner)) for path in files[:10])
         more = f" and {len(files) - 10} more" if len(files) > 10 else ""
-        logger.warning(printable(f"{inner}: {len(files)} files are read as one split: {listed}{more}"))
+        logger.warning(one_line(f"{inner}: {len(files)} files are read as one split: {listed}{more}"))
     return files
 
 

@@ -26,13 +26,18 @@ _EXAMPLES_A_PROCESS = 2000
 _BATCH = 200
 
 
-def text_digest(data: PreferenceData, *leave_out: str) -> str:
-    """Of everything that tokens depend on, in order: every column but labels, weights and those to leave out."""
+def content_digest(data: PreferenceData, *leave_out: str) -> str:
+    """SHA-256 of every column in order, but those to leave out."""
     digest = hashlib.sha256()
-    columns = [name for name in data.dataset.column_names if name not in (*_LABELS, *leave_out)]
+    columns = [name for name in data.dataset.column_names if name not in leave_out]
     for rows in data.dataset.select_columns(columns).iter(batch_size=1000):
         digest.update(json.dumps(rows, sort_keys=True, ensure_ascii=False).encode())
     return digest.hexdigest()
+
+
+def text_digest(data: PreferenceData, *leave_out: str) -> str:
+    """Of everything that tokens depend on: every column but labels, weights and those to leave out."""
+    return content_digest(data, *_LABELS, *leave_out)
 
 
 def text_key(example: PreferenceExample) -> str:

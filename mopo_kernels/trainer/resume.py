@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -11,6 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from mopo_kernels.data import PreferenceData
+from mopo_kernels.data.tokenized import content_digest
 from mopo_kernels.trainer.config import MOPOConfig
 from mopo_kernels.trainer.head import is_peft
 
@@ -34,11 +34,7 @@ _ABOUT = ("base_model_name_or_path", "revision", "inference_mode", "peft_version
 
 def rows_fingerprint(data: PreferenceData) -> str:
     """Tells training data apart, in words: prompts, responses, labels and weights, in order."""
-    digest = hashlib.sha256()
-    columns = [name for name in data.dataset.column_names if name not in ("id", "ref_logprob")]
-    for rows in data.dataset.select_columns(sorted(columns)).iter(batch_size=1000):
-        digest.update(json.dumps(rows, sort_keys=True, ensure_ascii=False).encode())
-    return f"{len(data)} prompts ({digest.hexdigest()[:12]})"
+    return f"{len(data)} prompts ({content_digest(data, 'id', 'ref_logprob')[:12]})"
 
 
 def row_settings(args: MOPOConfig, processes: int, train_data: str) -> dict[str, Any]:
@@ -48,7 +44,7 @@ def row_settings(args: MOPOConfig, processes: int, train_data: str) -> dict[str,
     return settings | {"train_data": train_data, "processes": processes}
 
 
-def adapter_settings(model: nn.Module) -> dict[str, Any]:
+def adapter_config(model: nn.Module) -> dict[str, Any]:
     """The active adapter's configuration, by field: peft does not read it again when weights are loaded."""
     if not is_peft(model):
         return {}

@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -85,7 +86,7 @@ from mopo_kernels.trainer.reference_model import (
     trained_parameters,
 )
 from mopo_kernels.trainer.resume import (
-    adapter_settings,
+    adapter_config,
     differences,
     may_change,
     optimizer_options,
@@ -591,17 +592,23 @@ class MOPOTrainer(Trainer):
             raise FloatingPointError(self._not_finite("the log-probabilities", []))
         return found
 
+    @cached_property
+    def _dual_sampling(self) -> tuple[int, int]:
+        """How many fresh answers are sampled at once, as many as an evaluation batch has responses at most; and the
+        longest of them, in tokens."""
+        args = self.args
+        assert self.dual_dataset is not None
+        items = self.data_collator.tokenize(list(self.dual_dataset))
+        longest = max(len(response) for item in items for response in item.responses)
+        rows = args.per_device_eval_batch_size * max(len(item.responses) for item in items)
+        return rows, args.dual_max_new_tokens or args.max_response_length or longest
+
     def _judged(self, part: Sequence[int]) -> dict[int, dict[str, float]]:
         """Win rates of an answer of the policy to each of these prompts of the dual data, on every rank."""
         controller, data, args = self._controller, self.dual_dataset, self.args
         assert controller is not None
         assert data is not None
-        tokens = args.dual_max_new_tokens or args.max_response_length
-        if tokens is None:
-            lengths = [len(response) for item in self.data_collator.tokenize(list(data)) for response in item.responses]
-            tokens = max(lengths)
-        # As many rows at once as an evaluation batch has, where each response is one.
-        size = args.per_device_eval_batch_size * max(len(example.responses) for example in data)
+        size, tokens = self._dual_sampling
         found: dict[int, dict[str, float]] = {}
         with self._measuring(), self.compute_loss_context_manager():
             for number, indices in self._dealt(part, size):
@@ -1291,7 +1298,7 @@ class MOPOTrainer(Trainer):
             "objectives": list(self.objectives),
             "primary": self.primary,
             **{name: getattr(value, "value", value) for name, value in problem.items()},
-            **adapter_settings(self.model),
+            **adapter_config(self.model),
             **row_settings(self.args, self.accelerator.num_processes // self.get_tp_size(), self._train_data),
             "dual_data": "none" if self._controller is None else self._controller.fingerprint(),
             "thresholds": dict(self.args.thresholds),
