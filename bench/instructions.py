@@ -33,7 +33,8 @@ from rich.table import Table
 
 from bench.provenance import ROOT, origin
 from mopo_kernels import linear_mopo_loss
-from mopo_kernels.backends import Head, cpp
+from mopo_kernels.arguments import LogitTransform
+from mopo_kernels.backends import cpp
 
 RESULT = ROOT / "bench" / "results" / "instructions.json"
 SPREAD = 0.01
@@ -70,12 +71,12 @@ def kernel(name: str, rows: int = 64, columns: int = 4096, capped: bool = False)
 
     def prepare() -> Callable[[], object]:
         tile, target = numbers(rows, columns), torch.arange(rows)
-        bias, head = (numbers(columns) if capped else None), Head(30.0 if capped else None, 1.0, 1.0)
+        bias, transform = (numbers(columns) if capped else None), LogitTransform(30.0 if capped else None, 1.0, 1.0)
         if name == "fold":
             statistics = torch.full((rows,), -torch.inf), torch.zeros(rows), torch.zeros(rows)
-            return lambda: cpp.BACKEND.fold(tile, bias, target, 0, head, *statistics)
+            return lambda: cpp.BACKEND.fold(tile, bias, target, 0, transform, *statistics)
         logsumexp, coefficient = torch.full((rows,), 9.0, dtype=torch.float64), numbers(rows)
-        return lambda: cpp.BACKEND.gradient_(tile, bias, target, 0, head, logsumexp, coefficient)
+        return lambda: cpp.BACKEND.gradient_(tile, bias, target, 0, transform, logsumexp, coefficient)
 
     return Case(rows * columns, prepare)
 

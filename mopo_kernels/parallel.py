@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mopo_kernels import checks
+from mopo_kernels.arguments import HeadInputs
 
 
 class LocalHead(NamedTuple):
@@ -98,14 +99,15 @@ class Shard:
         dist.all_reduce(tensor, group=self.group)
 
 
-def open_shard(name: str, hidden: Tensor, weight: Tensor, target: Tensor, needs: tuple[bool, ...]) -> Shard:
+def open_shard(name: str, inputs: HeadInputs) -> Shard:
     """Exchange sizes over the group: the one point at which a call waits for the device and for the other ranks.
 
     Raises:
         ValueError: the ranks do not hold the same tokens, or not the same kind of head; on every rank, so none hangs.
     """
     group = dist.distributed_c10d._resolve_process_group(dist.GroupName(name))
-    sizes = [weight.shape[0], *hidden.shape, sum(1 << bit for bit, need in enumerate(needs) if need)]
+    target, needs = inputs.target, sum(1 << bit for bit, need in enumerate(inputs.needs) if need)
+    sizes = [inputs.weight.shape[0], *inputs.hidden.shape, needs]
     mine = torch.cat([torch.tensor(sizes, device=target.device), target.sum()[None]])
     gathered = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
     dist.all_gather(gathered, mine, group=group)

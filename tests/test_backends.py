@@ -16,7 +16,8 @@ import torch
 from samples import CPU_BACKENDS as BACKENDS
 from torch import Tensor
 
-from mopo_kernels.backends import Head, TileBackend, cpp, tile_backend
+from mopo_kernels.arguments import LogitTransform
+from mopo_kernels.backends import TileBackend, cpp, tile_backend
 from mopo_kernels.backends.tile import NOT_SCORED
 from mopo_kernels.backends.torch_ops import TorchBackend
 
@@ -25,15 +26,15 @@ START = 1000
 # Empty, one row, an odd few, more than one block of rows; widths below, at and beyond a vector, a group of vectors and
 # the C++ kernel's block of 2048 columns, none of them a multiple of all.
 SHAPES = [(r, w) for r in (0, 1, 3, 130) for w in (1, 7, 64, 1000, 4099)]
-PLAIN = Head(None, 1.0, 1.0)
-EVERYTHING = Head(5.0, 0.7, 1.3)
-# Each part of the head alone, then all; (head, with a bias). A softcap of 5 bends logits of standard deviation 3.
+PLAIN = LogitTransform()
+EVERYTHING = LogitTransform(5.0, 0.7, 1.3)
+# Each part of the head alone, then all; (transform, with a bias). A softcap of 5 bends logits of standard deviation 3.
 HEADS = [
     pytest.param(PLAIN, False, id="plain"),
     pytest.param(PLAIN, True, id="bias"),
-    pytest.param(Head(5.0, 1.0, 1.0), False, id="softcap"),
-    pytest.param(Head(None, 0.7, 1.0), False, id="scale"),
-    pytest.param(Head(None, 1.0, 1.3), False, id="temperature"),
+    pytest.param(LogitTransform(5.0), False, id="softcap"),
+    pytest.param(LogitTransform(None, 0.7, 1.0), False, id="scale"),
+    pytest.param(LogitTransform(None, 1.0, 1.3), False, id="temperature"),
     pytest.param(EVERYTHING, True, id="everything"),
 ]
 
@@ -58,11 +59,11 @@ def make_case(rows: int, width: int, bias: bool, dtype: torch.dtype = torch.floa
     return Case(tile, b, target, torch.randn(rows, generator=g).to(dtype))
 
 
-def logits(x: Tensor, bias: Tensor | None, head: Head) -> Tensor:
-    z = (x if bias is None else x + bias) * head.logit_scale
-    if head.softcap is not None:
-        z = head.softcap * torch.tanh(z / head.softcap)
-    return z / head.temperature
+def logits(x: Tensor, bias: Tensor | None, transform: LogitTransform) -> Tensor:
+    z = (x if bias is None else x + bias) * transform.logit_scale
+    if transform.softcap is not None:
+        z = transform.softcap * torch.tanh(z / transform.softcap)
+    return z / transform.temperature
 
 
 class Answer(NamedTuple):
@@ -72,13 +73,13 @@ class Answer(NamedTuple):
     gradient: Tensor
 
 
-def plain(case: Case, head: Head, dtype: torch.dtype) -> Answer:
+def plain(case: Case, transform: LogitTransform, dtype: torch.dtype) -> Answer:
     """What plain PyTorch answers in ``dtype``. A target outside the tile has logprob 0 and no one-hot."""
     x = case.tile.to(dtype).requires_grad_()
     column = case.target - START
     inside = (column >= 0) & (column < x.shape[1])
     at = column.clamp(0, x.shape[1] - 1)[:, None]
-    z = logits(x, None if case.bias is None else case.bias.to(dtype), head)
+    z = logits(x, None if case.bias is None else case.bias.to(dtype), transform)
     logprob = torch.log_softmax(z.detach(), dim=1)
     onehot = torch.zeros_like(logprob).scatter(1, at, inside[:, None].to(dtype))
     # The backward formula of log_softmax, which also says what a row contributes whose target lies in another tile.
@@ -91,7 +92,9 @@ def plain(case: Case, head: Head, dtype: torch.dtype) -> Answer:
     )
 
 
-def fold(backend: TileBackend, case: Case, head: Head, cuts: tuple[int, ...] = ()) -> tuple[Tensor, Tensor, Tensor]:
+def fold(
+    backend: TileBackend, case: Case, transform: LogitTransform, cuts: tuple[int, ...] = ()
+) -> tuple[Tensor, Tensor, Tensor]:
     """(maximum, total, picked) after folding the tile in pieces, cut at the given columns."""
     rows, width = case.tile.shape
     maximum = case.tile.new_full((rows,), -torch.inf)
@@ -99,13 +102,13 @@ def fold(backend: TileBackend, case: Case, head: Head, cuts: tuple[int, ...] = (
     edges = (0, *cuts, width)
     for a, b in itertools.pairwise(edges):
         bias = None if case.bias is None else case.bias[a:b]
-        backend.fold(case.tile[:, a:b], bias, case.target, START + a, head, maximum, total, picked)
+        backend.fold(case.tile[:, a:b], bias, case.target, START + a, transform, maximum, total, picked)
     return maximum, total, picked
 
 
-def answer(backend: TileBackend, case: Case, head: Head, cuts: tuple[int, ...] = ()) -> Answer:
+def answer(backend: TileBackend, case: Case, transform: LogitTransform, cuts: tuple[int, ...] = ()) -> Answer:
     """The backend's answers, combined as the driver combines them; leaves the case as it was."""
-    maximum, total, picked = fold(backend, case, head, cuts)
+    maximum, total, picked = fold(backend, case, transform, cuts)
     logsumexp = maximum.double() + torch.log(total.double())
     column = case.target - START
     inside = (column >= 0) & (column < case.tile.shape[1])
@@ -114,7 +117,7 @@ def answer(backend: TileBackend, case: Case, head: Head, cuts: tuple[int, ...] =
     edges = (0, *cuts, case.tile.shape[1])
     for a, b in itertools.pairwise(edges):
         bias = None if case.bias is None else case.bias[a:b]
-        backend.gradient_(gradient[:, a:b], bias, case.target, START + a, head, logsumexp, case.coefficient)
+        backend.gradient_(gradient[:, a:b], bias, case.target, START + a, transform, logsumexp, case.coefficient)
     return Answer(logsumexp.to(maximum), logprob, picked, gradient)
 
 
@@ -122,20 +125,20 @@ def rms(x: Tensor) -> float:
     return x.double().square().mean().sqrt().item() if x.numel() else 0.0
 
 
-def errors(got: Answer, case: Case, head: Head) -> dict[str, tuple[float, float, float]]:
+def errors(got: Answer, case: Case, transform: LogitTransform) -> dict[str, tuple[float, float, float]]:
     """For each field: error against the fp64 truth, plain PyTorch's error in the tile's dtype, and the truth's size."""
-    truth, reference = plain(case, head, torch.float64), plain(case, head, case.tile.dtype)
+    truth, reference = plain(case, transform, torch.float64), plain(case, transform, case.tile.dtype)
     return {
         name: (rms(g.double() - t), rms(p.double() - t), rms(t))
         for name, g, p, t in zip(Answer._fields, got, reference, truth, strict=True)
     }
 
 
-def check_within_budget(got: Answer, case: Case, head: Head, floor: float, factor: float = 1.1) -> None:
+def check_within_budget(got: Answer, case: Case, transform: LogitTransform, floor: float, factor: float = 1.1) -> None:
     """RMS error at most ``factor`` times plain PyTorch's, or ``floor`` machine epsilons of the truth's size
     where that is more: on few elements plain PyTorch is exact by chance, in fp64 it is the truth itself."""
     epsilon = torch.finfo(case.tile.dtype).eps
-    for name, (error, budget, size) in errors(got, case, head).items():
+    for name, (error, budget, size) in errors(got, case, transform).items():
         allowed = max(factor * budget, floor * epsilon * size)
         assert error <= allowed, f"{name}: error {error:.3g} against fp64, allowed {allowed:.3g}"
 
@@ -148,12 +151,12 @@ def test_every_shape_matches_fp64(name: str, rows: int, width: int, dtype: torch
     check_within_budget(answer(tile_backend(name), case, EVERYTHING), case, EVERYTHING, floor=3.0)
 
 
-@pytest.mark.parametrize(("head", "bias"), HEADS)
+@pytest.mark.parametrize(("transform", "bias"), HEADS)
 @pytest.mark.parametrize("name", BACKENDS)
-def test_error_is_within_plain_pytorchs_for_every_head(name: str, head: Head, bias: bool) -> None:
+def test_error_is_within_plain_pytorchs_for_every_head(name: str, transform: LogitTransform, bias: bool) -> None:
     # 130 rows are enough for a fair comparison; half an epsilon is what rounding the exact answer costs.
     case = make_case(130, 4099, bias)
-    check_within_budget(answer(tile_backend(name), case, head), case, head, floor=0.5)
+    check_within_budget(answer(tile_backend(name), case, transform), case, transform, floor=0.5)
 
 
 @pytest.mark.parametrize("name", BACKENDS)
@@ -164,14 +167,14 @@ def test_tiles_in_sequence_are_one_wide_tile(name: str) -> None:
     check_within_budget(got, case, EVERYTHING, floor=0.5)
 
 
-@pytest.mark.parametrize("head", [PLAIN, Head(30.0, 1.0, 1.0)], ids=["plain", "softcap"])
+@pytest.mark.parametrize("transform", [PLAIN, LogitTransform(30.0)], ids=["plain", "softcap"])
 @pytest.mark.parametrize("name", BACKENDS)
-def test_extreme_logits_stay_exact(name: str, head: Head) -> None:
+def test_extreme_logits_stay_exact(name: str, transform: LogitTransform) -> None:
     case = make_case(130, 1000, bias=False, spread=1e4)
-    got = answer(tile_backend(name), case, head)
+    got = answer(tile_backend(name), case, transform)
     assert all(torch.isfinite(part).all() for part in got)
     # At the cap the slope 1 - tanh^2 is 0 up to rounding, so that plain PyTorch's gradient is itself mostly rounding.
-    check_within_budget(got, case, head, floor=0.5, factor=2.0)
+    check_within_budget(got, case, transform, floor=0.5, factor=2.0)
 
 
 @pytest.mark.parametrize("name", BACKENDS)
@@ -246,14 +249,14 @@ def test_a_nan_logit_is_not_lost(name: str) -> None:
 
 
 class DropsLastColumn(TorchBackend):
-    def fold(self, tile, bias, target, start, head, maximum, total, picked):  # type: ignore[no-untyped-def]
+    def fold(self, tile, bias, target, start, transform, maximum, total, picked):  # type: ignore[no-untyped-def]
         bias = None if bias is None else bias[:-1]
-        super().fold(tile[:, :-1], bias, target, start, head, maximum, total, picked)
+        super().fold(tile[:, :-1], bias, target, start, transform, maximum, total, picked)
 
 
 class ForgetsTheSoftcapsSlope(TorchBackend):
-    def gradient_(self, tile, bias, target, start, head, logsumexp, coefficient):  # type: ignore[no-untyped-def]
-        z = logits(tile, bias, head)
+    def gradient_(self, tile, bias, target, start, transform, logsumexp, coefficient):  # type: ignore[no-untyped-def]
+        z = logits(tile, bias, transform)
         tile.copy_(z)
         super().gradient_(tile, None, target, start, PLAIN, logsumexp, coefficient)
 
@@ -289,9 +292,9 @@ def test_cpp_is_within_budget_on_every_instruction_set(name: str, capability: st
     script = (
         "import test_backends as t\n"
         "for mark in t.HEADS:\n"
-        "    head, bias = mark.values\n"
+        "    transform, bias = mark.values\n"
         "    case = t.make_case(130, 4099, bias)\n"
-        "    t.check_within_budget(t.answer(t.tile_backend('cpp'), case, head), case, head, floor=1.0)\n"
+        "    t.check_within_budget(t.answer(t.tile_backend('cpp'), case, transform), case, transform, floor=1.0)\n"
         "print('capability', t.torch.backends.cpu.get_cpu_capability())\n"
     )
     best = ["DEFAULT", "AVX2", "AVX512"].index(torch.backends.cpu.get_cpu_capability())
@@ -315,9 +318,9 @@ def test_cpp_is_within_budget_on_every_instruction_set(name: str, capability: st
         ({"target": torch.zeros(3)}, "target must be .* dtype Long .* dtype Float"),
         ({"total": torch.zeros(6)[::2]}, r"total must be a contiguous .* strides \[2\]"),
         ({"maximum": torch.zeros(3, dtype=torch.float64)}, "maximum must be .* dtype Float .* dtype Double"),
-        ({"head": Head(-1.0, 1.0, 1.0)}, "softcap must be positive and finite; got -1"),
-        ({"head": Head(None, float("nan"), 1.0)}, "logit_scale must be finite; got nan"),
-        ({"head": Head(None, 1.0, 0.0)}, "temperature must be positive and finite; got 0"),
+        ({"transform": LogitTransform(-1.0, 1.0, 1.0)}, "softcap must be positive and finite; got -1"),
+        ({"transform": LogitTransform(None, float("nan"), 1.0)}, "logit_scale must be finite; got nan"),
+        ({"transform": LogitTransform(None, 1.0, 0.0)}, "temperature must be positive and finite; got 0"),
     ],
 )
 def test_cpp_errors_name_the_argument_and_the_value(name: str, change: dict[str, object], message: str) -> None:
@@ -326,7 +329,7 @@ def test_cpp_errors_name_the_argument_and_the_value(name: str, change: dict[str,
         "bias": None,
         "target": torch.zeros(3, dtype=torch.int64),
         "start": 0,
-        "head": PLAIN,
+        "transform": PLAIN,
         "maximum": torch.zeros(3),
         "total": torch.zeros(3),
         "picked": torch.zeros(3),

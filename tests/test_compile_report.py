@@ -151,11 +151,10 @@ def test_negative_control_a_block_too_large_is_noticed(tmp_path: Path) -> None:
 BATCHES = """
 import torch
 from bench.compile_report import compiling
-from mopo_kernels.backends.tile import Head
+from mopo_kernels.arguments import LogitTransform, LossOptions, PairBatch
 from mopo_kernels.backends.triton import BACKEND
-from mopo_kernels.coefficients import PairData
 
-W, H, head = 4096, 64, Head(None, 1.0, 1.0)
+W, H, transform = 4096, 64, LogitTransform()
 products, exponentials = torch.zeros(300, W), torch.zeros(300, W, dtype=torch.bfloat16)
 hidden, weight = exponentials[:, :H].contiguous(), torch.zeros(W, H, dtype=torch.bfloat16)
 
@@ -164,21 +163,21 @@ def step(rows, start, sequences, pairs):
     target, double = (torch.zeros(400, dtype=d)[rows % 7 :][:rows] for d in (torch.int64, torch.float64))
     row, bias = torch.zeros(400)[rows % 5 :][:rows], torch.zeros(W + 9)[rows % 3 :][:W]
     offsets, half = torch.zeros(BACKEND.offset_blocks(W), rows), exponentials[:rows].half()
-    BACKEND.fold(products[:rows], bias, target, start, head, row, row, row)
-    BACKEND.gradient_(products[:rows], bias, target, start, head, double, row)
-    at = bias, target, start, head, row, row, row
+    BACKEND.fold(products[:rows], bias, target, start, transform, row, row, row)
+    BACKEND.gradient_(products[:rows], bias, target, start, transform, double, row)
+    at = bias, target, start, transform, row, row, row
     BACKEND.row_offset(hidden[:rows], weight, *at[:4])
     BACKEND.linear_fold(hidden[:rows], weight, *at, exponentials[:rows])
     BACKEND.row_statistics(row, row, row)
-    BACKEND.mark_target_(exponentials[:rows], target, start, head, row, double, row, row)
+    BACKEND.mark_target_(exponentials[:rows], target, start, transform, row, double, row, row)
     BACKEND.scaled(hidden[:rows], row[:, None], torch.bfloat16)
     BACKEND.linear_fold(hidden[:rows].half(), weight.half(), *at, half, offsets)
-    BACKEND.exponential_gradient_(half, offsets, target, start, head, double, row, row)
+    BACKEND.exponential_gradient_(half, offsets, target, start, transform, double, row, row)
     BACKEND.segment_sum(row, torch.zeros(sequences + 1, dtype=torch.int64))
     one, each = torch.ones(sequences), torch.ones(pairs)
-    data = PairData(torch.zeros(pairs, 2, dtype=torch.int64), torch.zeros(pairs, 3), torch.ones(3), 0.1, "sigmoid",
-                    each, None, each, one, None, None, "pair", torch.ones(()))
-    BACKEND.pair_coefficient(one, one, data)
+    batch = PairBatch(torch.zeros(pairs, 2, dtype=torch.int64), torch.zeros(pairs, 3), torch.ones(3), each, None, each,
+                      one, None, torch.ones(()), LossOptions(loss_type="sigmoid"))
+    BACKEND.pair_coefficient(one, one, batch)
 
 with compiling(90) as launched:
     step(300, 0, 16, 16)

@@ -31,7 +31,8 @@ from test_backends import (
 from torch import Tensor
 from torch.utils.cpp_extension import TORCH_LIB_PATH, get_cxx_compiler, include_paths
 
-from mopo_kernels.backends import Head, TileBackend, cuda
+from mopo_kernels.arguments import LogitTransform
+from mopo_kernels.backends import TileBackend, cuda
 
 EMULATOR = Path(__file__).resolve().parent / "cuda_emulator"
 COMPILER = shlex.split(get_cxx_compiler())
@@ -60,17 +61,17 @@ class EmulatedBackend(TileBackend):
         self.set_thread_order = ctypes.CDLL(str(library)).set_thread_order
         self.key = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
 
-    def fold(self, tile, bias, target, start, head, maximum, total, picked):  # type: ignore[no-untyped-def]
+    def fold(self, tile, bias, target, start, transform, maximum, total, picked):  # type: ignore[no-untyped-def]
         operator = torch.ops.mopo_tile_emulated.fold.default
-        operator.redispatch(self.key, tile, bias, target, start, *head_arguments(head), maximum, total, picked)
+        operator.redispatch(self.key, tile, bias, target, start, *head_arguments(transform), maximum, total, picked)
 
-    def gradient_(self, tile, bias, target, start, head, logsumexp, coefficient):  # type: ignore[no-untyped-def]
+    def gradient_(self, tile, bias, target, start, transform, logsumexp, coefficient):  # type: ignore[no-untyped-def]
         operator = torch.ops.mopo_tile_emulated.gradient_.default
-        operator.redispatch(self.key, tile, bias, target, start, *head_arguments(head), logsumexp, coefficient)
+        operator.redispatch(self.key, tile, bias, target, start, *head_arguments(transform), logsumexp, coefficient)
 
 
-def head_arguments(head: Head) -> tuple[float | None, float, float]:
-    return head.softcap, head.logit_scale, head.temperature
+def head_arguments(transform: LogitTransform) -> tuple[float | None, float, float]:
+    return transform.softcap, transform.logit_scale, transform.temperature
 
 
 class OnDevice(TileBackend):
@@ -140,10 +141,12 @@ def test_every_shape_matches_fp64(backend: TileBackend, rows: int, width: int, d
     check_within_budget(answer(backend, case, EVERYTHING), case, EVERYTHING, floor=3.0)
 
 
-@pytest.mark.parametrize(("head", "bias"), HEADS)
-def test_error_is_within_plain_pytorchs_for_every_head(backend: TileBackend, head: Head, bias: bool) -> None:
+@pytest.mark.parametrize(("transform", "bias"), HEADS)
+def test_error_is_within_plain_pytorchs_for_every_head(
+    backend: TileBackend, transform: LogitTransform, bias: bool
+) -> None:
     case = make_case(130, 4099, bias)
-    check_within_budget(answer(backend, case, head), case, head, floor=0.5)
+    check_within_budget(answer(backend, case, transform), case, transform, floor=0.5)
 
 
 @DTYPES
@@ -177,12 +180,12 @@ def test_tiles_in_sequence_are_one_wide_tile(backend: TileBackend) -> None:
 
 # In one tile; and in three, of which the last does not hold the largest logit.
 @pytest.mark.parametrize("cuts", [(), (300, 999)], ids=["one", "three"])
-@pytest.mark.parametrize("head", [PLAIN, Head(30.0, 1.0, 1.0)], ids=["plain", "softcap"])
-def test_extreme_logits_stay_exact(backend: TileBackend, head: Head, cuts: tuple[int, ...]) -> None:
+@pytest.mark.parametrize("transform", [PLAIN, LogitTransform(30.0)], ids=["plain", "softcap"])
+def test_extreme_logits_stay_exact(backend: TileBackend, transform: LogitTransform, cuts: tuple[int, ...]) -> None:
     case = make_case(130, 1000, bias=False, spread=1e4)
-    got = answer(backend, case, head, cuts)
+    got = answer(backend, case, transform, cuts)
     assert all(torch.isfinite(part).all() for part in got)
-    check_within_budget(got, case, head, floor=0.5, factor=2.0)
+    check_within_budget(got, case, transform, floor=0.5, factor=2.0)
 
 
 @DTYPES
@@ -333,7 +336,7 @@ def test_row_offsets_are_64_bit(emulated: EmulatedBackend, tmp_path: Path) -> No
         ({"bias": torch.zeros(5)}, r"bias must be .* shape \(4,\) .* got shape \[5\]"),
         ({"target": torch.zeros(3, dtype=torch.int64, device="meta")}, "target must be .* on cpu; got .* on meta"),
         ({"maximum": torch.zeros(3, dtype=torch.float64)}, "maximum must be .* dtype Float .* dtype Double"),
-        ({"head": Head(0.0, 1.0, 1.0)}, "softcap must be positive and finite; got 0"),
+        ({"transform": LogitTransform(0.0)}, "softcap must be positive and finite; got 0"),
     ],
 )
 def test_errors_name_the_argument_and_the_value(
@@ -342,7 +345,7 @@ def test_errors_name_the_argument_and_the_value(
     rows = {name: torch.zeros(3) for name in ("maximum", "total", "picked")}
     arguments = {"tile": torch.zeros(3, 4), "bias": None, "target": torch.zeros(3, dtype=torch.int64), "start": 0}
     with pytest.raises(ValueError, match=message):
-        emulated.fold(**{**arguments, "head": PLAIN, **rows, **change})
+        emulated.fold(**{**arguments, "transform": PLAIN, **rows, **change})
 
 
 def test_a_launch_that_fails_is_an_error(emulated: EmulatedBackend, tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -21,9 +22,9 @@ import torch
 from torch import Tensor
 
 from mopo_kernels import linear_logprob, reference
-from mopo_kernels.backends.tile import NOT_SCORED, Head
+from mopo_kernels.arguments import LogitTransform, LossOptions, PairBatch
+from mopo_kernels.backends.tile import NOT_SCORED
 from mopo_kernels.backends.triton import TritonBackend, unavailable_reason
-from mopo_kernels.coefficients import PairData
 
 ROOT = Path(__file__).resolve().parent.parent
 REASON = unavailable_reason()
@@ -40,15 +41,15 @@ START = 1000
 ROWS = (0, 1, 3, 33)
 COLUMNS = (1, 7, 64, 130, 208, 507)
 HIDDEN = (1, 5, 64, 67)
-PLAIN = Head(None, 1.0, 1.0)
-EVERYTHING = Head(5.0, 0.7, 1.3)
-# Each part of the head alone, then all; (head, with a bias). A softcap of 5 bends logits of standard deviation 3.
+PLAIN = LogitTransform()
+EVERYTHING = LogitTransform(5.0, 0.7, 1.3)
+# Each part of the head alone, then all; (transform, with a bias). A softcap of 5 bends logits of standard deviation 3.
 HEADS = [
     pytest.param(PLAIN, False, id="plain"),
     pytest.param(PLAIN, True, id="bias"),
-    pytest.param(Head(5.0, 1.0, 1.0), False, id="softcap"),
-    pytest.param(Head(None, 0.7, 1.0), False, id="scale"),
-    pytest.param(Head(None, 1.0, 1.3), False, id="temperature"),
+    pytest.param(LogitTransform(5.0), False, id="softcap"),
+    pytest.param(LogitTransform(None, 0.7, 1.0), False, id="scale"),
+    pytest.param(LogitTransform(None, 1.0, 1.3), False, id="temperature"),
     pytest.param(EVERYTHING, True, id="everything"),
 ]
 FULL = [pytest.param(torch.float32, id="fp32"), pytest.param(torch.float64, id="fp64")]
@@ -135,11 +136,11 @@ def make_case(
     return Case(*common, hidden=surrounded(hidden.to(dtype), margin), weight=surrounded(weight.to(dtype), margin))
 
 
-def logits(x: Tensor, bias: Tensor | None, head: Head) -> Tensor:
-    z = (x if bias is None else x + bias.to(x.dtype)) * head.logit_scale
-    if head.softcap is not None:
-        z = head.softcap * torch.tanh(z / head.softcap)
-    return z / head.temperature
+def logits(x: Tensor, bias: Tensor | None, transform: LogitTransform) -> Tensor:
+    z = (x if bias is None else x + bias.to(x.dtype)) * transform.logit_scale
+    if transform.softcap is not None:
+        z = transform.softcap * torch.tanh(z / transform.softcap)
+    return z / transform.temperature
 
 
 class Answer(NamedTuple):
@@ -150,14 +151,14 @@ class Answer(NamedTuple):
     gradient: Tensor
 
 
-def plain(case: Case, head: Head, dtype: torch.dtype) -> Answer:
+def plain(case: Case, transform: LogitTransform, dtype: torch.dtype) -> Answer:
     """What plain PyTorch answers in ``dtype``; log-probabilities of half precision logits in fp32, as everywhere."""
     x = case.products(dtype).detach().requires_grad_()
     column = case.target - START
     scored = case.target >= 0
     within = (column >= 0) & (column < x.shape[1])
     at = column.clamp(0, x.shape[1] - 1)[:, None]
-    z = logits(x, case.bias, head)
+    z = logits(x, case.bias, transform)
     wide = z.detach().to(torch.promote_types(dtype, torch.float32))
     logprob = torch.log_softmax(wide, dim=1)
     onehot = torch.zeros_like(logprob).scatter(1, at, within[:, None].to(wide.dtype))
@@ -191,15 +192,17 @@ def pieces(case: Case, cuts: tuple[int, ...]) -> Iterator[tuple[int, int, Tensor
         yield a, b, None if case.bias is None else case.bias[a:b]
 
 
-def fold(case: Case, head: Head, cuts: tuple[int, ...] = (), backend: TritonBackend = BACKEND) -> Statistics:
+def fold(
+    case: Case, transform: LogitTransform, cuts: tuple[int, ...] = (), backend: TritonBackend = BACKEND
+) -> Statistics:
     """The statistics of a case of either kind, nothing stored."""
     statistics = Statistics.empty(case.target.shape[0], case.coefficient.dtype)
     if case.hidden is not None and backend.row_offsets(case.hidden.dtype):
         assert case.weight is not None
-        at = case.bias, case.target, START, head
+        at = case.bias, case.target, START, transform
         statistics = statistics._replace(maximum=backend.row_offset(case.hidden, case.weight, *at))
     for a, b, bias in pieces(case, cuts):
-        at = bias, case.target, START + a, head, *statistics
+        at = bias, case.target, START + a, transform, *statistics
         if case.tile is not None:
             backend.fold(case.tile[:, a:b], *at)
         else:
@@ -209,9 +212,11 @@ def fold(case: Case, head: Head, cuts: tuple[int, ...] = (), backend: TritonBack
     return statistics
 
 
-def answer(case: Case, head: Head, cuts: tuple[int, ...] = (), backend: TritonBackend = BACKEND) -> Answer:
+def answer(
+    case: Case, transform: LogitTransform, cuts: tuple[int, ...] = (), backend: TritonBackend = BACKEND
+) -> Answer:
     """The kernels' answers, combined as the head combines them; leaves the case as it was."""
-    gradient, statistics = (tiles if case.tile is not None else exponentials)(case, head, cuts, backend)
+    gradient, statistics = (tiles if case.tile is not None else exponentials)(case, transform, cuts, backend)
     column = case.target - START
     within = (column >= 0) & (column < case.columns) & (case.target >= 0)
     return Answer(
@@ -219,40 +224,44 @@ def answer(case: Case, head: Head, cuts: tuple[int, ...] = (), backend: TritonBa
     )
 
 
-def tiles(case: Case, head: Head, cuts: tuple[int, ...], backend: TritonBackend) -> tuple[Tensor, Statistics]:
+def tiles(
+    case: Case, transform: LogitTransform, cuts: tuple[int, ...], backend: TritonBackend
+) -> tuple[Tensor, Statistics]:
     assert case.tile is not None
-    statistics, gradient = fold(case, head, cuts, backend), surrounded(case.tile, case.margin)
+    statistics, gradient = fold(case, transform, cuts, backend), surrounded(case.tile, case.margin)
     lse = statistics.logsumexp()
     for a, b, bias in pieces(case, cuts):
-        backend.gradient_(gradient[:, a:b], bias, case.target, START + a, head, lse, case.coefficient)
+        backend.gradient_(gradient[:, a:b], bias, case.target, START + a, transform, lse, case.coefficient)
     return gradient, statistics
 
 
-def exponentials(case: Case, head: Head, cuts: tuple[int, ...], backend: TritonBackend) -> tuple[Tensor, Statistics]:
+def exponentials(
+    case: Case, transform: LogitTransform, cuts: tuple[int, ...], backend: TritonBackend
+) -> tuple[Tensor, Statistics]:
     assert case.hidden is not None
     assert case.weight is not None
     rows = case.hidden.shape[0]
     gradient = surrounded(torch.full((rows, case.columns), torch.nan, dtype=case.hidden.dtype), case.margin)
     if backend.row_offsets(case.hidden.dtype):
-        return with_row_offsets(case, head, cuts, backend, gradient)
+        return with_row_offsets(case, transform, cuts, backend, gradient)
     statistics, offsets = Statistics.empty(rows, torch.float32), {}
     for a, b, bias in pieces(case, cuts):
         offsets[a] = torch.full((backend.offset_blocks(b - a), rows), torch.nan, device=DEVICE)
-        at = bias, case.target, START + a, head, *statistics
+        at = bias, case.target, START + a, transform, *statistics
         backend.linear_fold(case.hidden, case.weight[a:b], *at, gradient[:, a:b], offsets[a])
     folded = statistics.logsumexp(), statistics.logprob(), case.coefficient
     for a, b, _ in pieces(case, cuts):
-        backend.exponential_gradient_(gradient[:, a:b], offsets[a], case.target, START + a, head, *folded)
+        backend.exponential_gradient_(gradient[:, a:b], offsets[a], case.target, START + a, transform, *folded)
     return gradient, statistics
 
 
 def with_row_offsets(
-    case: Case, head: Head, cuts: tuple[int, ...], backend: TritonBackend, tile: Tensor
+    case: Case, transform: LogitTransform, cuts: tuple[int, ...], backend: TritonBackend, tile: Tensor
 ) -> tuple[Tensor, Statistics]:
     """As the head does it where the vocabulary is tiled: products once for the log-sum-exp and once more after it."""
     assert case.hidden is not None
     assert case.weight is not None
-    statistics = fold(case, head, cuts, backend)
+    statistics = fold(case, transform, cuts, backend)
     lse, lp = statistics.logsumexp(), statistics.logprob()
     offset, factors = statistics.maximum, torch.empty_like(statistics.maximum)
     if cuts:
@@ -261,9 +270,11 @@ def with_row_offsets(
     for a, b, bias in pieces(case, cuts):
         if cuts or a == 0:
             again = Statistics(offset.clone(), *Statistics.empty(len(offset), torch.float32)[1:])
-            backend.linear_fold(case.hidden, case.weight[a:b], bias, case.target, START + a, head, *again, tile[:, a:b])
+            backend.linear_fold(
+                case.hidden, case.weight[a:b], bias, case.target, START + a, transform, *again, tile[:, a:b]
+            )
         factors.fill_(torch.nan)
-        backend.mark_target_(tile[:, a:b], case.target, START + a, head, offset, lse, lp, factors)
+        backend.mark_target_(tile[:, a:b], case.target, START + a, transform, offset, lse, lp, factors)
         gradient[:, a:b] = tile[:, a:b].float() * (factors * case.coefficient)[:, None]
     return gradient, statistics
 
@@ -272,10 +283,10 @@ def rms(x: Tensor) -> float:
     return x.double().square().mean().sqrt().item() if x.numel() else 0.0
 
 
-def check_within_budget(got: Answer, case: Case, head: Head, dtype: torch.dtype, floor: float) -> None:
+def check_within_budget(got: Answer, case: Case, transform: LogitTransform, dtype: torch.dtype, floor: float) -> None:
     """RMS error at most 1.1 times plain PyTorch's, or ``floor`` machine epsilons of the truth's size where that is
     more: on few elements plain PyTorch is exact by chance, in fp64 it is the truth itself."""
-    truth, budget = plain(case, head, torch.float64), plain(case, head, dtype)
+    truth, budget = plain(case, transform, torch.float64), plain(case, transform, dtype)
     for name in Answer._fields:
         exact = getattr(truth, name)
         error, allowed = rms(getattr(got, name) - exact), 1.1 * rms(getattr(budget, name).double() - exact)
@@ -305,34 +316,34 @@ def test_exponentials_match_fp64_in_every_shape(rows: int, columns: int, hidden_
 # So many elements are enough for a fair comparison; half an epsilon is what rounding the exact answer costs.
 
 
-@pytest.mark.parametrize(("head", "bias"), HEADS)
-def test_error_of_tiles_is_within_plain_pytorchs_for_every_head(head: Head, bias: bool) -> None:
+@pytest.mark.parametrize(("transform", "bias"), HEADS)
+def test_error_of_tiles_is_within_plain_pytorchs_for_every_head(transform: LogitTransform, bias: bool) -> None:
     case = make_case(130, 4099, bias, torch.float32)
-    check_within_budget(answer(case, head), case, head, torch.float32, floor=0.5)
+    check_within_budget(answer(case, transform), case, transform, torch.float32, floor=0.5)
 
 
 @pytest.mark.parametrize(("dtype", "margin"), [(torch.bfloat16, 3), (torch.float16, 8)], ids=["bf16", "fp16"])
-@pytest.mark.parametrize(("head", "bias"), HEADS)
+@pytest.mark.parametrize(("transform", "bias"), HEADS)
 def test_error_of_exponentials_is_within_plain_pytorchs_for_every_head(
-    head: Head, bias: bool, dtype: torch.dtype, margin: int
+    transform: LogitTransform, bias: bool, dtype: torch.dtype, margin: int
 ) -> None:
     case = make_case(200, 507, bias, dtype, hidden_size=67, margin=margin)
-    check_within_budget(answer(case, head), case, head, dtype, floor=0.5)
+    check_within_budget(answer(case, transform), case, transform, dtype, floor=0.5)
 
 
-def check_near_fp32(logprob: Tensor, case: Case, head: Head) -> None:
-    truth, fp32 = plain(case, head, torch.float64).logprob, plain(case, head, torch.float32).logprob
+def check_near_fp32(logprob: Tensor, case: Case, transform: LogitTransform) -> None:
+    truth, fp32 = plain(case, transform, torch.float64).logprob, plain(case, transform, torch.float32).logprob
     error, allowed = rms(logprob - truth), 2.0 * rms(fp32 - truth)
     assert error <= allowed, f"logprob: error {error:.3g} against fp64, allowed {allowed:.3g}"
 
 
 @pytest.mark.parametrize("dtype", HALF)
-@pytest.mark.parametrize(("head", "bias"), HEADS)
+@pytest.mark.parametrize(("transform", "bias"), HEADS)
 def test_logprobs_of_half_precision_are_nearly_those_of_fp32_products(
-    head: Head, bias: bool, dtype: torch.dtype
+    transform: LogitTransform, bias: bool, dtype: torch.dtype
 ) -> None:
     case = make_case(200, 507, bias, dtype, hidden_size=67)
-    check_near_fp32(answer(case, head).logprob, case, head)
+    check_near_fp32(answer(case, transform).logprob, case, transform)
 
 
 @in_blocks(256)
@@ -363,7 +374,7 @@ def test_huge_logits_stay_finite_and_exact(hidden_size: int) -> None:
     got = answer(case, PLAIN)
     assert all(torch.isfinite(part).all() for part in got)
     check_within_budget(got, case, PLAIN, dtype, floor=0.5)
-    capped = answer(case, Head(30.0, 1.0, 1.0))
+    capped = answer(case, LogitTransform(30.0))
     assert all(torch.isfinite(part).all() for part in capped)
 
 
@@ -522,7 +533,8 @@ def test_offsets_of_another_layout_are_refused() -> None:
 
 
 def test_statistics_take_no_more_room_than_is_set_aside_for_them() -> None:
-    from mopo_kernels.head import STATISTICS_BYTES
+    from mopo_kernels.transform import STATISTICS_BYTES
+
     from mopo_kernels.kernels.linear_fold import CONFIGURATIONS, OTHER
 
     for configuration in (*CONFIGURATIONS.values(), OTHER):
@@ -559,18 +571,18 @@ def far_case(spread: float) -> Case:
 
 # Beyond 44 nats a row is computed again; beyond 88 fp32 has no number for its sum.
 @pytest.mark.parametrize("spread", [30.0, 60.0, 200.0, 1e4])
-@pytest.mark.parametrize("head", [PLAIN, Head(None, 0.7, 1.3)], ids=["plain", "scaled"])
-def test_rows_far_from_their_offset_are_as_good_as_others(head: Head, spread: float) -> None:
+@pytest.mark.parametrize("transform", [PLAIN, LogitTransform(None, 0.7, 1.3)], ids=["plain", "scaled"])
+def test_rows_far_from_their_offset_are_as_good_as_others(transform: LogitTransform, spread: float) -> None:
     case = far_case(spread)
-    got = answer(case, head)
+    got = answer(case, transform)
     assert (got.logprob[NEVER] == -torch.inf).all()
     case.target[NEVER] = START + 1
-    kept = answer(case, head)
-    check_within_budget(kept, case, head, torch.bfloat16, floor=1.0)
+    kept = answer(case, transform)
+    check_within_budget(kept, case, transform, torch.bfloat16, floor=1.0)
     others = torch.ones(40, dtype=torch.bool, device=DEVICE)
     others[NEVER] = False
     assert all(torch.equal(a[others], b[others]) for a, b in zip(got, kept, strict=True))
-    assert all(torch.equal(a, b) for a, b in zip(kept, answer(case, head), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(kept, answer(case, transform), strict=True))
 
 
 def test_rows_are_computed_again_where_they_must_and_nowhere_else() -> None:
@@ -622,16 +634,16 @@ class DropsLastColumn(TritonBackend):
 
 class ForgetsTheSoftcapsSlope(TritonBackend):
     def gradient_(self, tile: Tensor, bias: Tensor | None, *rest: Any) -> None:
-        target, start, head, lse, coefficient = rest
-        tile.copy_(logits(tile, bias, head))
+        target, start, transform, lse, coefficient = rest
+        tile.copy_(logits(tile, bias, transform))
         super().gradient_(tile, None, target, start, PLAIN, lse, coefficient)
 
     def exponential_gradient_(self, tile: Tensor, offsets: Tensor, *rest: Any) -> None:
-        target, start, head, *folded = rest
-        super().exponential_gradient_(tile, offsets, target, start, head._replace(softcap=None), *folded)
+        target, start, transform, *folded = rest
+        super().exponential_gradient_(tile, offsets, target, start, replace(transform, softcap=None), *folded)
 
-    def mark_target_(self, tile: Tensor, target: Tensor, start: int, head: Head, *rest: Any) -> None:
-        super().mark_target_(tile, target, start, head._replace(softcap=None), *rest)
+    def mark_target_(self, tile: Tensor, target: Tensor, start: int, transform: LogitTransform, *rest: Any) -> None:
+        super().mark_target_(tile, target, start, replace(transform, softcap=None), *rest)
 
 
 class ShiftsLogSumExp(TritonBackend):
@@ -716,7 +728,7 @@ OPTIONS = ("pair_weight", "label_rate", "margin", "length", "normalizer")
 
 def make_pairs(
     options: tuple[str, ...], loss_type: str, dtype: torch.dtype, sequences: int = 40, pairs: int = 300
-) -> tuple[Tensor, Tensor, PairData]:
+) -> tuple[Tensor, Tensor, PairBatch]:
     """(logprob, ref_logprob, data): more pairs and sequences than a block, a quarter of the labels missing."""
     g = torch.Generator().manual_seed(sequences + pairs)
 
@@ -734,27 +746,23 @@ def make_pairs(
         "length": 20 * uniform(sequences),
         "normalizer": uniform(1)[0] * 100,
     }
-    data = PairData(
+    batch = PairBatch(
         pairs=torch.stack([i, j], dim=1).to(DEVICE),
         preference=preference.to(dtype).to(DEVICE),
         objective_weight=uniform(3),
-        tau=0.3,
-        loss_type=loss_type,
-        prompt_index=None,
-        max_ratio=None,
-        estimator="pair",
         **{name: given[name] if name in options else None for name in OPTIONS},
+        options=LossOptions(0.3, loss_type),
     )
-    return -10 * uniform(sequences), -10 * uniform(sequences), data
+    return -10 * uniform(sequences), -10 * uniform(sequences), batch
 
 
-def autograd_coefficient(logprob: Tensor, ref_logprob: Tensor, data: PairData, dtype: torch.dtype) -> Tensor:
+def autograd_coefficient(logprob: Tensor, ref_logprob: Tensor, batch: PairBatch, dtype: torch.dtype) -> Tensor:
     """The gradient of the reference's loss in ``dtype``."""
 
     def cast(value: Any) -> Any:
         return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
 
-    fields = {name: cast(value) for name, value in data.__dict__.items()}
+    fields = {name: cast(value) for name, value in batch.keywords().items()}
     x = logprob.to(dtype).requires_grad_()
     positional = [fields.pop(name) for name in ("pairs", "preference", "objective_weight")]
     loss = reference.mopo_loss(x, ref_logprob.to(dtype), *positional, **fields).loss
@@ -777,37 +785,37 @@ def test_pair_coefficient_is_the_losss_gradient(options: tuple[str, ...], loss_t
 def test_pair_coefficient_of_empty_batches_is_zero() -> None:
     assert BACKEND.pair_coefficient(*make_pairs(OPTIONS[:4], "regression", torch.float32, 3, 0)).tolist() == [0.0] * 3
     assert BACKEND.pair_coefficient(*make_pairs((), "sigmoid", torch.float32, 0, 0)).shape == (0,)
-    logprob, ref_logprob, data = make_pairs(("pair_weight",), "sigmoid", torch.float32, 4, 5)
-    assert data.pair_weight is not None
-    data.pair_weight.zero_()
-    assert BACKEND.pair_coefficient(logprob, ref_logprob, data).tolist() == [0.0] * 4
+    logprob, ref_logprob, batch = make_pairs(("pair_weight",), "sigmoid", torch.float32, 4, 5)
+    assert batch.pair_weight is not None
+    batch.pair_weight.zero_()
+    assert BACKEND.pair_coefficient(logprob, ref_logprob, batch).tolist() == [0.0] * 4
 
 
 @pytest.mark.parametrize("loss_type", ["regression", "sigmoid"])
 def test_a_nan_logprob_reaches_those_it_is_paired_with_and_no_other(loss_type: str) -> None:
-    logprob, ref_logprob, data = make_pairs((), loss_type, torch.float32, 40, 20)
-    bad = int(data.pairs[0, 0])
+    logprob, ref_logprob, batch = make_pairs((), loss_type, torch.float32, 40, 20)
+    bad = int(batch.pairs[0, 0])
     logprob[bad] = torch.nan
-    touched = {s for pair in data.pairs.tolist() if bad in pair for s in pair}
-    assert set(BACKEND.pair_coefficient(logprob, ref_logprob, data).isnan().nonzero()[:, 0].tolist()) == touched
+    touched = {s for pair in batch.pairs.tolist() if bad in pair for s in pair}
+    assert set(BACKEND.pair_coefficient(logprob, ref_logprob, batch).isnan().nonzero()[:, 0].tolist()) == touched
 
 
 def test_a_sure_preference_keeps_the_digits_of_what_is_left() -> None:
     # u = 0.3 * 66.7 = 20: sigmoid(u) - 1 is -2.06e-9, which fp32 cannot tell from 0 next to 1.
-    _, _, data = make_pairs((), "sigmoid", torch.float32, 2, 1)
-    data = PairData(**{**data.__dict__, "pairs": torch.tensor([[0, 1]], device=DEVICE)})
-    data.preference.fill_(1.0)
+    _, _, batch = make_pairs((), "sigmoid", torch.float32, 2, 1)
+    batch = replace(batch, pairs=torch.tensor([[0, 1]], device=DEVICE))
+    batch.preference.fill_(1.0)
     logprob, ref_logprob = torch.tensor([20 / 0.3, 0.0], device=DEVICE), torch.zeros(2, device=DEVICE)
-    got = BACKEND.pair_coefficient(logprob, ref_logprob, data)
-    truth = autograd_coefficient(logprob, ref_logprob, data, torch.float64)
+    got = BACKEND.pair_coefficient(logprob, ref_logprob, batch)
+    truth = autograd_coefficient(logprob, ref_logprob, batch, torch.float64)
     assert got.tolist() == pytest.approx(truth.tolist(), rel=1e-4)
 
 
 def test_cloning_is_left_to_torch() -> None:
-    logprob, ref_logprob, data = make_pairs((), "cloning", torch.float32, 4, 6)
-    data = PairData(**{**data.__dict__, "prompt_index": torch.zeros(4, dtype=torch.int64, device=DEVICE)})
-    truth = autograd_coefficient(logprob, ref_logprob, data, torch.float32)
-    torch.testing.assert_close(BACKEND.pair_coefficient(logprob, ref_logprob, data), truth)
+    logprob, ref_logprob, batch = make_pairs((), "cloning", torch.float32, 4, 6)
+    batch = replace(batch, prompt_index=torch.zeros(4, dtype=torch.int64, device=DEVICE))
+    truth = autograd_coefficient(logprob, ref_logprob, batch, torch.float32)
+    torch.testing.assert_close(BACKEND.pair_coefficient(logprob, ref_logprob, batch), truth)
 
 
 # What is compiled anew.
@@ -876,9 +884,9 @@ def test_a_range_over_what_a_kernel_loads_runs_in_the_interpreter(monkeypatch: p
 
     def of_triton_3_6(tensor: Any, scope: Any) -> None:
         def index(self: Any) -> int:
-            if self.handle.data.ndim > 0:
+            if self.handle.batch.ndim > 0:
                 raise TypeError("only 0-dimensional arrays can be converted to Python scalars")
-            return int(self.handle.data)
+            return int(self.handle.batch)
 
         patch(tensor, scope)
         scope.set_attr(tensor, "__index__", index)

@@ -22,9 +22,9 @@ from torch import Tensor
 from bench.device import children
 from bench.device.children import report
 from bench.device.record import Section, first_line
-from mopo_kernels.backends import Head
+from mopo_kernels.arguments import LogitTransform
 
-HEAD = Head(None, 1.0, 1.0)
+HEAD = LogitTransform()
 # Rows, vocabulary, hidden size, with exponentials stored: what the default buffer holds of a policy's rows, and a
 # reference's rows, of which nothing is kept.
 SIZES = ((4096, 51200, 2048, True), (4096, 128256, 2048, True), (8192, 51200, 2048, False))

@@ -1,13 +1,13 @@
-"""Backends: who does the tile work of a head, and whether they can here."""
+"""Backends: who does the tile work of a transform, and whether they can here."""
 
 from __future__ import annotations
 
 import torch
 
 from mopo_kernels.backends import cpp, cuda, torch_ops, triton
-from mopo_kernels.backends.tile import Head, TileBackend
+from mopo_kernels.backends.tile import TileBackend
 
-__all__ = ["NAMES", "BackendUnavailableError", "Head", "TileBackend", "availability", "resolve", "tile_backend"]
+__all__ = ["NAMES", "BackendUnavailableError", "TileBackend", "availability", "resolve", "tile_backend"]
 
 _BACKENDS: dict[str, TileBackend] = {
     "cpp": cpp.BACKEND,

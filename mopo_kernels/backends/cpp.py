@@ -10,8 +10,9 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from mopo_kernels.arguments import LogitTransform
 from mopo_kernels.backends import extension
-from mopo_kernels.backends.tile import Head, TileBackend
+from mopo_kernels.backends.tile import TileBackend
 
 # What a thread of product_ packs its factors into: blocks of up to 1026 x 1024, 384 deep, in bf16; at least of 6 x 64.
 PRODUCT_SCRATCH_BYTES = (1026 + 1024) * 384 * 2
@@ -38,13 +39,22 @@ class CppBackend(TileBackend):
         bias: Tensor | None,
         target: Tensor,
         start: int,
-        head: Head,
+        transform: LogitTransform,
         maximum: Tensor,
         total: Tensor,
         picked: Tensor,
     ) -> None:
         torch.ops.mopo_tile.fold(
-            tile, bias, target, start, head.softcap, head.logit_scale, head.temperature, maximum, total, picked
+            tile,
+            bias,
+            target,
+            start,
+            transform.softcap,
+            transform.logit_scale,
+            transform.temperature,
+            maximum,
+            total,
+            picked,
         )
 
     def gradient_(
@@ -53,12 +63,20 @@ class CppBackend(TileBackend):
         bias: Tensor | None,
         target: Tensor,
         start: int,
-        head: Head,
+        transform: LogitTransform,
         logsumexp: Tensor,
         coefficient: Tensor | None,
     ) -> None:
         torch.ops.mopo_tile.gradient_(
-            tile, bias, target, start, head.softcap, head.logit_scale, head.temperature, logsumexp, coefficient
+            tile,
+            bias,
+            target,
+            start,
+            transform.softcap,
+            transform.logit_scale,
+            transform.temperature,
+            logsumexp,
+            coefficient,
         )
 
     def mark_columns_(
@@ -68,11 +86,11 @@ class CppBackend(TileBackend):
         bias: Tensor | None,
         target: Tensor,
         start: int,
-        head: Head,
+        transform: LogitTransform,
         least: Tensor,
     ) -> None:
         torch.ops.mopo_tile.mark_columns_(
-            marked, tile, bias, target, start, head.softcap, head.logit_scale, head.temperature, least
+            marked, tile, bias, target, start, transform.softcap, transform.logit_scale, transform.temperature, least
         )
 
     def product_scratch(self, dtype: torch.dtype, available: int) -> int:

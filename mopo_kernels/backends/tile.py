@@ -1,10 +1,10 @@
-"""What a tile backend is, :class:`TileBackend`, and the map from products to logits, :class:`Head`.
+"""What a tile backend is: :class:`TileBackend`.
 
 A *tile* is an (R, W) block of ``hidden @ weight.T`` (rows: scored tokens, columns: vocabulary entries ``start`` to
 ``start + W``). Every backend folds a tile of products, in the accumulation dtype (fp32, or fp64 for fp64 input), into
 running statistics and turns it into its gradient in place. A backend that *fuses* computes the products itself, for
 half precision input, and keeps a tile of exponentials instead; see :meth:`TileBackend.linear_fold`. Chunking, the other
-products and the order of accumulation belong to :mod:`mopo_kernels.head` and :mod:`mopo_kernels.driver`.
+products and the order of accumulation belong to :mod:`mopo_kernels.fused`.
 """
 
 from __future__ import annotations
@@ -15,32 +15,26 @@ import torch
 from torch import Tensor
 
 from mopo_kernels import coefficients, reference
-from mopo_kernels.coefficients import PairData
+from mopo_kernels.arguments import LogitTransform, PairBatch
 
 # A target that no tile holds: the token is not scored. Its statistics mean nothing and its gradient is exactly 0.
 NOT_SCORED = -1
 
 
-class Head(NamedTuple):
-    """From products to logits: ``z = softcap * tanh(logit_scale * (product + bias) / softcap) / temperature``."""
+class RowStats(NamedTuple):
+    """Running statistics of rows, (R,) each: the largest logit, or an offset near it, ``sum exp(z - row_max)``, and the
+    logit of the target."""
 
-    softcap: float | None
-    logit_scale: float
-    temperature: float
-
-    def slope(self, logit: Tensor) -> Tensor:
-        """``dz/dproduct`` at logits z, in eq. (33) of docs/method.md."""
-        slope = torch.full_like(logit, self.logit_scale / self.temperature)
-        if self.softcap is not None:
-            slope *= 1 - (logit * (self.temperature / self.softcap)) ** 2
-        return slope
+    row_max: Tensor
+    sum_exp: Tensor
+    target_logit: Tensor
 
 
 class TileBackend:
     """Tile work. ``tile`` (R, W), ``bias`` (W,) or None, ``target`` (R,) int64 in 0 .. V - 1 or ``NOT_SCORED``; the
     rest (R,)."""
 
-    # Temporaries beside a tile, as a share of it; the driver counts them against the buffer. One row always may be.
+    # Temporaries beside a tile, as a share of it; they count against the buffer. One row always may be.
     temporary_share: float = 0.0
 
     def fold(
@@ -49,7 +43,7 @@ class TileBackend:
         bias: Tensor | None,
         target: Tensor,
         start: int,
-        head: Head,
+        transform: LogitTransform,
         maximum: Tensor,
         total: Tensor,
         picked: Tensor,
@@ -64,7 +58,7 @@ class TileBackend:
         bias: Tensor | None,
         target: Tensor,
         start: int,
-        head: Head,
+        transform: LogitTransform,
         logsumexp: Tensor,
         coefficient: Tensor | None,
     ) -> None:
@@ -80,7 +74,7 @@ class TileBackend:
         bias: Tensor | None,
         target: Tensor,
         start: int,
-        head: Head,
+        transform: LogitTransform,
         least: Tensor,
     ) -> None:
         """``marked`` (W,) bool: the columns of products in which a row's logit is not below its ``least`` (R,), in the
@@ -113,7 +107,7 @@ class TileBackend:
         raise NotImplementedError
 
     def row_offset(
-        self, hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, start: int, head: Head
+        self, hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, start: int, transform: LogitTransform
     ) -> Tensor:
         """(R,) fp32, finite, and near the log-sum-exp of each row of ``hidden (R, H) @ weight (W, H).T``: the target's
         logit, or that of a row of the weight where the target lies elsewhere."""
@@ -126,7 +120,7 @@ class TileBackend:
         bias: Tensor | None,
         target: Tensor,
         start: int,
-        head: Head,
+        transform: LogitTransform,
         maximum: Tensor,
         total: Tensor,
         picked: Tensor,
@@ -154,7 +148,7 @@ class TileBackend:
         exponentials: Tensor,
         target: Tensor,
         start: int,
-        head: Head,
+        transform: LogitTransform,
         offset: Tensor,
         logsumexp: Tensor,
         logprob: Tensor,
@@ -171,7 +165,7 @@ class TileBackend:
         offsets: Tensor,
         target: Tensor,
         start: int,
-        head: Head,
+        transform: LogitTransform,
         logsumexp: Tensor,
         logprob: Tensor,
         coefficient: Tensor | None,
@@ -189,6 +183,6 @@ class TileBackend:
         """Sums over packed sequences, in a fixed order: (N,), (S + 1,) -> (S,)."""
         return reference.segment_sum(value, cu_seqlens)
 
-    def pair_coefficient(self, logprob: Tensor, ref_logprob: Tensor, data: PairData) -> Tensor:
+    def pair_coefficient(self, logprob: Tensor, ref_logprob: Tensor, batch: PairBatch) -> Tensor:
         """``g = d loss / d logprob``, (S,), in a fixed order: :func:`mopo_kernels.coefficients.coefficient`."""
-        return coefficients.coefficient(logprob, ref_logprob, data)
+        return coefficients.coefficient(logprob, ref_logprob, batch)

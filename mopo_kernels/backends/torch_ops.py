@@ -1,7 +1,7 @@
 """Backend "torch": tile work in plain torch operations, on any device.
 
 Rows are taken a block at a time: the temporaries of an elementwise chain stay in cache, and within an eighth of the
-tile (or one row), which is what the driver's budget allows a backend.
+tile (or one row), which is what the buffer's plan allows a backend.
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from mopo_kernels.backends.tile import Head, TileBackend
+from mopo_kernels.arguments import LogitTransform
+from mopo_kernels.backends.tile import TileBackend
 
 # Small enough to stay in a core's cache between the passes of one block, large enough to hide the cost of a call.
 BLOCK_BYTES = 2 << 20
@@ -28,16 +29,18 @@ def _row_blocks(tile: Tensor) -> Iterator[slice]:
         yield slice(start, min(start + rows, tile.shape[0]))
 
 
-def logits_(block: Tensor, bias: Tensor | None, head: Head, need_slope: bool = False) -> tuple[Tensor, Tensor | None]:
+def logits_(
+    block: Tensor, bias: Tensor | None, transform: LogitTransform, need_slope: bool = False
+) -> tuple[Tensor, Tensor | None]:
     """Products to logits, in place; and, if needed and not constant, their slope ``1 - tanh^2``, scale left out."""
     if bias is not None:
         block += bias
-    if head.softcap is None:
-        scale = head.logit_scale / head.temperature
+    if transform.softcap is None:
+        scale = transform.logit_scale / transform.temperature
         return (block if scale == 1.0 else block.mul_(scale)), None
-    block.mul_(head.logit_scale).div_(head.softcap).tanh_()
+    block.mul_(transform.logit_scale).div_(transform.softcap).tanh_()
     slope = block.square().neg_().add_(1.0) if need_slope else None
-    return block.mul_(head.softcap).div_(head.temperature), slope
+    return block.mul_(transform.softcap).div_(transform.temperature), slope
 
 
 class TorchBackend(TileBackend):
@@ -49,7 +52,7 @@ class TorchBackend(TileBackend):
         bias: Tensor | None,
         target: Tensor,
         start: int,
-        head: Head,
+        transform: LogitTransform,
         maximum: Tensor,
         total: Tensor,
         picked: Tensor,
@@ -58,7 +61,7 @@ class TorchBackend(TileBackend):
         column = target - start
         inside = (column >= 0) & (column < width)
         for rows in _row_blocks(tile):
-            z, _ = logits_(tile[rows].clone(), bias, head)
+            z, _ = logits_(tile[rows].clone(), bias, transform)
             hit = z.gather(1, column[rows].clamp(0, width - 1)[:, None])[:, 0]
             picked[rows] = torch.where(inside[rows], hit, picked[rows])
             top = torch.maximum(maximum[rows], z.amax(dim=1))
@@ -75,7 +78,7 @@ class TorchBackend(TileBackend):
         bias: Tensor | None,
         target: Tensor,
         start: int,
-        head: Head,
+        transform: LogitTransform,
         logsumexp: Tensor,
         coefficient: Tensor | None,
     ) -> None:
@@ -83,11 +86,11 @@ class TorchBackend(TileBackend):
         column = target - start
         inside = (column >= 0) & (column < width)
         for rows in _row_blocks(tile):
-            z, slope = logits_(tile[rows], bias, head, need_slope=True)
+            z, slope = logits_(tile[rows], bias, transform, need_slope=True)
             # Two numbers stand for the fp64 log-sum-exp: rounding it to one would tilt the whole row's gradient.
             high = logsumexp[rows].to(z.dtype)
             low = (logsumexp[rows] - high).to(z.dtype)
-            scale = torch.full_like(logsumexp[rows], head.logit_scale / head.temperature)
+            scale = torch.full_like(logsumexp[rows], transform.logit_scale / transform.temperature)
             if coefficient is not None:
                 scale *= coefficient[rows]
             z.sub_(high[:, None]).exp_().mul_(-torch.exp(-low)[:, None])
@@ -105,12 +108,12 @@ class TorchBackend(TileBackend):
         bias: Tensor | None,
         target: Tensor,
         start: int,
-        head: Head,
+        transform: LogitTransform,
         least: Tensor,
     ) -> None:
         marked.zero_()
         for rows in _row_blocks(tile):
-            z, _ = logits_(tile[rows].clone(), bias, head)
+            z, _ = logits_(tile[rows].clone(), bias, transform)
             marked |= (z < least[rows, None]).logical_not_().any(dim=0)
             del z  # before the next block's copy is made
         column = target - start

@@ -13,8 +13,8 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from mopo_kernels.backends.tile import Head, TileBackend
-from mopo_kernels.coefficients import PairData
+from mopo_kernels.arguments import LogitTransform, PairBatch
+from mopo_kernels.backends.tile import TileBackend
 
 
 def _interpreting() -> bool:
@@ -57,7 +57,7 @@ class TritonBackend(TileBackend):
         bias: Tensor | None,
         target: Tensor,
         start: int,
-        head: Head,
+        transform: LogitTransform,
         maximum: Tensor,
         total: Tensor,
         picked: Tensor,
@@ -65,7 +65,7 @@ class TritonBackend(TileBackend):
         from mopo_kernels.kernels.fold import fold
 
         with _on_device(tile):
-            fold(tile, bias, target, start, head, maximum, total, picked)
+            fold(tile, bias, target, start, transform, maximum, total, picked)
 
     def gradient_(
         self,
@@ -73,14 +73,14 @@ class TritonBackend(TileBackend):
         bias: Tensor | None,
         target: Tensor,
         start: int,
-        head: Head,
+        transform: LogitTransform,
         logsumexp: Tensor,
         coefficient: Tensor | None,
     ) -> None:
         from mopo_kernels.kernels.gradient import gradient_
 
         with _on_device(tile):
-            gradient_(tile, bias, target, start, head, logsumexp, coefficient)
+            gradient_(tile, bias, target, start, transform, logsumexp, coefficient)
 
     def fuses(self, dtype: torch.dtype) -> bool:
         return dtype in (torch.bfloat16, torch.float16)
@@ -91,12 +91,12 @@ class TritonBackend(TileBackend):
         return row_offsets(dtype)
 
     def row_offset(
-        self, hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, start: int, head: Head
+        self, hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, start: int, transform: LogitTransform
     ) -> Tensor:
         from mopo_kernels.kernels.row_offset import row_offset
 
         with _on_device(hidden):
-            return row_offset(hidden, weight, bias, target, start, head)
+            return row_offset(hidden, weight, bias, target, start, transform)
 
     def offset_blocks(self, columns: int) -> int:
         from mopo_kernels.kernels.linear_fold import offset_blocks
@@ -110,7 +110,7 @@ class TritonBackend(TileBackend):
         bias: Tensor | None,
         target: Tensor,
         start: int,
-        head: Head,
+        transform: LogitTransform,
         maximum: Tensor,
         total: Tensor,
         picked: Tensor,
@@ -120,7 +120,7 @@ class TritonBackend(TileBackend):
         from mopo_kernels.kernels.linear_fold import linear_fold
 
         with _on_device(hidden):
-            linear_fold(hidden, weight, bias, target, start, head, maximum, total, picked, exponentials, offsets)
+            linear_fold(hidden, weight, bias, target, start, transform, maximum, total, picked, exponentials, offsets)
 
     def row_statistics(self, maximum: Tensor, total: Tensor, picked: Tensor) -> tuple[Tensor, Tensor]:
         from mopo_kernels.kernels.row_statistics import row_statistics
@@ -135,7 +135,7 @@ class TritonBackend(TileBackend):
         exponentials: Tensor,
         target: Tensor,
         start: int,
-        head: Head,
+        transform: LogitTransform,
         offset: Tensor,
         logsumexp: Tensor,
         logprob: Tensor,
@@ -144,7 +144,7 @@ class TritonBackend(TileBackend):
         from mopo_kernels.kernels.mark_target import mark_target_
 
         with _on_device(exponentials):
-            mark_target_(exponentials, target, start, head, offset, logsumexp, logprob, scale)
+            mark_target_(exponentials, target, start, transform, offset, logsumexp, logprob, scale)
 
     def exponential_gradient_(
         self,
@@ -152,7 +152,7 @@ class TritonBackend(TileBackend):
         offsets: Tensor,
         target: Tensor,
         start: int,
-        head: Head,
+        transform: LogitTransform,
         logsumexp: Tensor,
         logprob: Tensor,
         coefficient: Tensor | None,
@@ -160,7 +160,7 @@ class TritonBackend(TileBackend):
         from mopo_kernels.kernels.exponential_gradient import exponential_gradient_
 
         with _on_device(exponentials):
-            exponential_gradient_(exponentials, offsets, target, start, head, logsumexp, logprob, coefficient)
+            exponential_gradient_(exponentials, offsets, target, start, transform, logsumexp, logprob, coefficient)
 
     def scaled(self, x: Tensor, factor: Tensor, dtype: torch.dtype, overwrite: bool = False) -> Tensor:
         from mopo_kernels.kernels.scale_rows import scale_rows
@@ -177,13 +177,13 @@ class TritonBackend(TileBackend):
         with _on_device(value):
             return segment_sum(value, cu_seqlens)
 
-    def pair_coefficient(self, logprob: Tensor, ref_logprob: Tensor, data: PairData) -> Tensor:
+    def pair_coefficient(self, logprob: Tensor, ref_logprob: Tensor, batch: PairBatch) -> Tensor:
         from mopo_kernels.kernels.pair_coefficient import pair_coefficient
 
-        if data.loss_type == "cloning":
-            return super().pair_coefficient(logprob, ref_logprob, data)
+        if batch.options.loss_type == "cloning":
+            return super().pair_coefficient(logprob, ref_logprob, batch)
         with _on_device(logprob):
-            return pair_coefficient(logprob, ref_logprob, data)
+            return pair_coefficient(logprob, ref_logprob, batch)
 
 
 BACKEND = TritonBackend()

@@ -1,4 +1,4 @@
-"""What several kernels share: device functions, the arguments of the head, and what kernels are launched on.
+"""What several kernels share: device functions, the arguments of the transform, and what kernels are launched on.
 
 The maths of csrc/mopo_math.h, for blocks of fp32 or fp64 numbers.
 """
@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from triton.runtime.interpreter import InterpretedFunction
 
-from mopo_kernels.backends.tile import Head
+from mopo_kernels.arguments import LogitTransform
 from mopo_kernels.kernels import interpreter
 
 # Triton 3.9 warns where this is left to its default, and 3.10 changes the default.
@@ -32,12 +32,12 @@ def architecture() -> int:
     return 0 if interpreted() else int(triton.runtime.driver.active.get_current_target().arch)
 
 
-def head_arguments(head: Head) -> dict[str, Any]:
+def transform_arguments(transform: LogitTransform) -> dict[str, Any]:
     """A kernel's arguments for ``z = outer * tanh(inner * x)`` with a softcap, or ``z = slope * x`` without one."""
-    slope = head.logit_scale / head.temperature
-    if head.softcap is None:
+    slope = transform.logit_scale / transform.temperature
+    if transform.softcap is None:
         return {"inner": 0.0, "outer": 0.0, "slope": slope, "CAPPED": False, "SCALED": slope != 1.0}
-    inner, outer = head.logit_scale / head.softcap, head.softcap / head.temperature
+    inner, outer = transform.logit_scale / transform.softcap, transform.softcap / transform.temperature
     return {"inner": inner, "outer": outer, "slope": slope, "CAPPED": True, "SCALED": True}
 
 

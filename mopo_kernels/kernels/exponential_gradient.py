@@ -8,8 +8,8 @@ import triton.language as tl
 from torch import Tensor
 
 from mopo_kernels import checks
-from mopo_kernels.backends.tile import Head
-from mopo_kernels.kernels.common import OPTIONS, expm1, head_arguments, times
+from mopo_kernels.arguments import LogitTransform
+from mopo_kernels.kernels.common import OPTIONS, expm1, times, transform_arguments
 from mopo_kernels.kernels.linear_fold import configuration
 
 # Elements of a program, whatever the block of the vocabulary.
@@ -84,7 +84,7 @@ def exponential_gradient_(
     offsets: Tensor,
     target: Tensor,
     start: int,
-    head: Head,
+    transform: LogitTransform,
     logsumexp: Tensor,
     logprob: Tensor,
     coefficient: Tensor | None,
@@ -97,7 +97,7 @@ def exponential_gradient_(
     block_r = ELEMENTS // block_v
     blocks = triton.cdiv(columns, block_v)
     checks.shape("offsets", offsets, (blocks, rows), "(blocks, R)")
-    arguments = head_arguments(head)
+    arguments = transform_arguments(transform)
     exponential_gradient_kernel[(triton.cdiv(rows, block_r), blocks)](
         exponentials,
         offsets,

@@ -9,8 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mopo_kernels.backends.tile import Head
-from mopo_kernels.kernels.common import OPTIONS, accumulate, head_arguments, logit, lowest, reduce
+from mopo_kernels.arguments import LogitTransform
+from mopo_kernels.kernels.common import OPTIONS, accumulate, logit, lowest, reduce, transform_arguments
 
 
 class Configuration(NamedTuple):
@@ -74,7 +74,7 @@ def fold(
     bias: Tensor | None,
     target: Tensor,
     start: int,
-    head: Head,
+    transform: LogitTransform,
     maximum: Tensor,
     total: Tensor,
     picked: Tensor,
@@ -97,6 +97,6 @@ def fold(
         HAS_BIAS=bias is not None,
         BLOCK=configuration.block,
         num_warps=configuration.num_warps,
-        **head_arguments(head),
+        **transform_arguments(transform),
         **OPTIONS,
     )

@@ -9,8 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mopo_kernels.backends.tile import Head
-from mopo_kernels.kernels.common import OPTIONS, expm1, head_arguments, logit, split, times
+from mopo_kernels.arguments import LogitTransform
+from mopo_kernels.kernels.common import OPTIONS, expm1, logit, split, times, transform_arguments
 
 
 class Configuration(NamedTuple):
@@ -74,7 +74,7 @@ def gradient_(
     bias: Tensor | None,
     target: Tensor,
     start: int,
-    head: Head,
+    transform: LogitTransform,
     logsumexp: Tensor,
     coefficient: Tensor | None,
 ) -> None:
@@ -96,6 +96,6 @@ def gradient_(
         HAS_COEFFICIENT=coefficient is not None,
         BLOCK=configuration.block,
         num_warps=configuration.num_warps,
-        **head_arguments(head),
+        **transform_arguments(transform),
         **OPTIONS,
     )

@@ -20,8 +20,8 @@ import triton.language as tl
 from torch import Tensor
 
 from mopo_kernels import checks
-from mopo_kernels.backends.tile import Head
-from mopo_kernels.kernels.common import OPTIONS, accumulate, architecture, head_arguments, lowest, reduce
+from mopo_kernels.arguments import LogitTransform
+from mopo_kernels.kernels.common import OPTIONS, accumulate, architecture, lowest, reduce, transform_arguments
 
 
 class Configuration(NamedTuple):
@@ -372,7 +372,7 @@ def linear_fold(
     bias: Tensor | None,
     target: Tensor,
     start: int,
-    head: Head,
+    transform: LogitTransform,
     maximum: Tensor,
     total: Tensor,
     picked: Tensor,
@@ -424,7 +424,7 @@ def linear_fold(
             GROUP_R=c.group_r,
             num_warps=c.num_warps,
             num_stages=c.num_stages,
-            **head_arguments(head),
+            **transform_arguments(transform),
             **OPTIONS,
         )
     if not by_row:
@@ -467,6 +467,6 @@ def linear_fold(
         num_stages=2,
         # Left to itself ptxas takes fewer, to run more programs at a time than there are, and spills.
         maxnreg=128,
-        **head_arguments(head),
+        **transform_arguments(transform),
         **OPTIONS,
     )

@@ -11,8 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mopo_kernels.backends.tile import Head
-from mopo_kernels.kernels.common import OPTIONS, expm1, head_arguments, times
+from mopo_kernels.arguments import LogitTransform
+from mopo_kernels.kernels.common import OPTIONS, expm1, times, transform_arguments
 
 BLOCK_R = 64
 # Rows and columns of a program that bends.
@@ -99,7 +99,7 @@ def mark_target_(
     exponentials: Tensor,
     target: Tensor,
     start: int,
-    head: Head,
+    transform: LogitTransform,
     offset: Tensor,
     logsumexp: Tensor,
     logprob: Tensor,
@@ -109,7 +109,7 @@ def mark_target_(
     rows, columns = exponentials.shape
     if rows == 0:
         return
-    arguments = head_arguments(head)
+    arguments = transform_arguments(transform)
     if arguments["CAPPED"]:
         bend_kernel[(triton.cdiv(rows, BEND_R), triton.cdiv(columns, BEND_V))](
             exponentials,

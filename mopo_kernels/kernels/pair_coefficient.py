@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mopo_kernels.coefficients import PairData
+from mopo_kernels.arguments import PairBatch
 from mopo_kernels.kernels.common import OPTIONS
 
 # Pairs that a program takes at a time, and sequences.
@@ -134,31 +134,31 @@ def coefficient_kernel(
     tl.store(g + s, result, mask=s < sequences)
 
 
-def pair_coefficient(logprob: Tensor, ref_logprob: Tensor, data: PairData) -> Tensor:
+def pair_coefficient(logprob: Tensor, ref_logprob: Tensor, batch: PairBatch) -> Tensor:
     """:meth:`mopo_kernels.backends.tile.TileBackend.pair_coefficient` in fp32 or fp64, (S,) -> (S,); not for
     "cloning", whose g does not depend on the log-probabilities."""
-    pair_count, objectives = data.preference.shape
+    pair_count, objectives = batch.preference.shape
     sequences = logprob.shape[0]
-    objective_weight = data.objective_weight if data.label_rate is None else data.objective_weight / data.label_rate
-    pairs, slope, g = data.pairs.contiguous(), logprob.new_empty(pair_count), logprob.new_empty(sequences)
+    objective_weight = batch.objective_weight if batch.label_rate is None else batch.objective_weight / batch.label_rate
+    pairs, slope, g = batch.pairs.contiguous(), logprob.new_empty(pair_count), logprob.new_empty(sequences)
     if pair_count > 0:
         slope_kernel[(triton.cdiv(pair_count, BLOCK_P),)](
             logprob.contiguous(),
             ref_logprob.contiguous(),
             pairs,
-            data.preference.contiguous(),
+            batch.preference.contiguous(),
             objective_weight.contiguous(),
-            _contiguous(data.pair_weight),
-            _contiguous(data.margin),
-            _contiguous(data.length),
+            _contiguous(batch.pair_weight),
+            _contiguous(batch.margin),
+            _contiguous(batch.length),
             slope,
             pair_count,
             objectives,
-            data.tau,
-            SIGMOID=data.loss_type == "sigmoid",
-            HAS_PAIR_WEIGHT=data.pair_weight is not None,
-            HAS_MARGIN=data.margin is not None,
-            HAS_LENGTH=data.length is not None,
+            batch.options.tau,
+            SIGMOID=batch.options.loss_type == "sigmoid",
+            HAS_PAIR_WEIGHT=batch.pair_weight is not None,
+            HAS_MARGIN=batch.margin is not None,
+            HAS_LENGTH=batch.length is not None,
             BLOCK_P=BLOCK_P,
             num_warps=4,
             **OPTIONS,
@@ -167,15 +167,15 @@ def pair_coefficient(logprob: Tensor, ref_logprob: Tensor, data: PairData) -> Te
         coefficient_kernel[(triton.cdiv(sequences, BLOCK_S),)](
             slope,
             pairs,
-            _contiguous(data.pair_weight),
-            _contiguous(data.length),
-            data.normalizer,
+            _contiguous(batch.pair_weight),
+            _contiguous(batch.length),
+            batch.normalizer,
             g,
             sequences,
             pair_count,
-            HAS_PAIR_WEIGHT=data.pair_weight is not None,
-            HAS_LENGTH=data.length is not None,
-            HAS_NORMALIZER=data.normalizer is not None,
+            HAS_PAIR_WEIGHT=batch.pair_weight is not None,
+            HAS_LENGTH=batch.length is not None,
+            HAS_NORMALIZER=batch.normalizer is not None,
             BLOCK_P=BLOCK_P,
             BLOCK_S=BLOCK_S,
             num_warps=4,
