@@ -125,15 +125,14 @@ def _token_logprob(inputs: HeadInputs, options: HeadOptions) -> Tensor:
     return logprob
 
 
-def _sequence_logprob(inputs: HeadInputs, cu_seqlens: Tensor, options: HeadOptions) -> Tensor:
-    """Log-probabilities (S,) of checked arguments."""
-    token_logprob = _token_logprob(inputs, options)
-    cu_seqlens = to_device(cu_seqlens, inputs.hidden.device)
-    if options.backend == "reference":
+def _segment_sum(token_logprob: Tensor, cu_seqlens: Tensor, backend: str) -> Tensor:
+    """Sums (S,) of checked arguments."""
+    cu_seqlens = to_device(cu_seqlens, token_logprob.device)
+    if backend == "reference":
         if not torch.compiler.is_compiling():
-            checks.cu_seqlens(cu_seqlens, inputs.hidden.shape[0])
+            checks.cu_seqlens(cu_seqlens, token_logprob.shape[0])
         return reference.segment_sum(token_logprob, cu_seqlens)
-    result: Tensor = pair_loss.segment_sum(token_logprob, cu_seqlens, options.backend)
+    result: Tensor = pair_loss.segment_sum(token_logprob, cu_seqlens, backend)
     return result
 
 
@@ -270,7 +269,7 @@ def linear_sequence_logprob(
     group_name = _group_name(process_group, backend)
     options = HeadOptions(ignore_index, transform, backend, max_buffer_bytes, gradient_filter, group_name)
     _check_options(options, inputs)
-    return _sequence_logprob(inputs, cu_seqlens, options)
+    return _segment_sum(_token_logprob(inputs, options), cu_seqlens, backend)
 
 
 def mopo_loss(
@@ -474,7 +473,7 @@ def linear_mopo_loss(
         else:
             ref_options = replace(options, max_buffer_bytes=buffer_bytes(options, inputs.weight))
             with torch.no_grad():
-                ref_logprob = _sequence_logprob(ref_inputs, cu_seqlens, ref_options)
+                ref_logprob = _segment_sum(_token_logprob(ref_inputs, ref_options), cu_seqlens, backend)
     if ref_logprob is not None:
         checks.dtype("ref_logprob", ref_logprob, checks.FLOATING)
         checks.device("ref_logprob", ref_logprob, hidden.device)
@@ -482,7 +481,7 @@ def linear_mopo_loss(
 
     if options.backend == "reference":
         assert ref_logprob is not None
-        logprob = _sequence_logprob(inputs, cu_seqlens, options)
+        logprob = _segment_sum(_token_logprob(inputs, options), cu_seqlens, backend)
         return _mopo_loss(logprob, ref_logprob, replace(batch, pairs=to_device(pairs, hidden.device)))
     checks.reverse_mode(hidden=inputs.hidden, weight=inputs.weight, bias=inputs.bias)
     call = fused_loss.LinearMOPOLoss(inputs.with_needs(), cu_seqlens, ref_logprob, shared_hidden, batch, options)

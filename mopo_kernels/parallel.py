@@ -82,17 +82,17 @@ class Shard:
     vocabulary: int
     largest: int
 
-    def merge_(self, maximum: Tensor, total: Tensor, picked: Tensor) -> None:
+    def merge_(self, row_max: Tensor, sum_exp: Tensor, target_logit: Tensor) -> None:
         """Merge the running statistics (R,) of :meth:`mopo_kernels.backends.TileBackend.fold` over the ranks:
         eq. (37) of docs/method.md."""
-        top = maximum.clone()
+        top = row_max.clone()
         dist.all_reduce(top, dist.ReduceOp.MAX, group=self.group)
         shift = top.where(top > -torch.inf, 0)
-        sums = torch.stack([total * torch.exp(maximum - shift), picked])
+        sums = torch.stack([sum_exp * torch.exp(row_max - shift), target_logit])
         dist.all_reduce(sums, group=self.group)
-        maximum.copy_(top)
-        total.copy_(sums[0])
-        picked.copy_(sums[1])
+        row_max.copy_(top)
+        sum_exp.copy_(sums[0])
+        target_logit.copy_(sums[1])
 
     def sum_(self, tensor: Tensor) -> None:
         """Sum over the ranks in place."""

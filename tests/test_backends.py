@@ -18,7 +18,7 @@ from torch import Tensor
 
 from mopo_kernels.arguments import LogitTransform
 from mopo_kernels.backends import TileBackend, cpp, tile_backend
-from mopo_kernels.backends.tile import NOT_SCORED
+from mopo_kernels.backends.base import NOT_SCORED
 from mopo_kernels.backends.torch_ops import TorchBackend
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -43,7 +43,7 @@ class Case(NamedTuple):
     tile: Tensor
     bias: Tensor | None
     target: Tensor
-    coefficient: Tensor
+    grad_logprob: Tensor
 
 
 def make_case(rows: int, width: int, bias: bool, dtype: torch.dtype = torch.float32, spread: float = 3.0) -> Case:
@@ -69,7 +69,7 @@ def logits(x: Tensor, bias: Tensor | None, transform: LogitTransform) -> Tensor:
 class Answer(NamedTuple):
     logsumexp: Tensor
     logprob: Tensor
-    picked: Tensor
+    target_logit: Tensor
     gradient: Tensor
 
 
@@ -83,7 +83,7 @@ def plain(case: Case, transform: LogitTransform, dtype: torch.dtype) -> Answer:
     logprob = torch.log_softmax(z.detach(), dim=1)
     onehot = torch.zeros_like(logprob).scatter(1, at, inside[:, None].to(dtype))
     # The backward formula of log_softmax, which also says what a row contributes whose target lies in another tile.
-    (gradient,) = torch.autograd.grad(z, x, (onehot - logprob.exp()) * case.coefficient.to(dtype)[:, None])
+    (gradient,) = torch.autograd.grad(z, x, (onehot - logprob.exp()) * case.grad_logprob.to(dtype)[:, None])
     return Answer(
         torch.logsumexp(z.detach(), dim=1),
         logprob.gather(1, at)[:, 0].where(inside, 0.0),
@@ -92,33 +92,33 @@ def plain(case: Case, transform: LogitTransform, dtype: torch.dtype) -> Answer:
     )
 
 
-def fold(
+def lse_fwd(
     backend: TileBackend, case: Case, transform: LogitTransform, cuts: tuple[int, ...] = ()
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(maximum, total, picked) after folding the tile in pieces, cut at the given columns."""
     rows, width = case.tile.shape
-    maximum = case.tile.new_full((rows,), -torch.inf)
-    total, picked = torch.zeros_like(maximum), torch.zeros_like(maximum)
+    row_max = case.tile.new_full((rows,), -torch.inf)
+    sum_exp, target_logit = torch.zeros_like(row_max), torch.zeros_like(row_max)
     edges = (0, *cuts, width)
     for a, b in itertools.pairwise(edges):
         bias = None if case.bias is None else case.bias[a:b]
-        backend.fold(case.tile[:, a:b], bias, case.target, START + a, transform, maximum, total, picked)
-    return maximum, total, picked
+        backend.lse_fwd(case.tile[:, a:b], bias, case.target, START + a, transform, row_max, sum_exp, target_logit)
+    return row_max, sum_exp, target_logit
 
 
 def answer(backend: TileBackend, case: Case, transform: LogitTransform, cuts: tuple[int, ...] = ()) -> Answer:
     """The backend's answers, combined as the driver combines them; leaves the case as it was."""
-    maximum, total, picked = fold(backend, case, transform, cuts)
-    logsumexp = maximum.double() + torch.log(total.double())
+    row_max, sum_exp, target_logit = lse_fwd(backend, case, transform, cuts)
+    logsumexp = row_max.double() + torch.log(sum_exp.double())
     column = case.target - START
     inside = (column >= 0) & (column < case.tile.shape[1])
-    logprob = torch.where(inside, (picked - maximum) - torch.log(total), 0.0)
+    logprob = torch.where(inside, (target_logit - row_max) - torch.log(sum_exp), 0.0)
     gradient = case.tile.clone()
     edges = (0, *cuts, case.tile.shape[1])
     for a, b in itertools.pairwise(edges):
         bias = None if case.bias is None else case.bias[a:b]
-        backend.gradient_(gradient[:, a:b], bias, case.target, START + a, transform, logsumexp, case.coefficient)
-    return Answer(logsumexp.to(maximum), logprob, picked, gradient)
+        backend.logits_bwd_(gradient[:, a:b], bias, case.target, START + a, transform, logsumexp, case.grad_logprob)
+    return Answer(logsumexp.to(row_max), logprob, target_logit, gradient)
 
 
 def rms(x: Tensor) -> float:
@@ -188,9 +188,9 @@ def test_nothing_outside_the_tile_is_read_or_written(name: str) -> None:
         assert block is not None
         block.nan_to_num_(nan=around)
         before = block.clone()
-        statistics = fold(backend, case, EVERYTHING)
+        statistics = lse_fwd(backend, case, EVERYTHING)
         assert torch.equal(block.view(torch.int32), before.view(torch.int32)), "fold changed the tile"
-        backend.gradient_(case.tile, case.bias, case.target, START, EVERYTHING, logsumexp, case.coefficient)
+        backend.logits_bwd_(case.tile, case.bias, case.target, START, EVERYTHING, logsumexp, case.grad_logprob)
         before[1:6, 3:73] = case.tile
         assert torch.equal(block.view(torch.int32), before.view(torch.int32)), "gradient_ wrote outside the tile"
         results.append((*statistics, case.tile))
@@ -218,8 +218,8 @@ def test_no_coefficient_stands_for_one(name: str) -> None:
     case = make_case(5, 70, bias=False)
     backend, logsumexp = tile_backend(name), torch.full((5,), 9.0)
     without, ones = case.tile.clone(), case.tile.clone()
-    backend.gradient_(without, None, case.target, START, PLAIN, logsumexp, None)
-    backend.gradient_(ones, None, case.target, START, PLAIN, logsumexp, torch.ones(5))
+    backend.logits_bwd_(without, None, case.target, START, PLAIN, logsumexp, None)
+    backend.logits_bwd_(ones, None, case.target, START, PLAIN, logsumexp, torch.ones(5))
     assert torch.equal(without, ones)
 
 
@@ -232,9 +232,9 @@ def test_a_token_that_is_not_scored_has_a_gradient_of_zero(name: str) -> None:
     case.tile[0] = torch.nan
     kept = case.tile.clone()
     logsumexp = torch.full((5,), 9.0, dtype=torch.float64)
-    tile_backend(name).gradient_(case.tile, case.bias, target, START, EVERYTHING, logsumexp, case.coefficient)
-    tile_backend(name).gradient_(
-        kept[1:3], case.bias, case.target[1:3], START, EVERYTHING, logsumexp[1:3], case.coefficient[1:3]
+    tile_backend(name).logits_bwd_(case.tile, case.bias, target, START, EVERYTHING, logsumexp, case.grad_logprob)
+    tile_backend(name).logits_bwd_(
+        kept[1:3], case.bias, case.target[1:3], START, EVERYTHING, logsumexp[1:3], case.grad_logprob[1:3]
     )
     assert torch.equal(case.tile[[0, 3]], torch.zeros(2, 70))
     assert torch.equal(case.tile[1:3], kept[1:3])
@@ -244,21 +244,21 @@ def test_a_token_that_is_not_scored_has_a_gradient_of_zero(name: str) -> None:
 def test_a_nan_logit_is_not_lost(name: str) -> None:
     case = make_case(3, 70, bias=False)
     case.tile[1, 69] = torch.nan
-    _, total, _ = fold(tile_backend(name), case, PLAIN)
-    assert total.isnan().tolist() == [False, True, False]
+    _, sum_exp, _ = lse_fwd(tile_backend(name), case, PLAIN)
+    assert sum_exp.isnan().tolist() == [False, True, False]
 
 
 class DropsLastColumn(TorchBackend):
-    def fold(self, tile, bias, target, start, transform, maximum, total, picked):  # type: ignore[no-untyped-def]
+    def lse_fwd(self, tile, bias, target, start, transform, row_max, sum_exp, target_logit):  # type: ignore[no-untyped-def]
         bias = None if bias is None else bias[:-1]
-        super().fold(tile[:, :-1], bias, target, start, transform, maximum, total, picked)
+        super().lse_fwd(tile[:, :-1], bias, target, start, transform, row_max, sum_exp, target_logit)
 
 
 class ForgetsTheSoftcapsSlope(TorchBackend):
-    def gradient_(self, tile, bias, target, start, transform, logsumexp, coefficient):  # type: ignore[no-untyped-def]
+    def logits_bwd_(self, tile, bias, target, start, transform, logsumexp, grad_logprob):  # type: ignore[no-untyped-def]
         z = logits(tile, bias, transform)
         tile.copy_(z)
-        super().gradient_(tile, None, target, start, PLAIN, logsumexp, coefficient)
+        super().logits_bwd_(tile, None, target, start, PLAIN, logsumexp, grad_logprob)
 
 
 @pytest.mark.parametrize("broken", [DropsLastColumn(), ForgetsTheSoftcapsSlope()], ids=lambda b: type(b).__name__)
@@ -278,10 +278,10 @@ def test_cpp_takes_a_tile_whose_logits_are_all_minus_infinity(name: str) -> None
     case = make_case(3, 70, bias=True)
     assert case.bias is not None
     case.bias[:40] = -torch.inf
-    wide, parts = fold(tile_backend(name), case, PLAIN), fold(tile_backend(name), case, PLAIN, cuts=(40,))
+    wide, parts = lse_fwd(tile_backend(name), case, PLAIN), lse_fwd(tile_backend(name), case, PLAIN, cuts=(40,))
     truth = plain(case, PLAIN, torch.float64).logsumexp
-    for maximum, total, _ in (wide, parts):
-        torch.testing.assert_close((maximum + total.log()).double(), truth, rtol=1e-6, atol=0)
+    for row_max, sum_exp, _ in (wide, parts):
+        torch.testing.assert_close((row_max + sum_exp.log()).double(), truth, rtol=1e-6, atol=0)
 
 
 @needs_cpp
@@ -316,8 +316,8 @@ def test_cpp_is_within_budget_on_every_instruction_set(name: str, capability: st
         ({"bias": torch.zeros(5)}, r"bias must be a CPU tensor of shape \(4,\) .* got shape \[5\]"),
         ({"target": torch.zeros(2, dtype=torch.int64)}, r"target must be .* shape \(3,\) .* got shape \[2\]"),
         ({"target": torch.zeros(3)}, "target must be .* dtype Long .* dtype Float"),
-        ({"total": torch.zeros(6)[::2]}, r"total must be a contiguous .* strides \[2\]"),
-        ({"maximum": torch.zeros(3, dtype=torch.float64)}, "maximum must be .* dtype Float .* dtype Double"),
+        ({"sum_exp": torch.zeros(6)[::2]}, r"total must be a contiguous .* strides \[2\]"),
+        ({"row_max": torch.zeros(3, dtype=torch.float64)}, "maximum must be .* dtype Float .* dtype Double"),
         ({"transform": LogitTransform(-1.0, 1.0, 1.0)}, "softcap must be positive and finite; got -1"),
         ({"transform": LogitTransform(None, float("nan"), 1.0)}, "logit_scale must be finite; got nan"),
         ({"transform": LogitTransform(None, 1.0, 0.0)}, "temperature must be positive and finite; got 0"),
@@ -330,12 +330,12 @@ def test_cpp_errors_name_the_argument_and_the_value(name: str, change: dict[str,
         "target": torch.zeros(3, dtype=torch.int64),
         "start": 0,
         "transform": PLAIN,
-        "maximum": torch.zeros(3),
-        "total": torch.zeros(3),
-        "picked": torch.zeros(3),
+        "row_max": torch.zeros(3),
+        "sum_exp": torch.zeros(3),
+        "target_logit": torch.zeros(3),
     }
     with pytest.raises(ValueError, match=message):
-        tile_backend(name).fold(**{**arguments, **change})  # type: ignore[arg-type]
+        tile_backend(name).lse_fwd(**{**arguments, **change})  # type: ignore[arg-type]
 
 
 # The build: a package without the extension works and says why.

@@ -188,8 +188,8 @@ class Probe:
         calls: dict[str, Callable[[], Any]] = {
             "product": lambda: torch.mm(hidden, weight.T, out=tile),
             "row_offset": lambda: backend.row_offset(*at),
-            "linear_fold, stored": lambda: backend.linear_fold(*at, offset, row.zero_(), row, tile),
-            "linear_fold": lambda: backend.linear_fold(*at, offset, row.zero_(), row),
+            "linear_fold, stored": lambda: backend.linear_lse_fwd(*at, offset, row.zero_(), row, tile),
+            "linear_fold": lambda: backend.linear_lse_fwd(*at, offset, row.zero_(), row),
             "mark_target": lambda: backend.mark_target_(*marked),
             "scale hidden": lambda: backend.scaled(hidden, scale[:, None], hidden.dtype),
         }

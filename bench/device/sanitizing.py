@@ -58,19 +58,19 @@ def tiles(backend: TileBackend, device: str) -> None:
         tile = torch.randn(rows + 1, columns + 3, generator=g).to(dtype)[1:, 2 : columns + 2]
         bias = torch.randn(columns, generator=g).to(dtype) if biased else None
         target = torch.randint(-1, columns, (rows,), generator=g)
-        coefficient = torch.randn(rows, generator=g).to(dtype)
+        grad_logprob = torch.randn(rows, generator=g).to(dtype)
         statistics = [torch.full((rows,), value, dtype=dtype) for value in (-torch.inf, 0.0, 0.0)]
-        moved = [_there(t, device) for t in (tile, target, coefficient, *statistics)]
+        moved = [_there(t, device) for t in (tile, target, grad_logprob, *statistics)]
         moved_bias = None if bias is None else _there(bias, device)
-        backend.fold(moved[0], moved_bias, moved[1], 0, transform, *moved[3:])
-        plain.fold(tile, bias, target, 0, transform, *statistics)
+        backend.lse_fwd(moved[0], moved_bias, moved[1], 0, transform, *moved[3:])
+        plain.lse_fwd(tile, bias, target, 0, transform, *statistics)
         scored = target >= 0
-        for name, got, expected in zip(("maximum", "total", "picked"), moved[3:], statistics, strict=True):
+        for name, got, expected in zip(("row_max", "sum_exp", "target_logit"), moved[3:], statistics, strict=True):
             _close(name, got.cpu()[scored], expected[scored])
         logsumexp = statistics[0].double() + statistics[1].double().log()
-        backend.gradient_(moved[0], moved_bias, moved[1], 0, transform, _there(logsumexp, device), moved[2])
-        plain.gradient_(tile, bias, target, 0, transform, logsumexp, coefficient)
-        _close("gradient_", moved[0], tile)
+        backend.logits_bwd_(moved[0], moved_bias, moved[1], 0, transform, _there(logsumexp, device), moved[2])
+        plain.logits_bwd_(tile, bias, target, 0, transform, logsumexp, grad_logprob)
+        _close("logits_bwd_", moved[0], tile)
 
 
 def fused(backend: TileBackend, device: str) -> None:
@@ -85,26 +85,26 @@ def fused(backend: TileBackend, device: str) -> None:
         target[1::7] = -1
         blocks = backend.offset_blocks(columns)
         statistics = [torch.full((rows,), -torch.inf), torch.zeros(rows), torch.zeros(rows)]
-        maximum, total, picked = (_there(t, device) for t in statistics)
-        exponentials = torch.empty(rows, columns + 5, dtype=dtype, device=device)[:, :columns]
+        row_max, sum_exp, target_logit = (_there(t, device) for t in statistics)
+        exp_logits = torch.empty(rows, columns + 5, dtype=dtype, device=device)[:, :columns]
         factors = (_there(h, device), _there(w, device), None, _there(target, device), 0, transform)
         at = factors[3:]
         if backend.row_offsets(dtype):
-            maximum = backend.row_offset(*factors)
-            backend.linear_fold(*factors, maximum, total, picked, exponentials)
-            logsumexp = maximum.double() + total.double().log()
+            row_max = backend.row_offset(*factors)
+            backend.linear_lse_fwd(*factors, row_max, sum_exp, target_logit, exp_logits)
+            logsumexp = row_max.double() + sum_exp.double().log()
             scale = torch.empty(rows, device=device)
-            backend.mark_target_(exponentials, *at, maximum, logsumexp, (picked - logsumexp).float(), scale)
-            exponentials = backend.scaled(exponentials, scale[:, None], torch.float32)
+            backend.mark_target_(exp_logits, *at, row_max, logsumexp, (target_logit - logsumexp).float(), scale)
+            exp_logits = backend.scaled(exp_logits, scale[:, None], torch.float32)
         else:
             offsets = torch.empty(blocks, rows, device=device)
-            backend.linear_fold(*factors, maximum, total, picked, exponentials, offsets)
-            logsumexp = maximum.double() + total.double().log()
-            backend.exponential_gradient_(exponentials, offsets, *at, logsumexp, (picked - logsumexp).float(), None)
+            backend.linear_lse_fwd(*factors, row_max, sum_exp, target_logit, exp_logits, offsets)
+            logsumexp = row_max.double() + sum_exp.double().log()
+            backend.exp_logits_bwd_(exp_logits, offsets, *at, logsumexp, (target_logit - logsumexp).float(), None)
         z = (h.float() @ w.float().T).log_softmax(dim=1)
         onehot = torch.zeros_like(z).scatter_(1, target.clamp(min=0)[:, None], 1.0)
         expected = (onehot - z.exp()).masked_fill((target < 0)[:, None], 0.0)
-        _close("gradient", exponentials, expected, 0.02)
+        _close("gradient", exp_logits, expected, 0.02)
 
 
 def sequences(backend: TileBackend, device: str) -> None:
@@ -127,8 +127,8 @@ def sequences(backend: TileBackend, device: str) -> None:
             options=LossOptions(loss_type="sigmoid"),
         )
 
-    got = backend.pair_coefficient(_there(logprob, device), _there(reference, device), batch(device))
-    _close("pair_coefficient", got, backends.tile_backend("torch").pair_coefficient(logprob, reference, batch("cpu")))
+    got = backend.pair_loss_bwd(_there(logprob, device), _there(reference, device), batch(device))
+    _close("pair_loss_bwd", got, backends.tile_backend("torch").pair_loss_bwd(logprob, reference, batch("cpu")))
 
 
 def write_outside(device: str) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mopo_kernels.arguments import LogitTransform
 from mopo_kernels.backends import extension
-from mopo_kernels.backends.tile import TileBackend
+from mopo_kernels.backends.base import TileBackend
 
 # What a thread of product_ packs its factors into: blocks of up to 1026 x 1024, 384 deep, in bf16; at least of 6 x 64.
 PRODUCT_SCRATCH_BYTES = (1026 + 1024) * 384 * 2
@@ -33,16 +33,16 @@ def has_native_products(dtype: torch.dtype) -> bool:
 
 
 class CppBackend(TileBackend):
-    def fold(
+    def lse_fwd(
         self,
         tile: Tensor,
         bias: Tensor | None,
         target: Tensor,
         start: int,
         transform: LogitTransform,
-        maximum: Tensor,
-        total: Tensor,
-        picked: Tensor,
+        row_max: Tensor,
+        sum_exp: Tensor,
+        target_logit: Tensor,
     ) -> None:
         torch.ops.mopo_tile.fold(
             tile,
@@ -52,12 +52,12 @@ class CppBackend(TileBackend):
             transform.softcap,
             transform.logit_scale,
             transform.temperature,
-            maximum,
-            total,
-            picked,
+            row_max,
+            sum_exp,
+            target_logit,
         )
 
-    def gradient_(
+    def logits_bwd_(
         self,
         tile: Tensor,
         bias: Tensor | None,
@@ -65,7 +65,7 @@ class CppBackend(TileBackend):
         start: int,
         transform: LogitTransform,
         logsumexp: Tensor,
-        coefficient: Tensor | None,
+        grad_logprob: Tensor | None,
     ) -> None:
         torch.ops.mopo_tile.gradient_(
             tile,
@@ -76,7 +76,7 @@ class CppBackend(TileBackend):
             transform.logit_scale,
             transform.temperature,
             logsumexp,
-            coefficient,
+            grad_logprob,
         )
 
     def mark_columns_(

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from mopo_kernels.arguments import LogitTransform
-from mopo_kernels.backends.tile import TileBackend
+from mopo_kernels.backends.base import TileBackend
 
 # Small enough to stay in a core's cache between the passes of one block, large enough to hide the cost of a call.
 BLOCK_BYTES = 2 << 20
@@ -46,16 +46,16 @@ def logits_(
 class TorchBackend(TileBackend):
     temporary_share = 1 / 8
 
-    def fold(
+    def lse_fwd(
         self,
         tile: Tensor,
         bias: Tensor | None,
         target: Tensor,
         start: int,
         transform: LogitTransform,
-        maximum: Tensor,
-        total: Tensor,
-        picked: Tensor,
+        row_max: Tensor,
+        sum_exp: Tensor,
+        target_logit: Tensor,
     ) -> None:
         width = tile.shape[1]
         column = target - start
@@ -63,16 +63,16 @@ class TorchBackend(TileBackend):
         for rows in _row_blocks(tile):
             z, _ = logits_(tile[rows].clone(), bias, transform)
             hit = z.gather(1, column[rows].clamp(0, width - 1)[:, None])[:, 0]
-            picked[rows] = torch.where(inside[rows], hit, picked[rows])
-            top = torch.maximum(maximum[rows], z.amax(dim=1))
+            target_logit[rows] = torch.where(inside[rows], hit, target_logit[rows])
+            top = torch.maximum(row_max[rows], z.amax(dim=1))
             # While every logit is -inf, exp(z - 0) = 0 where exp(z - top) would be NaN.
             shift = top.where(top > -torch.inf, 0)
-            total[rows] *= torch.exp(maximum[rows] - shift)
-            total[rows] += z.sub_(shift[:, None]).exp_().sum(dim=1)
-            maximum[rows] = top
+            sum_exp[rows] *= torch.exp(row_max[rows] - shift)
+            sum_exp[rows] += z.sub_(shift[:, None]).exp_().sum(dim=1)
+            row_max[rows] = top
             del z  # before the next block's copy is made
 
-    def gradient_(
+    def logits_bwd_(
         self,
         tile: Tensor,
         bias: Tensor | None,
@@ -80,7 +80,7 @@ class TorchBackend(TileBackend):
         start: int,
         transform: LogitTransform,
         logsumexp: Tensor,
-        coefficient: Tensor | None,
+        grad_logprob: Tensor | None,
     ) -> None:
         width = tile.shape[1]
         column = target - start
@@ -91,8 +91,8 @@ class TorchBackend(TileBackend):
             high = logsumexp[rows].to(z.dtype)
             low = (logsumexp[rows] - high).to(z.dtype)
             scale = torch.full_like(logsumexp[rows], transform.logit_scale / transform.temperature)
-            if coefficient is not None:
-                scale *= coefficient[rows]
+            if grad_logprob is not None:
+                scale *= grad_logprob[rows]
             z.sub_(high[:, None]).exp_().mul_(-torch.exp(-low)[:, None])
             z.scatter_add_(1, column[rows].clamp(0, width - 1)[:, None], inside[rows, None].to(z.dtype))
             z.mul_(scale.to(z.dtype)[:, None])

@@ -2,11 +2,11 @@
 
     products (R, W) -> forward: log-sum-exp and target logit -> gradient in place -> dhidden, dweight, dbias
 
-The backend does ``fold`` and ``gradient_`` (or, fused, the products with the fold); everything else is here, once for
-every backend. A tile spans the whole vocabulary (W = V) whenever the buffer holds enough such rows, so that no product
-is done twice (:mod:`mopo_kernels.fused.buffer_plan`); otherwise the vocabulary is tiled too and the gradient computes
-its products again, except for a frozen head, whose gradient is rescaled from tile to tile instead. Accumulation is in
-fp32 (fp64 for fp64 input), in a fixed order, with one cast at the end.
+The backend does ``lse_fwd`` and ``logits_bwd_`` (or, fused, the products with the fold); everything else is here, once
+for every backend. A tile spans the whole vocabulary (W = V) whenever the buffer holds enough such rows, so that no
+product is done twice (:mod:`mopo_kernels.fused.buffer_plan`); otherwise the vocabulary is tiled too and the gradient
+computes its products again, except for a frozen head, whose gradient is rescaled from tile to tile instead.
+Accumulation is in fp32 (fp64 for fp64 input), in a fixed order, with one cast at the end.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from torch import Tensor
 
 from mopo_kernels.arguments import HeadInputs, HeadOptions
 from mopo_kernels.backends import tile_backend
-from mopo_kernels.backends.tile import RowStats
+from mopo_kernels.backends.base import RowStats
 from mopo_kernels.backends.torch_ops import logits_
 from mopo_kernels.fused import buffer_plan
 from mopo_kernels.fused.buffer_plan import FILTER_ROWS, ROW_ALIGNMENT, row_chunks
@@ -261,9 +261,14 @@ class ChunkedHead:
 
     # ---- forward
 
-    def forward(self, chunk: Chunk, tile: Tile | None = None, store: bool = True) -> TokenLogprob:
+    def forward(
+        self, chunk: Chunk, tile: Tile | None = None, *, store: bool = True, backward: bool = False
+    ) -> TokenLogprob:
         """Log-probability, 0 where ignored, and log-sum-exp of the chunk's rows. With ``full_vocab``, ``save_logits``
-        and ``store`` their tile is there afterwards: the one given, or :meth:`tile`."""
+        and ``store`` their tile is there afterwards: the one given, or :meth:`tile`. With ``backward``, for a frozen
+        head, d logprob / d hidden of the rows is in dhidden as well: 2 products, whatever the buffer."""
+        if backward and not self.fused and not (self.full_vocab and self.shard is None):
+            return self._rescaled_backward(chunk)
         stats, into = self._new_stats(chunk), tile
         for start, stop in self._column_tiles():
             if tile is None and (not self.fused or (self.save_logits and self.full_vocab and store)):
@@ -272,6 +277,8 @@ class ChunkedHead:
         token = self._finished(stats, chunk.target)
         if into is not None:
             self._mark_(into, chunk.target, 0, stats.row_max, token)
+        if backward:
+            self.backward(chunk, token, None, self.saved_tile(chunk))
         return token
 
     def forward_with_reference(self, chunk: Chunk, other: Tensor) -> tuple[TokenLogprob, Tensor]:
@@ -295,11 +302,11 @@ class ChunkedHead:
         at = (self._bias(start, stop), chunk.target, self._first + start, self.transform)
         if self.fused:
             stored = (None, None) if tile is None else (tile.values, tile.offsets)
-            self.backend.linear_fold(chunk.hidden, self.weight[start:stop], *at, *stats, *stored)
+            self.backend.linear_lse_fwd(chunk.hidden, self.weight[start:stop], *at, *stats, *stored)
             return
         assert tile is not None
         self._products_(chunk.hidden, tile.values, start, stop)
-        self.backend.fold(tile.values, *at, *stats)
+        self.backend.lse_fwd(tile.values, *at, *stats)
 
     def _mark_(self, tile: Tile, target: Tensor, start: int, offset: Tensor, token: TokenLogprob) -> None:
         """What makes a tile of exponentials with one offset a row the gradient up to its ``scale``."""
@@ -342,18 +349,13 @@ class ChunkedHead:
         if self.dhidden is not None and dhidden is not None and not isinstance(chunk.rows, slice):
             self.dhidden[chunk.rows] = dhidden
 
-    def forward_backward(self, chunk: Chunk) -> TokenLogprob:
-        """:meth:`forward`, and ``d logprob / d hidden`` of the chunk's rows into dhidden, zeros before: 2 products for
-        a frozen head, whatever the buffer.
+    def _rescaled_backward(self, chunk: Chunk) -> TokenLogprob:
+        """:meth:`forward` with ``backward`` over a tiled vocabulary, dhidden being zeros before.
 
         Tile after tile, what was added so far is scaled down to the log-sum-exp so far (the online softmax of
         arXiv:1805.02867). That scales the target's own row of the weight as well, which is made up for at the end: eq.
         (35) and (36) of docs/method.md.
         """
-        if self.fused or (self.full_vocab and self.shard is None):
-            token = self.forward(chunk)
-            self.backward(chunk, token, None, self.saved_tile(chunk))
-            return token
         assert self.dhidden is not None
         dhidden = self.dhidden[chunk.rows]
         stats = self._new_stats(chunk)
@@ -456,10 +458,10 @@ class ChunkedHead:
         first = self._first + start
         if tile.offsets is None:
             at = (self._bias(start, stop), chunk.target, first, self.transform, token.logsumexp, grad_logprob)
-            self.backend.gradient_(tile.values, *at)
+            self.backend.logits_bwd_(tile.values, *at)
         else:
             of_rows = (token.logsumexp, token.logprob, grad_logprob)
-            self.backend.exponential_gradient_(tile.values, tile.offsets, chunk.target, first, self.transform, *of_rows)
+            self.backend.exp_logits_bwd_(tile.values, tile.offsets, chunk.target, first, self.transform, *of_rows)
         self._backward_products(tile.values, chunk.hidden, exponent, start, stop, dhidden)
 
     def _backward_products(
@@ -532,7 +534,7 @@ class ChunkedHead:
                 bias = None if self.bias is None else self.bias[start:stop].index_select(0, columns)
                 local = _places(columns, chunk.target[rows] - (self._first + start))
                 of_rows = (token.logsumexp[rows], None if grad_logprob is None else grad_logprob[rows])
-                self.backend.gradient_(gradient, bias, local, 0, self.transform, *of_rows)
+                self.backend.logits_bwd_(gradient, bias, local, 0, self.transform, *of_rows)
                 if self.dbias is not None:
                     self.dbias[start:stop].index_add_(0, columns, gradient.sum(dim=0))
                 if dhidden is not None:

@@ -102,7 +102,7 @@ def linear_logprob(*flat: object) -> tuple[Tensor, Tensor, Tensor, Tensor, Tenso
         logsumexp = hidden.new_zeros(tokens, dtype=torch.float64)
         for chunk in head.chunks():
             into = None if saved is None else saved.rows(chunk.start, chunk.stop)
-            token = head.forward_backward(chunk) if inputs.frozen else head.forward(chunk, into)
+            token = head.forward(chunk, into, backward=inputs.frozen)
             if saved is not None and into is not None:
                 saved.keep_offsets(into, chunk.start, chunk.stop)
             logprob[chunk.rows], logsumexp[chunk.rows] = token

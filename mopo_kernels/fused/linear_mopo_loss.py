@@ -33,7 +33,6 @@ from mopo_kernels.fused.custom_ops import (
 from mopo_kernels.fused.mopo_loss import evaluate, fake_loss
 from mopo_kernels.fused.pair_groups import closed_groups
 from mopo_kernels.fused.scored_rows import Rows
-from mopo_kernels.parallel import Shard
 from mopo_kernels.transfer import to_device
 
 
@@ -87,111 +86,108 @@ def _schedule(head: ChunkedHead, cu_seqlens: Tensor, pairs: Tensor) -> Iterator[
 )
 def linear_mopo_loss(*flat: object) -> tuple[Tensor, ...]:
     """What :func:`mopo_kernels.fused.mopo_loss.evaluate` returns, and the loss's gradients for hidden, weight and bias
-    (size 0 where not needed)."""
+    (size 0 where not needed).
+
+    Three products with a trained head: a chunk of logits is saved until the pairs of its sequences close, grad_logprob
+    follows from the pairs, and the chunk becomes ``grad_logprob * J`` in place. Sequences tied together by pairs that
+    need more rows than the buffer has go forward first and are computed again afterwards: one product more for their
+    rows, the same numbers. Two with a frozen head, whose rows of dhidden are scaled by grad_logprob at the end, and one
+    without gradients. The reference's hidden states take one more product: in one with the policy's where the buffer
+    holds both.
+    """
     call = LinearMOPOLoss.unflatten(flat)
-    inputs = call.inputs
-    shard = shard_of(inputs, call.options)
-    check_targets(inputs, call.options, shard)
+    options, ref_hidden = call.options, call.ref_hidden
+    shard = shard_of(call.inputs, options)
+    check_targets(call.inputs, options, shard)
+    inputs, dtype = readable(call.inputs, options), accumulation_dtype(call.inputs.hidden.dtype)
     checks.cu_seqlens(call.cu_seqlens, inputs.hidden.shape[0])
     if call.ref_logprob is not None:
         checks.ref_logprob(call.ref_logprob)
-    batch = call.batch.to(accumulation_dtype(inputs.hidden.dtype), inputs.hidden.device)
+    batch = call.batch.to(dtype, inputs.hidden.device)
     batch.check_values(call.cu_seqlens.shape[0] - 1)
     with no_autocast(inputs.hidden):
-        return _forward_backward(call, readable(inputs, call.options), batch, shard)
+        hidden, limit = inputs.hidden, buffer_bytes(options, inputs.weight)
+        sequences, tokens = call.cu_seqlens.shape[0] - 1, hidden.shape[0]
+        host_cu_seqlens = call.cu_seqlens.contiguous()
+        cu_seqlens = to_device(host_cu_seqlens, hidden.device)
+        segment_ids = torch.searchsorted(
+            cu_seqlens[1:].contiguous(), torch.arange(tokens, device=hidden.device), right=True
+        )
 
+        def new_head(copies: int, gathered_rows: bool = False) -> ChunkedHead:
+            save = any(inputs.needs)
+            return ChunkedHead(
+                inputs, options, shard, limit, copies=copies, save_logits=save, gathered_rows=gathered_rows
+            )
 
-def _forward_backward(
-    call: LinearMOPOLoss, inputs: HeadInputs, batch: PairBatch, shard: Shard | None
-) -> tuple[Tensor, ...]:
-    """Three products with a trained head: a chunk of logits is saved until the pairs of its sequences close,
-    grad_logprob follows from the pairs, and the chunk becomes ``grad_logprob * J`` in place. Sequences tied together by
-    pairs that need more rows than the buffer has go forward first and are computed again afterwards: one product more
-    for their rows, the same numbers. Two with a frozen head, whose rows of dhidden are scaled by grad_logprob at the
-    end, and one without gradients. The reference's hidden states take one more product: in one with the policy's where
-    the buffer holds both. ``inputs`` and ``batch`` are those of ``call``: readable, and in the accumulation dtype.
-    """
-    options, ref_hidden = call.options, call.ref_hidden
-    hidden, limit = inputs.hidden, buffer_bytes(options, inputs.weight)
-    sequences, tokens = call.cu_seqlens.shape[0] - 1, hidden.shape[0]
-    host_cu_seqlens = call.cu_seqlens.contiguous()
-    cu_seqlens = to_device(host_cu_seqlens, hidden.device)
-    segment_ids = torch.searchsorted(
-        cu_seqlens[1:].contiguous(), torch.arange(tokens, device=hidden.device), right=True
-    )
+        head = new_head(copies=1)
+        together = False
+        if ref_hidden is not None and head.full_vocab and head.scored.count <= head.plan.rows:
+            both = new_head(copies=2)
+            if both.full_vocab and 2 * both.scored.count <= both.plan.rows:
+                head, together = both, True
+        planned = inputs.trained and batch.options.loss_type != "cloning"
+        groups = list(_schedule(head, host_cu_seqlens, call.batch.pairs)) if planned else []
+        if not together and any(isinstance(group.positions, Tensor) for group in groups):
+            head = new_head(copies=1, gathered_rows=True)
+            groups = list(_schedule(head, host_cu_seqlens, call.batch.pairs))
+        backend = head.backend
+        gradients = head.allocate(*inputs.needs)
+        logprob = hidden.new_zeros(tokens, dtype=head.layout.acc_dtype)
+        ref_logprob = torch.zeros_like(logprob)
+        logsumexp = logprob.new_zeros(tokens, dtype=torch.float64)
 
-    def new_head(copies: int, gathered_rows: bool = False) -> ChunkedHead:
-        save = any(inputs.needs)
-        return ChunkedHead(inputs, options, shard, limit, copies=copies, save_logits=save, gathered_rows=gathered_rows)
+        def forward(chunk: Chunk, backward: bool = False) -> TokenLogprob:
+            if together and ref_hidden is not None:
+                token, ref_logprob[chunk.rows] = head.forward_with_reference(chunk, ref_hidden)
+                if backward:
+                    head.backward(chunk, token, None, head.saved_tile(chunk, 2))
+            else:
+                token = head.forward(chunk, backward=backward)
+            logprob[chunk.rows], logsumexp[chunk.rows] = token
+            return token
 
-    head = new_head(copies=1)
-    together = False
-    if ref_hidden is not None and head.full_vocab and head.scored.count <= head.plan.rows:
-        both = new_head(copies=2)
-        if both.full_vocab and 2 * both.scored.count <= both.plan.rows:
-            head, together = both, True
-    planned = inputs.trained and batch.options.loss_type != "cloning"
-    groups = list(_schedule(head, host_cu_seqlens, call.batch.pairs)) if planned else []
-    if not together and any(isinstance(group.positions, Tensor) for group in groups):
-        head = new_head(copies=1, gathered_rows=True)
-        groups = list(_schedule(head, host_cu_seqlens, call.batch.pairs))
-    backend = head.backend
-    gradients = head.allocate(*inputs.needs)
-    logprob = hidden.new_zeros(tokens, dtype=head.layout.acc_dtype)
-    ref_logprob = torch.zeros_like(logprob)
-    logsumexp = logprob.new_zeros(tokens, dtype=torch.float64)
+        if ref_hidden is not None and not together:
+            reference_head = head
+            if head.fused and head.save_logits:
+                # Without a tile to save, more rows go at a time.
+                reference_inputs = replace(inputs, hidden=ref_hidden)
+                reference_head = ChunkedHead(reference_inputs, options, shard, limit, save_logits=False)
+            for chunk in reference_head.chunks(of=ref_hidden):
+                ref_logprob[chunk.rows] = reference_head.forward(chunk, store=False).logprob
 
-    def forward(chunk: Chunk, backward: bool = False) -> TokenLogprob:
-        if together and ref_hidden is not None:
-            token, ref_logprob[chunk.rows] = head.forward_with_reference(chunk, ref_hidden)
-            if backward:
-                head.backward(chunk, token, None, head.saved_tile(chunk, 2))
-        elif backward:
-            token = head.forward_backward(chunk)
-        else:
-            token = head.forward(chunk)
-        logprob[chunk.rows], logsumexp[chunk.rows] = token
-        return token
+        def sums() -> tuple[Tensor, Tensor]:
+            reference_sum = (
+                backend.segment_sum(ref_logprob, cu_seqlens) if call.ref_logprob is None else call.ref_logprob
+            )
+            return backend.segment_sum(logprob, cu_seqlens), reference_sum
 
-    if ref_hidden is not None and not together:
-        reference_head = head
-        if head.fused and head.save_logits:
-            # Without a tile to save, more rows go at a time.
-            reference_inputs = replace(inputs, hidden=ref_hidden)
-            reference_head = ChunkedHead(reference_inputs, options, shard, limit, save_logits=False)
-        for chunk in reference_head.chunks(of=ref_hidden):
-            ref_logprob[chunk.rows] = reference_head.forward(chunk, store=False).logprob
+        def grad_logprob() -> Tensor:
+            return backend.pair_loss_bwd(*sums(), batch)[segment_ids]
 
-    def sums() -> tuple[Tensor, Tensor]:
-        reference_sum = backend.segment_sum(ref_logprob, cu_seqlens) if call.ref_logprob is None else call.ref_logprob
-        return backend.segment_sum(logprob, cu_seqlens), reference_sum
-
-    def grad_logprob() -> Tensor:
-        return backend.pair_coefficient(*sums(), batch)[segment_ids]
-
-    copies = 2 if together else 1
-    if planned:
-        for group in groups:
-            for chunk in head.chunks(group.positions):
-                token = forward(chunk)
-                if group.one_chunk:
-                    head.backward(chunk, token, grad_logprob()[chunk.rows], head.saved_tile(chunk, copies))
-            if not group.one_chunk:
-                grad = grad_logprob()
+        copies = 2 if together else 1
+        if planned:
+            for group in groups:
                 for chunk in head.chunks(group.positions):
-                    token = TokenLogprob(logprob[chunk.rows], logsumexp[chunk.rows])
-                    head.backward(chunk, token, grad[chunk.rows], None)
-    else:
-        # Either grad_logprob is known beforehand, or it only scales the rows of dhidden, which can wait.
-        known = coefficients.frozen_coefficient(batch, sequences)[segment_ids] if inputs.trained else None
-        for chunk in head.chunks():
-            token = forward(chunk, backward=inputs.frozen)
-            if known is not None:
-                head.backward(chunk, token, known[chunk.rows], head.saved_tile(chunk, copies))
-        if inputs.frozen:
-            gradients[0].mul_(grad_logprob()[:, None])
-    head.finish()
-    return (*(t.clone() for t in evaluate(*sums(), batch)), *gradients)
+                    token = forward(chunk)
+                    if group.one_chunk:
+                        head.backward(chunk, token, grad_logprob()[chunk.rows], head.saved_tile(chunk, copies))
+                if not group.one_chunk:
+                    grad = grad_logprob()
+                    for chunk in head.chunks(group.positions):
+                        token = TokenLogprob(logprob[chunk.rows], logsumexp[chunk.rows])
+                        head.backward(chunk, token, grad[chunk.rows], None)
+        else:
+            # Either grad_logprob is known beforehand, or it only scales the rows of dhidden, which can wait.
+            known = coefficients.frozen_coefficient(batch, sequences)[segment_ids] if inputs.trained else None
+            for chunk in head.chunks():
+                token = forward(chunk, backward=inputs.frozen)
+                if known is not None:
+                    head.backward(chunk, token, known[chunk.rows], head.saved_tile(chunk, copies))
+            if inputs.frozen:
+                gradients[0].mul_(grad_logprob()[:, None])
+        head.finish()
+        return (*(t.clone() for t in evaluate(*sums(), batch)), *gradients)
 
 
 @linear_mopo_loss.register_fake

@@ -78,7 +78,7 @@ def mopo_loss(*flat: object) -> tuple[Tensor, ...]:
     call.batch.check_values(call.ref_logprob.shape[0])
     batch = call.batch.to(call.ref_logprob.dtype, call.ref_logprob.device)
     output = evaluate(call.logprob, call.ref_logprob, batch)
-    grad_logprob = tile_backend(call.backend).pair_coefficient(call.logprob, call.ref_logprob, batch)
+    grad_logprob = tile_backend(call.backend).pair_loss_bwd(call.logprob, call.ref_logprob, batch)
     return (*(t.clone() for t in output), grad_logprob)
 
 

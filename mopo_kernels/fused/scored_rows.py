@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mopo_kernels.backends.tile import NOT_SCORED
+from mopo_kernels.backends.base import NOT_SCORED
 
 Rows = slice | Tensor
 
