@@ -31,20 +31,19 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
 from bench.provenance import ROOT, origin
-from mopo_kernels.backends.tile import Head
+from mopo_kernels.arguments import LogitTransform, LossOptions, PairBatch
+from mopo_kernels.backends.triton.exp_logits_bwd import exp_logits_bwd_
+from mopo_kernels.backends.triton.linear_lse_fwd import linear_lse_fwd, offset_blocks, row_offsets
+from mopo_kernels.backends.triton.logits_bwd import logits_bwd_
+from mopo_kernels.backends.triton.lse_fwd import lse_fwd
+from mopo_kernels.backends.triton.mark_target import mark_target_
+from mopo_kernels.backends.triton.math import interpreted
+from mopo_kernels.backends.triton.pair_loss_bwd import pair_loss_bwd
+from mopo_kernels.backends.triton.row_offset import row_offset
+from mopo_kernels.backends.triton.row_statistics import row_statistics
+from mopo_kernels.backends.triton.scale_rows import scale_rows
+from mopo_kernels.backends.triton.segment_sum import segment_sum
 from mopo_kernels.cli.output import prepare_file
-from mopo_kernels.coefficients import PairData
-from mopo_kernels.kernels.common import interpreted
-from mopo_kernels.kernels.exponential_gradient import exponential_gradient_
-from mopo_kernels.kernels.fold import fold
-from mopo_kernels.kernels.gradient import gradient_
-from mopo_kernels.kernels.linear_fold import linear_fold, offset_blocks, row_offsets
-from mopo_kernels.kernels.mark_target import mark_target_
-from mopo_kernels.kernels.pair_coefficient import pair_coefficient
-from mopo_kernels.kernels.row_offset import row_offset
-from mopo_kernels.kernels.row_statistics import row_statistics
-from mopo_kernels.kernels.scale_rows import scale_rows
-from mopo_kernels.kernels.segment_sum import segment_sum
 
 OUTPUT = ROOT / "bench" / "results" / "compile_report.json"
 # 8.6 stands for the architectures that have no configuration of their own.
@@ -53,9 +52,9 @@ ARCHITECTURES = (80, 86, 90, 100)
 SHARED_KIB = {80: 163, 86: 99, 87: 163, 89: 99, 90: 227, 100: 227, 103: 227, 120: 99}
 
 HEADS = {
-    "plain": Head(None, 1.0, 1.0),
-    "scaled": Head(None, 0.5, 1.5),
-    "capped": Head(30.0, 1.0, 1.0),
+    "plain": LogitTransform(),
+    "scaled": LogitTransform(None, 0.5, 1.5),
+    "capped": LogitTransform(30.0),
 }
 SHORT = {
     torch.bfloat16: "bf16",
@@ -140,16 +139,16 @@ def _resources(binary: Any, log: str) -> dict[str, Any]:
 
 def _tile_variants() -> Iterator[tuple[str, Callable[[], None]]]:
     target = torch.zeros(1, dtype=torch.int64)
-    for dtype, bias, (name, head), columns in itertools.product(
+    for dtype, bias, (name, transform), columns in itertools.product(
         (torch.float32, torch.float64), BOTH, HEADS.items(), (4096, 4099)
     ):
         tile, row = torch.zeros(1, columns, dtype=dtype), torch.zeros(1, dtype=dtype)
-        at = (tile, tile[0] if bias else None, target, 0, head)
+        at = (tile, tile[0] if bias else None, target, 0, transform)
         label = f"{SHORT[dtype]} {name}{' bias' if bias else ''} W={columns}"
-        yield f"fold {label}", lambda at=at, row=row: fold(*at, row, row, row)
-        for coefficient in (None, row):
-            suffix = "" if coefficient is None else " coefficient"
-            yield f"gradient {label}{suffix}", lambda at=at, c=coefficient: gradient_(*at, target.double(), c)
+        yield f"lse_fwd {label}", lambda at=at, row=row: lse_fwd(*at, row, row, row)
+        for grad_logprob in (None, row):
+            suffix = "" if grad_logprob is None else " grad_logprob"
+            yield f"logits_bwd {label}{suffix}", lambda at=at, c=grad_logprob: logits_bwd_(*at, target.double(), c)
 
 
 # (H, W, row stride of the exponentials): whole blocks; none whole; a vocabulary of an odd size, in rows that start at
@@ -163,20 +162,20 @@ def _fused_variants() -> Iterator[tuple[str, Callable[[], None]]]:
         hidden, weight = torch.zeros(1, hidden_size, dtype=dtype), torch.zeros(columns, hidden_size, dtype=dtype)
         tile = torch.zeros(2, stride, dtype=dtype)[:1, :columns]
         size = f"H={hidden_size} W={columns} stride={stride}"
-        for (name, head), bias, store in itertools.product(HEADS.items(), BOTH, BOTH):
+        for (name, transform), bias, store in itertools.product(HEADS.items(), BOTH, BOTH):
             label = f"{SHORT[dtype]} {name}{' bias' if bias else ''}{' store' if store else ''} {size}"
-            at = (hidden, weight, torch.zeros(columns) if bias else None, target, 0, head, row, row, row)
+            at = (hidden, weight, torch.zeros(columns) if bias else None, target, 0, transform, row, row, row)
             stored = tile if store else None
-            yield f"linear_fold {label}", lambda at=at, stored=stored: _linear_fold(at, stored)
+            yield f"linear_lse_fwd {label}", lambda at=at, stored=stored: _linear_lse_fwd(at, stored)
         if row_offsets(dtype):
             yield from _by_row(f"{SHORT[dtype]} {{}} {size}", hidden, weight, tile, target, row)
             continue
-        for (name, head), coefficient in itertools.product(HEADS.items(), (None, row)):
-            suffix = "" if coefficient is None else " coefficient"
+        for (name, transform), grad_logprob in itertools.product(HEADS.items(), (None, row)):
+            suffix = "" if grad_logprob is None else " grad_logprob"
             yield (
-                f"exponential_gradient {SHORT[dtype]} {name}{suffix} {size}",
-                lambda tile=tile, head=head, c=coefficient: exponential_gradient_(
-                    tile, _offsets(tile), target, 0, head, row.double(), row, c
+                f"exp_logits_bwd {SHORT[dtype]} {name}{suffix} {size}",
+                lambda tile=tile, transform=transform, c=grad_logprob: exp_logits_bwd_(
+                    tile, _offsets(tile), target, 0, transform, row.double(), row, c
                 ),
             )
 
@@ -184,12 +183,12 @@ def _fused_variants() -> Iterator[tuple[str, Callable[[], None]]]:
 def _by_row(
     label: str, hidden: Tensor, weight: Tensor, tile: Tensor, target: Tensor, row: Tensor
 ) -> Iterator[tuple[str, Callable[[], object]]]:
-    """What stands around linear_fold where exponentials have one offset a row."""
-    for (name, head), bias in itertools.product(HEADS.items(), BOTH):
-        at = (hidden, weight, torch.zeros(weight.shape[0]) if bias else None, target, 0, head)
+    """What stands around linear_lse_fwd where exponentials have one offset a row."""
+    for (name, transform), bias in itertools.product(HEADS.items(), BOTH):
+        at = (hidden, weight, torch.zeros(weight.shape[0]) if bias else None, target, 0, transform)
         yield f"row_offset {label.format(name + ' bias' * bias)}", lambda at=at: row_offset(*at)
-    for name, head in HEADS.items():
-        marked = (tile, target, 0, head, row, row.double(), row, row)
+    for name, transform in HEADS.items():
+        marked = (tile, target, 0, transform, row, row.double(), row, row)
         yield f"mark_target {label.format(name)}", lambda marked=marked: mark_target_(*marked)
     yield f"row_statistics {label.format('any')}", lambda: row_statistics(row, row, row)
     for name, x, factor in (("rows", hidden, row), ("gradient", weight.float(), torch.ones(()))):
@@ -200,8 +199,8 @@ def _offsets(tile: Tensor) -> Tensor:
     return torch.zeros(offset_blocks(tile.shape[1]), 1)
 
 
-def _linear_fold(at: tuple[Any, ...], tile: Tensor | None) -> None:
-    linear_fold(*at, tile, None if tile is None or row_offsets(tile.dtype) else _offsets(tile))
+def _linear_lse_fwd(at: tuple[Any, ...], tile: Tensor | None) -> None:
+    linear_lse_fwd(*at, tile, None if tile is None or row_offsets(tile.dtype) else _offsets(tile))
 
 
 def _sequence_variants() -> Iterator[tuple[str, Callable[[], object]]]:
@@ -215,19 +214,15 @@ def _sequence_variants() -> Iterator[tuple[str, Callable[[], object]]]:
     for dtype, loss_type, given in itertools.product((torch.float32, torch.float64), ("regression", "sigmoid"), chosen):
         one = torch.ones(4, dtype=dtype)
         optional = {name: one if wanted else None for name, wanted in zip(names, given, strict=True)}
-        data = PairData(
+        batch = PairBatch(
             pairs=torch.zeros(4, 2, dtype=torch.int64),
             preference=torch.zeros(4, 2, dtype=dtype),
             objective_weight=one,
-            tau=0.1,
-            loss_type=loss_type,
-            prompt_index=None,
-            max_ratio=None,
-            estimator="pair",
             **optional,
+            options=LossOptions(loss_type=loss_type),
         )
         label = " ".join([SHORT[dtype], loss_type, *(name for name in names if optional[name] is not None)])
-        yield f"pair_coefficient {label}", lambda one=one, data=data: pair_coefficient(one, one, data)
+        yield f"pair_loss_bwd {label}", lambda one=one, batch=batch: pair_loss_bwd(one, one, batch)
 
 
 def variants(match: str = "") -> dict[str, Callable[[], object]]:
@@ -257,11 +252,11 @@ def compile_all(architecture: int, match: str = "") -> list[dict[str, Any]]:
 
 
 def source_hash() -> str:
-    """Of the kernels' code, comments and docstrings left out: whether a report is of today's kernels. The repairs to
-    Triton's interpreter are no part of what is compiled."""
+    """Of the kernels' code, comments and docstrings left out: whether a report is of today's kernels. What puts
+    them together, and the repairs to Triton's interpreter, are no part of what is compiled."""
     digest = hashlib.sha256()
-    for path in sorted((ROOT / "mopo_kernels" / "kernels").glob("*.py")):
-        if path.stem == "interpreter":
+    for path in sorted((ROOT / "mopo_kernels" / "backends" / "triton").glob("*.py")):
+        if path.stem in ("__init__", "backend", "interpreter"):
             continue
         tree = ast.parse(path.read_text(encoding="utf-8"))
         for node in ast.walk(tree):

@@ -33,7 +33,8 @@ from rich.table import Table
 
 from bench.provenance import ROOT, origin
 from mopo_kernels import linear_mopo_loss
-from mopo_kernels.backends import Head, cpp
+from mopo_kernels.arguments import LogitTransform
+from mopo_kernels.backends import cpp
 
 RESULT = ROOT / "bench" / "results" / "instructions.json"
 SPREAD = 0.01
@@ -66,16 +67,16 @@ def numbers(*shape: int) -> torch.Tensor:
 
 
 def kernel(name: str, rows: int = 64, columns: int = 4096, capped: bool = False) -> Case:
-    """The operator ``fold`` or ``gradient_`` on a tile (rows, columns); ``capped``: with a bias and a softcap."""
+    """The operator ``lse_fwd`` or ``logits_bwd_`` on a tile (rows, columns); ``capped``: with a bias and a softcap."""
 
     def prepare() -> Callable[[], object]:
         tile, target = numbers(rows, columns), torch.arange(rows)
-        bias, head = (numbers(columns) if capped else None), Head(30.0 if capped else None, 1.0, 1.0)
-        if name == "fold":
+        bias, transform = (numbers(columns) if capped else None), LogitTransform(30.0 if capped else None, 1.0, 1.0)
+        if name == "lse_fwd":
             statistics = torch.full((rows,), -torch.inf), torch.zeros(rows), torch.zeros(rows)
-            return lambda: cpp.BACKEND.fold(tile, bias, target, 0, head, *statistics)
-        logsumexp, coefficient = torch.full((rows,), 9.0, dtype=torch.float64), numbers(rows)
-        return lambda: cpp.BACKEND.gradient_(tile, bias, target, 0, head, logsumexp, coefficient)
+            return lambda: cpp.BACKEND.lse_fwd(tile, bias, target, 0, transform, *statistics)
+        logsumexp, grad_logprob = torch.full((rows,), 9.0, dtype=torch.float64), numbers(rows)
+        return lambda: cpp.BACKEND.logits_bwd_(tile, bias, target, 0, transform, logsumexp, grad_logprob)
 
     return Case(rows * columns, prepare)
 
@@ -101,17 +102,17 @@ def loss(trained: bool, rows: int = 32, hidden: int = 64, vocabulary: int = 2048
 
 NOTHING = "nothing"
 CASES = {
-    "fold": kernel("fold"),
-    "fold, bias and softcap": kernel("fold", capped=True),
-    "gradient_": kernel("gradient_"),
-    "gradient_, bias and softcap": kernel("gradient_", capped=True),
+    "lse_fwd": kernel("lse_fwd"),
+    "fold, bias and softcap": kernel("lse_fwd", capped=True),
+    "logits_bwd_": kernel("logits_bwd_"),
+    "gradient_, bias and softcap": kernel("logits_bwd_", capped=True),
     "loss, head frozen": loss(trained=False),
     "loss, head trained": loss(trained=True),
 }
 # What the regression gate must refuse in place of the case of that name: 77 rows are 1.2 x 64.
 CONTROLS = {
-    "fold": ("fold of 1.2 x the rows", kernel("fold", rows=77)),
-    "gradient_": ("gradient_ of 1.2 x the rows", kernel("gradient_", rows=77)),
+    "lse_fwd": ("fold of 1.2 x the rows", kernel("lse_fwd", rows=77)),
+    "logits_bwd_": ("gradient_ of 1.2 x the rows", kernel("logits_bwd_", rows=77)),
 }
 
 

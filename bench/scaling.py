@@ -31,7 +31,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PhiConfig, Pretraine
 
 from bench.provenance import provenance
 from bench.readme import fill_marks
-from mopo_kernels.functional import default_buffer_bytes
+from mopo_kernels.fused.buffer_plan import default_buffer_bytes
 from mopo_kernels.trainer.estimate import optimizer_bytes, tensor_bytes
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -1,5 +1,5 @@
 // The operators' schemas, the same for every device; each device's file implements them with TORCH_LIBRARY_IMPL.
-// Meaning of the arguments: TileBackend in mopo_kernels/backends/tile.py; of the last two, backends/cpp.py.
+// Meaning of the arguments: TileBackend in mopo_kernels/backends/base.py; of the last two, backends/cpp.py.
 #include <Python.h>
 #include <torch/library.h>
 

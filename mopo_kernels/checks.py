@@ -14,8 +14,6 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from mopo_kernels.reference import ESTIMATORS, LOSS_TYPES
-
 FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 # Of positive numbers that are divided by, and of all that are multiplied with: beyond, squares, quotients and sums of a
 # few of them leave the range of fp32, and the result would be NaN, or that of another number.
@@ -64,37 +62,6 @@ def _of_numpy(got: object, kind: type) -> bool:
 def within(argument: str, got: float, smallest: float, largest: float) -> None:
     number(argument, got)
     expect(smallest <= got <= largest, argument, f"lie in {smallest:g} .. {largest:g}", got)
-
-
-def loss_options(tau: float, loss_type: str, max_ratio: float | None, estimator: str) -> None:
-    """Options of :func:`mopo_kernels.mopo_loss`."""
-    choice("loss_type", loss_type, LOSS_TYPES)
-    choice("estimator", estimator, ESTIMATORS)
-    within("tau", tau, SMALLEST, LARGEST)
-    if max_ratio is not None:
-        # Where labels favour no response the ratio is 1: a smaller cap would bind even there.
-        within("max_ratio", max_ratio, 1, LARGEST)
-
-
-def head_options(
-    softcap: float | None,
-    logit_scale: float,
-    temperature: float,
-    max_buffer_bytes: int | None,
-    gradient_filter: float | None,
-) -> None:
-    """Options of :func:`mopo_kernels.linear_logprob`."""
-    if softcap is not None:
-        within("softcap", softcap, SMALLEST, LARGEST_SOFTCAP)
-    within("logit_scale", logit_scale, -LARGEST, LARGEST)
-    within("temperature", temperature, SMALLEST, LARGEST)
-    if max_buffer_bytes is not None:
-        integer("max_buffer_bytes", max_buffer_bytes)
-        expect(max_buffer_bytes > 0, "max_buffer_bytes", "be positive", max_buffer_bytes)
-        expect(max_buffer_bytes < 2**63, "max_buffer_bytes", "fit 64 bits", max_buffer_bytes)
-    if gradient_filter is not None:
-        number("gradient_filter", gradient_filter)
-        expect(0 < gradient_filter < 1, "gradient_filter", "be None or between 0 and 1", gradient_filter)
 
 
 def reverse_mode(**arguments: Tensor | None) -> None:
@@ -236,44 +203,3 @@ def ref_logprob(tensor: Tensor) -> None:
 def normalizer(got: float) -> None:
     number("normalizer", got)
     expect(got == 0 or SMALLEST <= got <= LARGEST, "normalizer", f"be 0 or lie in {SMALLEST:g} .. {LARGEST:g}", got)
-
-
-def pair_values(
-    pairs: Tensor,
-    preference: Tensor,
-    objective_weight: Tensor,
-    sequences: int,
-    pair_weight: Tensor | None,
-    label_rate: Tensor | None,
-    margin: Tensor | None,
-    length: Tensor | None,
-    prompt_index: Tensor | None,
-    normalizer: Tensor | None,
-) -> None:
-    value("pairs", pairs, lambda t: (t >= 0) & (t < sequences), f"lie in 0 .. S - 1 = {sequences - 1}")
-    value("pairs", pairs, lambda t: (t[:, :1] != t[:, 1:]).expand_as(t), "name two different responses")
-    if prompt_index is not None:
-        prompt = prompt_index
-        value(
-            "pairs",
-            pairs,
-            lambda t: (prompt[t[:, :1]] == prompt[t[:, 1:]]).expand_as(t),
-            "join responses to one prompt, as prompt_index has it",
-        )
-    value("preference", preference, lambda t: torch.isnan(t) | ((t >= 0) & (t <= 1)), "lie in [0, 1] or be NaN")
-    value("objective_weight", objective_weight, lambda t: (t >= 0) & (t <= LARGEST), f"lie in 0 .. {LARGEST:g}")
-    if pair_weight is not None:
-        value("pair_weight", pair_weight, lambda t: (t >= 0) & (t <= LARGEST), f"lie in 0 .. {LARGEST:g}")
-    if label_rate is not None:
-        value("label_rate", label_rate, lambda t: (t >= SMALLEST) & (t <= 1), f"lie in {SMALLEST:g} .. 1")
-    if margin is not None:
-        value("margin", margin, lambda t: (t >= -LARGEST) & (t <= LARGEST), f"lie in {-LARGEST:g} .. {LARGEST:g}")
-    if length is not None:
-        value("length", length, lambda t: (t >= SMALLEST) & (t <= LARGEST), f"lie in {SMALLEST:g} .. {LARGEST:g}")
-    if normalizer is not None:
-        value(
-            "normalizer",
-            normalizer.reshape(1),
-            lambda t: (t == 0) | ((t >= SMALLEST) & (t <= LARGEST)),
-            f"be 0 or lie in {SMALLEST:g} .. {LARGEST:g}",
-        )

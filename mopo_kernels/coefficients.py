@@ -6,32 +6,11 @@ pass, where autograd does not reach. Tests hold them against autograd of the ref
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
 from mopo_kernels import reference
-
-
-@dataclass(frozen=True)
-class PairData:
-    """What the loss needs besides log-probabilities: see :func:`mopo_kernels.mopo_loss`. All tensors but ``pairs`` and
-    ``prompt_index`` are in the accumulation dtype already."""
-
-    pairs: Tensor
-    preference: Tensor
-    objective_weight: Tensor
-    tau: float
-    loss_type: str
-    pair_weight: Tensor | None
-    label_rate: Tensor | None
-    margin: Tensor | None
-    length: Tensor | None
-    prompt_index: Tensor | None
-    max_ratio: float | None
-    estimator: str
-    normalizer: Tensor | None
+from mopo_kernels.arguments import PairBatch
 
 
 def pair_slope(
@@ -63,51 +42,56 @@ def sequence_coefficient(slope: Tensor, pairs: Tensor, sequences: int) -> Tensor
     return reference.scatter_sum(reference.scatter_sum(g, pairs[:, 0], slope), pairs[:, 1], -slope)
 
 
-def divisor(data: PairData, sequences: int) -> Tensor:
+def divisor(batch: PairBatch, sequences: int) -> Tensor:
     """What the loss is divided by, (): the normalizer, or else the pairs' weight, or S for "cloning"; 1 where that is
     0, as an empty batch has loss and gradient 0."""
-    if data.normalizer is not None:
-        count = data.normalizer
-    elif data.loss_type == "cloning":
-        count = data.objective_weight.new_full((), float(sequences))
-    elif data.pair_weight is None:
-        count = data.objective_weight.new_full((), float(data.pairs.shape[0]))
+    if batch.normalizer is not None:
+        count = batch.normalizer
+    elif batch.options.loss_type == "cloning":
+        count = batch.objective_weight.new_full((), float(sequences))
+    elif batch.pair_weight is None:
+        count = batch.objective_weight.new_full((), float(batch.pairs.shape[0]))
     else:
-        count = data.pair_weight.sum()
+        count = batch.pair_weight.sum()
     return torch.where(count == 0, 1.0, count)
 
 
-def frozen_coefficient(data: PairData, sequences: int) -> Tensor:
+def frozen_coefficient(batch: PairBatch, sequences: int) -> Tensor:
     """g for "cloning", (S,): minus the frozen ratio, whatever the policy: eq. (32) of docs/method.md."""
-    assert data.prompt_index is not None
+    assert batch.prompt_index is not None
     rho = reference.policy_ratio(
-        data.preference, data.pairs, data.objective_weight, data.tau, data.prompt_index, data.max_ratio
+        batch.preference,
+        batch.pairs,
+        batch.objective_weight,
+        batch.options.tau,
+        batch.prompt_index,
+        batch.options.max_ratio,
     )
-    g = -rho.to(data.objective_weight) / divisor(data, sequences)
-    return g if data.length is None else g / data.length
+    g = -rho.to(batch.objective_weight) / divisor(batch, sequences)
+    return g if batch.length is None else g / batch.length
 
 
-def coefficient(logprob: Tensor, ref_logprob: Tensor, data: PairData) -> Tensor:
+def coefficient(logprob: Tensor, ref_logprob: Tensor, batch: PairBatch) -> Tensor:
     """``g = d loss / d logprob``, (S,). That of a sequence depends on those it is paired with alone.
 
     See eq. (31) of docs/method.md.
     """
-    if data.loss_type == "cloning":
-        return frozen_coefficient(data, logprob.shape[0])
+    if batch.options.loss_type == "cloning":
+        return frozen_coefficient(batch, logprob.shape[0])
     log_ratio = logprob - ref_logprob
-    if data.length is not None:
-        log_ratio = log_ratio / data.length
-    i, j = data.pairs.unbind(dim=1)
+    if batch.length is not None:
+        log_ratio = log_ratio / batch.length
+    i, j = batch.pairs.unbind(dim=1)
     slope = pair_slope(
         log_ratio[i] - log_ratio[j],
-        data.preference,
-        data.objective_weight,
-        tau=data.tau,
-        loss_type=data.loss_type,
-        label_rate=data.label_rate,
-        offset=data.margin,
+        batch.preference,
+        batch.objective_weight,
+        tau=batch.options.tau,
+        loss_type=batch.options.loss_type,
+        label_rate=batch.label_rate,
+        offset=batch.margin,
     )
-    if data.pair_weight is not None:
-        slope = slope * data.pair_weight
-    g = sequence_coefficient(slope, data.pairs, logprob.shape[0]) / divisor(data, logprob.shape[0])
-    return g if data.length is None else g / data.length
+    if batch.pair_weight is not None:
+        slope = slope * batch.pair_weight
+    g = sequence_coefficient(slope, batch.pairs, logprob.shape[0]) / divisor(batch, logprob.shape[0])
+    return g if batch.length is None else g / batch.length

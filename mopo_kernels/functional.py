@@ -1,37 +1,26 @@
-"""The public functions. They check shapes, dtypes and devices, choose a backend and call one custom op.
+"""The public functions. They put their arguments into bundles, check them, choose a backend and call one custom op.
 
 Dimension letters: N tokens, H hidden, V vocabulary, S sequences, P pairs, K objectives.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple
+from dataclasses import replace
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
-from mopo_kernels import backends, checks, ops, parallel, reference
-from mopo_kernels.driver import to_device
-from mopo_kernels.head import accumulation_dtype
+from mopo_kernels import backends, checks, parallel, reference
+from mopo_kernels.arguments import HeadInputs, HeadOptions, LogitTransform, LossOptions, PairBatch
+from mopo_kernels.fused import linear_logprob as fused_logprob
+from mopo_kernels.fused import linear_mopo_loss as fused_loss
+from mopo_kernels.fused import mopo_loss as pair_loss
+from mopo_kernels.fused.buffer_plan import accumulation_dtype, buffer_bytes
+from mopo_kernels.transfer import to_device
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
-
-#: Default bound on the memory of one call beyond inputs, outputs and gradients, in bytes: on the CPU, and the least of
-#: it on a GPU; see :func:`default_buffer_bytes`.
-DEFAULT_BUFFER_BYTES = 256 << 20
-# Rows of a chunk below which a GPU's products are slower, most of all those that add to dweight in fp32.
-_ROWS_ON_A_GPU = 4096
-
-
-def default_buffer_bytes(weight: Tensor) -> int:
-    """The default of ``max_buffer_bytes`` for a head (V, H): 256 MiB, and on a GPU room for 4096 rows of logits in the
-    weight's dtype."""
-    if weight.device.type == "cpu":
-        return DEFAULT_BUFFER_BYTES
-    vocabulary, hidden_size = weight.shape
-    row = weight.itemsize * (vocabulary + vocabulary // 8 + 2 * hidden_size)
-    return max(DEFAULT_BUFFER_BYTES, _ROWS_ON_A_GPU * row)
 
 
 class MOPOLossOutput(NamedTuple):
@@ -56,94 +45,15 @@ class MOPOLossOutput(NamedTuple):
     effective_sample_size: Tensor
 
 
-class _Linear(NamedTuple):
-    """A head's arguments after checks and autocast."""
-
-    hidden: Tensor
-    weight: Tensor
-    bias: Tensor | None
-
-
-def _autocast(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> _Linear:
-    """Under autocast the head runs in autocast's dtype, as ``F.linear`` does; fp64 is left alone, as there."""
-    kind = hidden.device.type
-    if kind != "meta" and torch.is_autocast_enabled(kind) and hidden.dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(kind)
-        return _Linear(hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
-    return _Linear(hidden, weight, bias)
-
-
-def _check_linear(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-    """hidden (N, H), weight (V, H), bias (V,), one floating dtype, one device."""
-    checks.plain("hidden", hidden)
-    checks.dtype("hidden", hidden, checks.FLOATING)
-    checks.dimensions("weight", weight, "(V, H)")
-    checks.expect(weight.shape[0] > 0, "weight", "have at least one row", tuple(weight.shape))
-    checks.columns("weight", weight, hidden.shape[1])
-    _check_head(hidden, weight, bias, weight.shape[0], "H")
-
-
-def _check_head(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, vocabulary: int, letter: str, prefix: str = ""
-) -> None:
-    """The parts of a head fit each other; ``letter`` names the hidden size, ``prefix`` begins the arguments' names."""
-    checks.plain(f"{prefix}weight", weight)
-    checks.shape(f"{prefix}weight", weight, (vocabulary, hidden.shape[1]), f"(V, {letter})")
-    checks.dtype(f"{prefix}weight", weight, (hidden.dtype,))
-    checks.device(f"{prefix}weight", weight, hidden.device)
-    if bias is not None:
-        checks.shape(f"{prefix}bias", bias, (vocabulary,), "(V,)")
-        checks.dtype(f"{prefix}bias", bias, (hidden.dtype,))
-        checks.device(f"{prefix}bias", bias, hidden.device)
-
-
-def _reference_head(head: _Linear, ref_hidden: Tensor, ref_weight: Tensor | None, ref_bias: Tensor | None) -> _Linear:
-    """The reference's head, checked: what is not given is the policy's, but its bias only along with its weight."""
-    checks.dimensions("ref_hidden", ref_hidden, "(N, H')")
-    if ref_weight is not None:
-        checks.dimensions("ref_weight", ref_weight, "(V, H')")
-        checks.shape("ref_weight", ref_weight, (head.weight.shape[0], ref_hidden.shape[1]), "(V, H')")
-    else:
-        ref_weight, ref_bias = head.weight, head.bias if ref_bias is None else ref_bias
-    reference_head = _autocast(ref_hidden, ref_weight, ref_bias)
-    checks.dtype("ref_hidden", reference_head.hidden, checks.FLOATING)
-    checks.device("ref_hidden", ref_hidden, head.hidden.device)
-    checks.shape("ref_hidden", ref_hidden, (head.hidden.shape[0], ref_weight.shape[1]), "(N, H')")
-    _check_head(*reference_head, head.weight.shape[0], "H'", prefix="ref_")
-    return reference_head
-
-
-def _check_options(
-    softcap: float | None,
-    logit_scale: float,
-    temperature: float,
-    max_buffer_bytes: int | None,
-    gradient_filter: float | None,
-    weight: Tensor,
-    ignore_index: int,
-) -> int:
-    checks.head_options(softcap, logit_scale, temperature, max_buffer_bytes, gradient_filter)
+def _check_options(options: HeadOptions, inputs: HeadInputs) -> None:
+    options.check(inputs.weight.shape[0])
+    device = inputs.weight.device
     checks.expect(
-        gradient_filter is None or weight.device.type == "cpu",
+        options.gradient_filter is None or device.type == "cpu",
         "gradient_filter",
-        f"be None on {weight.device.type}, where no kernel has it yet",
-        gradient_filter,
+        f"be None on {device.type}, where no kernel has it yet",
+        options.gradient_filter,
     )
-    checks.ignore_index(ignore_index, weight.shape[0])
-    return default_buffer_bytes(weight) if max_buffer_bytes is None else max_buffer_bytes
-
-
-def _check_target(target: Tensor, hidden: Tensor) -> None:
-    checks.dtype("target", target, (torch.int64,))
-    checks.shape("target", target, tuple(hidden.shape[:-1]), "(...)" if hidden.dim() != 2 else "(N,)")
-    checks.device("target", target, hidden.device)
-
-
-def _check_cu_seqlens(cu_seqlens: Tensor, hidden: Tensor) -> None:
-    checks.dtype("cu_seqlens", cu_seqlens, (torch.int64, torch.int32))
-    checks.dimensions("cu_seqlens", cu_seqlens, "(S + 1,)")
-    checks.expect(cu_seqlens.shape[0] >= 1, "cu_seqlens", "have shape (S + 1,)", tuple(cu_seqlens.shape))
-    checks.device("cu_seqlens", cu_seqlens, hidden.device, host=True)
 
 
 def _group_name(process_group: ProcessGroup | None, backend: str) -> str | None:
@@ -153,6 +63,85 @@ def _group_name(process_group: ProcessGroup | None, backend: str) -> str | None:
     checks.expect(backend != "reference", "process_group", 'be None with backend "reference"', "a group")
     name: str = process_group.group_name
     return name
+
+
+def _reference_inputs(
+    inputs: HeadInputs, ref_hidden: Tensor, ref_weight: Tensor | None, ref_bias: Tensor | None
+) -> HeadInputs:
+    """The reference's rows and head, checked: what is not given is the policy's, but its bias only along with its
+    weight."""
+    checks.dimensions("ref_hidden", ref_hidden, "(N, H')")
+    vocabulary = inputs.weight.shape[0]
+    if ref_weight is not None:
+        checks.dimensions("ref_weight", ref_weight, "(V, H')")
+        checks.shape("ref_weight", ref_weight, (vocabulary, ref_hidden.shape[1]), "(V, H')")
+    else:
+        ref_weight, ref_bias = inputs.weight, inputs.bias if ref_bias is None else ref_bias
+    ref_inputs = HeadInputs(ref_hidden, ref_weight, inputs.target, ref_bias).autocast()
+    checks.dtype("ref_hidden", ref_inputs.hidden, checks.FLOATING)
+    checks.device("ref_hidden", ref_hidden, inputs.hidden.device)
+    checks.shape("ref_hidden", ref_hidden, (inputs.hidden.shape[0], ref_weight.shape[1]), "(N, H')")
+    ref_inputs.check_head(vocabulary, "H'", prefix="ref_")
+    return ref_inputs
+
+
+def _check_cu_seqlens(cu_seqlens: Tensor, hidden: Tensor) -> None:
+    checks.dtype("cu_seqlens", cu_seqlens, (torch.int64, torch.int32))
+    checks.dimensions("cu_seqlens", cu_seqlens, "(S + 1,)")
+    checks.expect(cu_seqlens.shape[0] >= 1, "cu_seqlens", "have shape (S + 1,)", tuple(cu_seqlens.shape))
+    checks.device("cu_seqlens", cu_seqlens, hidden.device, host=True)
+
+
+def _normalizer(normalizer: float | Tensor | None, dtype: torch.dtype, device: torch.device) -> Tensor | None:
+    """The normalizer as a tensor ()."""
+    if normalizer is None:
+        return None
+    if isinstance(normalizer, Tensor):
+        checks.expect(normalizer.numel() == 1, "normalizer", "have one element", tuple(normalizer.shape))
+        checks.device("normalizer", normalizer, device)
+        checks.real("normalizer", normalizer)
+        return normalizer.detach().reshape(())
+    checks.normalizer(normalizer)
+    return torch.full((), normalizer, dtype=dtype, device=device)
+
+
+def _token_logprob(inputs: HeadInputs, options: HeadOptions) -> Tensor:
+    """Log-probabilities (N,) of checked arguments."""
+    if options.backend == "reference":
+        if not torch.compiler.is_compiling():
+            checks.targets(inputs.target, inputs.weight.shape[0], options.ignore_index)
+        return reference.linear_logprob(
+            inputs.hidden,
+            inputs.weight,
+            inputs.target,
+            inputs.bias,
+            ignore_index=options.ignore_index,
+            **options.transform.keywords(),
+        )
+    checks.reverse_mode(hidden=inputs.hidden, weight=inputs.weight, bias=inputs.bias)
+    logprob: Tensor = fused_logprob.linear_logprob(
+        *fused_logprob.LinearLogprob(inputs.with_needs(), options).flatten()
+    )[0]
+    return logprob
+
+
+def _segment_sum(token_logprob: Tensor, cu_seqlens: Tensor, backend: str) -> Tensor:
+    """Sums (S,) of checked arguments."""
+    cu_seqlens = to_device(cu_seqlens, token_logprob.device)
+    if backend == "reference":
+        if not torch.compiler.is_compiling():
+            checks.cu_seqlens(cu_seqlens, token_logprob.shape[0])
+        return reference.segment_sum(token_logprob, cu_seqlens)
+    result: Tensor = pair_loss.segment_sum(token_logprob, cu_seqlens, backend)
+    return result
+
+
+def _mopo_loss(logprob: Tensor, ref_logprob: Tensor, batch: PairBatch) -> MOPOLossOutput:
+    """The loss of checked arguments, in the dtype of ``ref_logprob``."""
+    checks.reverse_mode(logprob=logprob)
+    backend = backends.resolve("auto", logprob.device)
+    arguments = pair_loss.MOPOLoss(logprob.to(ref_logprob.dtype), ref_logprob, batch, backend)
+    return MOPOLossOutput(*pair_loss.mopo_loss(*arguments.flatten())[:6])
 
 
 def linear_logprob(
@@ -227,49 +216,16 @@ def linear_logprob(
     checks.tensors(hidden=hidden, weight=weight, target=target)
     checks.optional_tensors(bias=bias)
     checks.expect(hidden.dim() >= 1 and hidden.shape[-1] > 0, "hidden", "have shape (..., H)", tuple(hidden.shape))
+    checks.shape("target", target, tuple(hidden.shape[:-1]), "(...)" if hidden.dim() != 2 else "(N,)")
     weight, bias, process_group = parallel.local_head(weight, bias, process_group, "")
-    hidden, weight, bias = _autocast(hidden, weight, bias)
-    _check_target(target, hidden)
-    rows = hidden.reshape(-1, hidden.shape[-1])
-    _check_linear(rows, weight, bias)
-    max_buffer_bytes = _check_options(
-        softcap, logit_scale, temperature, max_buffer_bytes, gradient_filter, weight, ignore_index
-    )
-    name = backends.resolve(backend, hidden.device)
-    flat = target.reshape(-1)
-    group_name = _group_name(process_group, name)
-    if name == "reference":
-        if not torch.compiler.is_compiling():
-            checks.targets(flat, weight.shape[0], ignore_index)
-        return reference.linear_logprob(
-            rows,
-            weight,
-            flat,
-            bias,
-            ignore_index=ignore_index,
-            softcap=softcap,
-            logit_scale=logit_scale,
-            temperature=temperature,
-        ).view(target.shape)
-    checks.reverse_mode(hidden=hidden, weight=weight, bias=bias)
-    logprob = ops.linear_logprob(
-        rows,
-        weight,
-        flat,
-        bias,
-        ignore_index,
-        softcap,
-        logit_scale,
-        temperature,
-        name,
-        max_buffer_bytes,
-        group_name,
-        gradient_filter,
-        checks.requires_grad(rows),
-        checks.requires_grad(weight),
-        checks.requires_grad(bias),
-    )[0]
-    return logprob.view(target.shape)
+    inputs = HeadInputs(hidden.reshape(-1, hidden.shape[-1]), weight, target.reshape(-1), bias).autocast()
+    inputs.check()
+    transform = LogitTransform(softcap, logit_scale, temperature)
+    backend = backends.resolve(backend, hidden.device)
+    group_name = _group_name(process_group, backend)
+    options = HeadOptions(ignore_index, transform, backend, max_buffer_bytes, gradient_filter, group_name)
+    _check_options(options, inputs)
+    return _token_logprob(inputs, options).view(target.shape)
 
 
 def linear_sequence_logprob(
@@ -301,102 +257,19 @@ def linear_sequence_logprob(
     Returns:
         (S,) log-probabilities in nats, fp32 (fp64 for fp64 input).
     """
-    checks.tensors(hidden=hidden, cu_seqlens=cu_seqlens)
+    checks.tensors(hidden=hidden, weight=weight, target=target, cu_seqlens=cu_seqlens)
+    checks.optional_tensors(bias=bias)
     checks.dimensions("hidden", hidden, "(N, H)")
     _check_cu_seqlens(cu_seqlens, hidden)
-    token_logprob = linear_logprob(
-        hidden,
-        weight,
-        target,
-        bias,
-        ignore_index=ignore_index,
-        softcap=softcap,
-        logit_scale=logit_scale,
-        temperature=temperature,
-        backend=backend,
-        max_buffer_bytes=max_buffer_bytes,
-        gradient_filter=gradient_filter,
-        process_group=process_group,
-    )
-    cu_seqlens = to_device(cu_seqlens, hidden.device)
-    name = backends.resolve(backend, hidden.device)
-    if name == "reference":
-        if not torch.compiler.is_compiling():
-            checks.cu_seqlens(cu_seqlens, hidden.shape[0])
-        return reference.segment_sum(token_logprob, cu_seqlens)
-    result: Tensor = ops.segment_sum(token_logprob, cu_seqlens, name)
-    return result
-
-
-def _check_pairs(
-    sequences: int,
-    device: torch.device,
-    pairs: Tensor,
-    preference: Tensor,
-    objective_weight: Tensor,
-    tau: float,
-    loss_type: str,
-    pair_weight: Tensor | None,
-    label_rate: Tensor | None,
-    margin: Tensor | None,
-    length: Tensor | None,
-    prompt_index: Tensor | None,
-    max_ratio: float | None,
-    estimator: str,
-    host_pairs: bool = False,
-) -> None:
-    checks.loss_options(tau, loss_type, max_ratio, estimator)
-    checks.tensors(pairs=pairs, preference=preference, objective_weight=objective_weight)
-    checks.optional_tensors(
-        pair_weight=pair_weight, label_rate=label_rate, margin=margin, length=length, prompt_index=prompt_index
-    )
-    checks.dtype("pairs", pairs, (torch.int64,))
-    checks.dimensions("pairs", pairs, "(P, 2)")
-    count = pairs.shape[0]
-    checks.shape("pairs", pairs, (count, 2), "(P, 2)")
-    checks.dimensions("preference", preference, "(P, K)")
-    objectives = preference.shape[1]
-    checks.shape("preference", preference, (count, objectives), "(P, K)")
-    checks.shape("objective_weight", objective_weight, (objectives,), "(K,)")
-    expected: tuple[tuple[str, Tensor | None, int, str], ...] = (
-        ("pair_weight", pair_weight, count, "(P,)"),
-        ("label_rate", label_rate, objectives, "(K,)"),
-        ("margin", margin, count, "(P,)"),
-        ("length", length, sequences, "(S,)"),
-        ("prompt_index", prompt_index, sequences, "(S,)"),
-    )
-    for name, tensor, size, letters in expected:
-        if tensor is not None:
-            checks.shape(name, tensor, (size,), letters)
-            checks.device(name, tensor, device)
-            checks.real(name, tensor)
-            checks.constant(name, tensor)
-    checks.device("pairs", pairs, device, host=host_pairs)
-    for name, tensor in (("preference", preference), ("objective_weight", objective_weight)):
-        checks.device(name, tensor, device)
-        checks.dtype(name, tensor, checks.FLOATING)
-        checks.constant(name, tensor)
-    if margin is not None:
-        checks.expect(loss_type == "sigmoid", "margin", 'be None unless loss_type is "sigmoid"', f"{loss_type!r}")
-    if label_rate is not None:
-        checks.expect(loss_type != "cloning", "label_rate", 'be None with loss_type "cloning"', "a tensor")
-    if loss_type == "cloning" or estimator == "closed_form":
-        reason = 'be given for loss_type "cloning" and estimator "closed_form"'
-        checks.expect(prompt_index is not None, "prompt_index", reason, "None")
-    if prompt_index is not None:
-        checks.dtype("prompt_index", prompt_index, (torch.int64, torch.int32))
-
-
-def _normalizer(normalizer: float | Tensor | None, dtype: torch.dtype, device: torch.device) -> Tensor | None:
-    if normalizer is None:
-        return None
-    if isinstance(normalizer, Tensor):
-        checks.expect(normalizer.numel() == 1, "normalizer", "have one element", tuple(normalizer.shape))
-        checks.device("normalizer", normalizer, device)
-        checks.real("normalizer", normalizer)
-        return normalizer.detach().reshape(())
-    checks.normalizer(normalizer)
-    return torch.full((), normalizer, dtype=dtype, device=device)
+    weight, bias, process_group = parallel.local_head(weight, bias, process_group, "")
+    inputs = HeadInputs(hidden, weight, target, bias).autocast()
+    inputs.check()
+    transform = LogitTransform(softcap, logit_scale, temperature)
+    backend = backends.resolve(backend, hidden.device)
+    group_name = _group_name(process_group, backend)
+    options = HeadOptions(ignore_index, transform, backend, max_buffer_bytes, gradient_filter, group_name)
+    _check_options(options, inputs)
+    return _segment_sum(_token_logprob(inputs, options), cu_seqlens, backend)
 
 
 def mopo_loss(
@@ -471,27 +344,8 @@ def mopo_loss(
     checks.shape("ref_logprob", ref_logprob, tuple(logprob.shape), "(S,)")
     checks.dtype("ref_logprob", ref_logprob, checks.FLOATING)
     checks.device("ref_logprob", ref_logprob, logprob.device)
-    _check_pairs(
-        logprob.shape[0],
-        logprob.device,
-        pairs,
-        preference,
-        objective_weight,
-        tau,
-        loss_type,
-        pair_weight,
-        label_rate,
-        margin,
-        length,
-        prompt_index,
-        max_ratio,
-        estimator,
-    )
-    checks.reverse_mode(logprob=logprob)
-    logprob = logprob.to(accumulation_dtype(logprob.dtype))
-    output = ops.mopo_loss(
-        logprob,
-        ref_logprob.detach().to(logprob.dtype),
+    dtype = accumulation_dtype(logprob.dtype)
+    batch = PairBatch(
         pairs,
         preference,
         objective_weight,
@@ -500,14 +354,11 @@ def mopo_loss(
         margin,
         length,
         prompt_index,
-        _normalizer(normalizer, logprob.dtype, logprob.device),
-        tau,
-        loss_type,
-        max_ratio,
-        estimator,
-        backends.resolve("auto", logprob.device),
+        _normalizer(normalizer, dtype, logprob.device),
+        LossOptions(tau, loss_type, max_ratio, estimator),
     )
-    return MOPOLossOutput(*output[:6])
+    batch.check(logprob.shape[0], logprob.device)
+    return _mopo_loss(logprob, ref_logprob.detach().to(dtype), batch)
 
 
 def linear_mopo_loss(
@@ -580,97 +431,18 @@ def linear_mopo_loss(
     if ref_weight is not None:
         ref_weight, ref_bias, ref_group = parallel.local_head(ref_weight, ref_bias, process_group, "ref_")
         checks.expect(ref_group is process_group, "ref_weight", "be cut over the ranks as weight is", "a DTensor")
-    hidden, weight, bias = _autocast(hidden, weight, bias)
-    _check_linear(hidden, weight, bias)
-    _check_target(target, hidden)
+    inputs = HeadInputs(hidden, weight, target, bias).autocast()
+    inputs.check()
     _check_cu_seqlens(cu_seqlens, hidden)
-    max_buffer_bytes = _check_options(
-        softcap, logit_scale, temperature, max_buffer_bytes, gradient_filter, weight, ignore_index
-    )
+    transform = LogitTransform(softcap, logit_scale, temperature)
+    backend = backends.resolve(backend, hidden.device)
+    group_name = _group_name(process_group, backend)
+    options = HeadOptions(ignore_index, transform, backend, max_buffer_bytes, gradient_filter, group_name)
+    _check_options(options, inputs)
     checks.optional_tensors(length=length, prompt_index=prompt_index)
     checks.per_sequence(cu_seqlens, hidden.shape[0], ref_logprob=ref_logprob, length=length, prompt_index=prompt_index)
-    sequences = cu_seqlens.shape[0] - 1
-    _check_pairs(
-        sequences,
-        hidden.device,
-        pairs,
-        preference,
-        objective_weight,
-        tau,
-        loss_type,
-        pair_weight,
-        label_rate,
-        margin,
-        length,
-        prompt_index,
-        max_ratio,
-        estimator,
-        host_pairs=True,
-    )
-    checks.expect(
-        (ref_logprob is None) != (ref_hidden is None),
-        "ref_logprob and ref_hidden",
-        "be given one without the other",
-        "neither" if ref_logprob is None else "both",
-    )
-    linear: dict[str, Any] = {
-        "ignore_index": ignore_index,
-        "softcap": softcap,
-        "logit_scale": logit_scale,
-        "temperature": temperature,
-        "backend": backend,
-        "max_buffer_bytes": max_buffer_bytes,
-        "gradient_filter": gradient_filter,
-        "process_group": process_group,
-    }
-    name = backends.resolve(backend, hidden.device)
-    group_name = _group_name(process_group, name)
-    dtype = accumulation_dtype(hidden.dtype)
-    shared_hidden = None
-    if ref_hidden is None:
-        for argument, tensor in (("ref_weight", ref_weight), ("ref_bias", ref_bias)):
-            checks.expect(tensor is None, argument, "be None without ref_hidden", "a tensor")
-    else:
-        ref = _reference_head(_Linear(hidden, weight, bias), ref_hidden, ref_weight, ref_bias)
-        if name != "reference" and ref.weight is weight and ref.bias is bias:
-            shared_hidden = ref.hidden.detach()
-        else:
-            with torch.no_grad():
-                ref_logprob = linear_sequence_logprob(ref.hidden, ref.weight, target, cu_seqlens, ref.bias, **linear)
-    if ref_logprob is not None:
-        checks.dtype("ref_logprob", ref_logprob, checks.FLOATING)
-        checks.device("ref_logprob", ref_logprob, hidden.device)
-        ref_logprob = ref_logprob.detach().to(dtype)
-
-    if name == "reference":
-        assert ref_logprob is not None
-        logprob = linear_sequence_logprob(hidden, weight, target, cu_seqlens, bias, **linear)
-        return mopo_loss(
-            logprob,
-            ref_logprob,
-            to_device(pairs, hidden.device),
-            preference,
-            objective_weight,
-            tau=tau,
-            loss_type=loss_type,
-            pair_weight=pair_weight,
-            label_rate=label_rate,
-            margin=margin,
-            length=length,
-            prompt_index=prompt_index,
-            max_ratio=max_ratio,
-            estimator=estimator,
-            normalizer=normalizer,
-        )
-    checks.reverse_mode(hidden=hidden, weight=weight, bias=bias)
-    output = ops.linear_mopo_loss(
-        hidden,
-        weight,
-        target,
-        cu_seqlens,
-        bias,
-        ref_logprob,
-        shared_hidden,
+    dtype = accumulation_dtype(inputs.hidden.dtype)
+    batch = PairBatch(
         pairs,
         preference,
         objective_weight,
@@ -680,23 +452,40 @@ def linear_mopo_loss(
         length,
         prompt_index,
         _normalizer(normalizer, dtype, hidden.device),
-        tau,
-        loss_type,
-        max_ratio,
-        estimator,
-        ignore_index,
-        softcap,
-        logit_scale,
-        temperature,
-        name,
-        max_buffer_bytes,
-        group_name,
-        gradient_filter,
-        checks.requires_grad(hidden),
-        checks.requires_grad(weight),
-        checks.requires_grad(bias),
+        LossOptions(tau, loss_type, max_ratio, estimator),
     )
-    return MOPOLossOutput(*output[:6])
+    batch.check(cu_seqlens.shape[0] - 1, hidden.device, host_pairs=True)
+    checks.expect(
+        (ref_logprob is None) != (ref_hidden is None),
+        "ref_logprob and ref_hidden",
+        "be given one without the other",
+        "neither" if ref_logprob is None else "both",
+    )
+    shared_hidden = None
+    if ref_hidden is None:
+        for argument, tensor in (("ref_weight", ref_weight), ("ref_bias", ref_bias)):
+            checks.expect(tensor is None, argument, "be None without ref_hidden", "a tensor")
+    else:
+        ref_inputs = _reference_inputs(inputs, ref_hidden, ref_weight, ref_bias)
+        shared = ref_inputs.weight is inputs.weight and ref_inputs.bias is inputs.bias
+        if shared and options.backend != "reference":
+            shared_hidden = ref_inputs.hidden.detach()
+        else:
+            ref_options = replace(options, max_buffer_bytes=buffer_bytes(options, inputs.weight))
+            with torch.no_grad():
+                ref_logprob = _segment_sum(_token_logprob(ref_inputs, ref_options), cu_seqlens, backend)
+    if ref_logprob is not None:
+        checks.dtype("ref_logprob", ref_logprob, checks.FLOATING)
+        checks.device("ref_logprob", ref_logprob, hidden.device)
+        ref_logprob = ref_logprob.detach().to(dtype)
+
+    if options.backend == "reference":
+        assert ref_logprob is not None
+        logprob = _segment_sum(_token_logprob(inputs, options), cu_seqlens, backend)
+        return _mopo_loss(logprob, ref_logprob, replace(batch, pairs=to_device(pairs, hidden.device)))
+    checks.reverse_mode(hidden=inputs.hidden, weight=inputs.weight, bias=inputs.bias)
+    call = fused_loss.LinearMOPOLoss(inputs.with_needs(), cu_seqlens, ref_logprob, shared_hidden, batch, options)
+    return MOPOLossOutput(*fused_loss.linear_mopo_loss(*call.flatten())[:6])
 
 
 def pack_responses(hidden: Tensor, labels: Tensor, ignore_index: int = -100) -> tuple[Tensor, Tensor, Tensor]:

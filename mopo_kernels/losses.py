@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from mopo_kernels import backends, checks
+from mopo_kernels.arguments import HeadOptions, LogitTransform, LossOptions
 from mopo_kernels.functional import MOPOLossOutput, linear_mopo_loss
 
 
@@ -38,23 +39,14 @@ class LinearMOPOLoss(nn.Module):
         gradient_filter: float | None = None,
     ) -> None:
         super().__init__()
-        checks.loss_options(tau, loss_type, max_ratio, estimator)
-        checks.head_options(softcap, logit_scale, temperature, max_buffer_bytes, gradient_filter)
-        checks.ignore_index(ignore_index)
+        loss = LossOptions(tau, loss_type, max_ratio, estimator)
+        transform = LogitTransform(softcap, logit_scale, temperature)
+        head = HeadOptions(ignore_index, transform, backend, max_buffer_bytes, gradient_filter)
+        loss.check()
+        head.check()
         checks.choice("backend", backend, backends.NAMES)
-        self.options: dict[str, Any] = {
-            "tau": tau,
-            "loss_type": loss_type,
-            "max_ratio": max_ratio,
-            "estimator": estimator,
-            "ignore_index": ignore_index,
-            "softcap": softcap,
-            "logit_scale": logit_scale,
-            "temperature": temperature,
-            "backend": backend,
-            "max_buffer_bytes": max_buffer_bytes,
-            "gradient_filter": gradient_filter,
-        }
+        keywords = {**loss.keywords(), **head.keywords()}
+        self.options = {name: value for name, value in keywords.items() if value is not None}
 
     def forward(
         self,
@@ -76,4 +68,4 @@ class LinearMOPOLoss(nn.Module):
         )
 
     def extra_repr(self) -> str:
-        return ", ".join(f"{name}={value!r}" for name, value in self.options.items() if value is not None)
+        return ", ".join(f"{name}={value!r}" for name, value in self.options.items())

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mopo_kernels import checks
+from mopo_kernels.arguments import HeadInputs
 
 
 class LocalHead(NamedTuple):
@@ -81,31 +82,32 @@ class Shard:
     vocabulary: int
     largest: int
 
-    def merge_(self, maximum: Tensor, total: Tensor, picked: Tensor) -> None:
+    def merge_(self, row_max: Tensor, sum_exp: Tensor, target_logit: Tensor) -> None:
         """Merge the running statistics (R,) of :meth:`mopo_kernels.backends.TileBackend.fold` over the ranks:
         eq. (37) of docs/method.md."""
-        top = maximum.clone()
+        top = row_max.clone()
         dist.all_reduce(top, dist.ReduceOp.MAX, group=self.group)
         shift = top.where(top > -torch.inf, 0)
-        sums = torch.stack([total * torch.exp(maximum - shift), picked])
+        sums = torch.stack([sum_exp * torch.exp(row_max - shift), target_logit])
         dist.all_reduce(sums, group=self.group)
-        maximum.copy_(top)
-        total.copy_(sums[0])
-        picked.copy_(sums[1])
+        row_max.copy_(top)
+        sum_exp.copy_(sums[0])
+        target_logit.copy_(sums[1])
 
     def sum_(self, tensor: Tensor) -> None:
         """Sum over the ranks in place."""
         dist.all_reduce(tensor, group=self.group)
 
 
-def open_shard(name: str, hidden: Tensor, weight: Tensor, target: Tensor, needs: tuple[bool, ...]) -> Shard:
+def open_shard(name: str, inputs: HeadInputs) -> Shard:
     """Exchange sizes over the group: the one point at which a call waits for the device and for the other ranks.
 
     Raises:
         ValueError: the ranks do not hold the same tokens, or not the same kind of head; on every rank, so none hangs.
     """
     group = dist.distributed_c10d._resolve_process_group(dist.GroupName(name))
-    sizes = [weight.shape[0], *hidden.shape, sum(1 << bit for bit, need in enumerate(needs) if need)]
+    target, needs = inputs.target, sum(1 << bit for bit, need in enumerate(inputs.needs) if need)
+    sizes = [inputs.weight.shape[0], *inputs.hidden.shape, needs]
     mine = torch.cat([torch.tensor(sizes, device=target.device), target.sum()[None]])
     gathered = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
     dist.all_gather(gathered, mine, group=group)

@@ -26,8 +26,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from mopo_kernels import backends, ops
-from mopo_kernels.backends import triton
+from mopo_kernels import backends
+from mopo_kernels.fused import linear_logprob, linear_mopo_loss, mopo_loss
 
 DEVICE = torch.device("cuda", 0)
 _META = torch.device("meta")
@@ -159,9 +159,15 @@ def fake_cuda(answered: str | None = None) -> Iterator[None]:
 def run_as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Let the custom ops run what they run on a GPU, as on the meta device they would run their registered fakes, and
     stop Triton's kernels where they would be launched. Returns the list of what is launched, which grows."""
-    for name in ("linear_logprob", "segment_sum", "mopo_loss", "linear_mopo_loss"):
-        monkeypatch.setattr(ops, name, _opened(getattr(ops, name)))
-    monkeypatch.setattr(ops, "linear_logprob_backward", ops.linear_logprob_backward._init_fn)
+    for module, name in (
+        (linear_logprob, "linear_logprob"),
+        (mopo_loss, "segment_sum"),
+        (mopo_loss, "mopo_loss"),
+        (linear_mopo_loss, "linear_mopo_loss"),
+    ):
+        monkeypatch.setattr(module, name, _opened(getattr(module, name)))
+    backward = linear_logprob.linear_logprob_backward._init_fn
+    monkeypatch.setattr(linear_logprob, "linear_logprob_backward", backward)
     launches: list[str] = []
     if backends.availability()["triton"] is None:
         from triton.runtime.jit import KernelInterface
@@ -174,7 +180,7 @@ def run_as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> list[str]:
             return run
 
         monkeypatch.setattr(KernelInterface, "__getitem__", launch)
-        monkeypatch.setattr(triton, "_on_device", lambda tensor: nullcontext())
+        monkeypatch.setattr(torch.cuda, "device_of", lambda tensor: nullcontext())
     return launches
 
 

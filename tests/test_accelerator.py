@@ -1,5 +1,5 @@
-"""What the driver does on an accelerator, run on the CPU: rows that are not scored go through the products with
-coefficient 0, and plans follow from what is on the host. (That nothing waits for the device: test_host_waits.py.)"""
+"""What the fused path does on an accelerator, run on the CPU: rows that are not scored go through the products with
+grad_logprob 0, and plans follow from what is on the host. (That nothing waits for the device: test_host_waits.py.)"""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from samples import CPU_BACKENDS, Batch, make_batch
 from test_ops import units
 from torch import Tensor
 
-from mopo_kernels import driver, linear_logprob, linear_mopo_loss, reference
+from mopo_kernels import linear_logprob, linear_mopo_loss, reference
+from mopo_kernels.fused import scored_rows
 
 # A chunk for all, several chunks, the vocabulary tiled as well.
 BUFFERS = {"one chunk": 1 << 20, "chunks": 24_000, "tiles": 5_000}
@@ -22,7 +23,7 @@ TRAINED = [("hidden",), ("hidden", "weight", "bias"), ("weight",)]
 def pretend(monkeypatch: pytest.MonkeyPatch, on_host: Iterable[Tensor] = ()) -> None:
     """Only these tensors are on the host."""
     known = [t.data_ptr() for t in on_host]
-    monkeypatch.setattr(driver, "on_host", lambda tensor: tensor.data_ptr() in known)
+    monkeypatch.setattr(scored_rows, "on_host", lambda tensor: tensor.data_ptr() in known)
 
 
 def numbers(batch: Batch, trained: tuple[str, ...], mode: str, **options: Any) -> list[Tensor]:

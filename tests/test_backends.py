@@ -16,8 +16,9 @@ import torch
 from samples import CPU_BACKENDS as BACKENDS
 from torch import Tensor
 
-from mopo_kernels.backends import Head, TileBackend, cpp, tile_backend
-from mopo_kernels.backends.tile import NOT_SCORED
+from mopo_kernels.arguments import LogitTransform
+from mopo_kernels.backends import TileBackend, cpp, tile_backend
+from mopo_kernels.backends.base import NOT_SCORED
 from mopo_kernels.backends.torch_ops import TorchBackend
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -25,15 +26,15 @@ START = 1000
 # Empty, one row, an odd few, more than one block of rows; widths below, at and beyond a vector, a group of vectors and
 # the C++ kernel's block of 2048 columns, none of them a multiple of all.
 SHAPES = [(r, w) for r in (0, 1, 3, 130) for w in (1, 7, 64, 1000, 4099)]
-PLAIN = Head(None, 1.0, 1.0)
-EVERYTHING = Head(5.0, 0.7, 1.3)
-# Each part of the head alone, then all; (head, with a bias). A softcap of 5 bends logits of standard deviation 3.
+PLAIN = LogitTransform()
+EVERYTHING = LogitTransform(5.0, 0.7, 1.3)
+# Each part of the head alone, then all; (transform, with a bias). A softcap of 5 bends logits of standard deviation 3.
 HEADS = [
     pytest.param(PLAIN, False, id="plain"),
     pytest.param(PLAIN, True, id="bias"),
-    pytest.param(Head(5.0, 1.0, 1.0), False, id="softcap"),
-    pytest.param(Head(None, 0.7, 1.0), False, id="scale"),
-    pytest.param(Head(None, 1.0, 1.3), False, id="temperature"),
+    pytest.param(LogitTransform(5.0), False, id="softcap"),
+    pytest.param(LogitTransform(None, 0.7, 1.0), False, id="scale"),
+    pytest.param(LogitTransform(None, 1.0, 1.3), False, id="temperature"),
     pytest.param(EVERYTHING, True, id="everything"),
 ]
 
@@ -42,7 +43,7 @@ class Case(NamedTuple):
     tile: Tensor
     bias: Tensor | None
     target: Tensor
-    coefficient: Tensor
+    grad_logprob: Tensor
 
 
 def make_case(rows: int, width: int, bias: bool, dtype: torch.dtype = torch.float32, spread: float = 3.0) -> Case:
@@ -58,31 +59,31 @@ def make_case(rows: int, width: int, bias: bool, dtype: torch.dtype = torch.floa
     return Case(tile, b, target, torch.randn(rows, generator=g).to(dtype))
 
 
-def logits(x: Tensor, bias: Tensor | None, head: Head) -> Tensor:
-    z = (x if bias is None else x + bias) * head.logit_scale
-    if head.softcap is not None:
-        z = head.softcap * torch.tanh(z / head.softcap)
-    return z / head.temperature
+def logits(x: Tensor, bias: Tensor | None, transform: LogitTransform) -> Tensor:
+    z = (x if bias is None else x + bias) * transform.logit_scale
+    if transform.softcap is not None:
+        z = transform.softcap * torch.tanh(z / transform.softcap)
+    return z / transform.temperature
 
 
 class Answer(NamedTuple):
     logsumexp: Tensor
     logprob: Tensor
-    picked: Tensor
+    target_logit: Tensor
     gradient: Tensor
 
 
-def plain(case: Case, head: Head, dtype: torch.dtype) -> Answer:
+def plain(case: Case, transform: LogitTransform, dtype: torch.dtype) -> Answer:
     """What plain PyTorch answers in ``dtype``. A target outside the tile has logprob 0 and no one-hot."""
     x = case.tile.to(dtype).requires_grad_()
     column = case.target - START
     inside = (column >= 0) & (column < x.shape[1])
     at = column.clamp(0, x.shape[1] - 1)[:, None]
-    z = logits(x, None if case.bias is None else case.bias.to(dtype), head)
+    z = logits(x, None if case.bias is None else case.bias.to(dtype), transform)
     logprob = torch.log_softmax(z.detach(), dim=1)
     onehot = torch.zeros_like(logprob).scatter(1, at, inside[:, None].to(dtype))
     # The backward formula of log_softmax, which also says what a row contributes whose target lies in another tile.
-    (gradient,) = torch.autograd.grad(z, x, (onehot - logprob.exp()) * case.coefficient.to(dtype)[:, None])
+    (gradient,) = torch.autograd.grad(z, x, (onehot - logprob.exp()) * case.grad_logprob.to(dtype)[:, None])
     return Answer(
         torch.logsumexp(z.detach(), dim=1),
         logprob.gather(1, at)[:, 0].where(inside, 0.0),
@@ -91,51 +92,53 @@ def plain(case: Case, head: Head, dtype: torch.dtype) -> Answer:
     )
 
 
-def fold(backend: TileBackend, case: Case, head: Head, cuts: tuple[int, ...] = ()) -> tuple[Tensor, Tensor, Tensor]:
+def lse_fwd(
+    backend: TileBackend, case: Case, transform: LogitTransform, cuts: tuple[int, ...] = ()
+) -> tuple[Tensor, Tensor, Tensor]:
     """(maximum, total, picked) after folding the tile in pieces, cut at the given columns."""
     rows, width = case.tile.shape
-    maximum = case.tile.new_full((rows,), -torch.inf)
-    total, picked = torch.zeros_like(maximum), torch.zeros_like(maximum)
+    row_max = case.tile.new_full((rows,), -torch.inf)
+    sum_exp, target_logit = torch.zeros_like(row_max), torch.zeros_like(row_max)
     edges = (0, *cuts, width)
     for a, b in itertools.pairwise(edges):
         bias = None if case.bias is None else case.bias[a:b]
-        backend.fold(case.tile[:, a:b], bias, case.target, START + a, head, maximum, total, picked)
-    return maximum, total, picked
+        backend.lse_fwd(case.tile[:, a:b], bias, case.target, START + a, transform, row_max, sum_exp, target_logit)
+    return row_max, sum_exp, target_logit
 
 
-def answer(backend: TileBackend, case: Case, head: Head, cuts: tuple[int, ...] = ()) -> Answer:
+def answer(backend: TileBackend, case: Case, transform: LogitTransform, cuts: tuple[int, ...] = ()) -> Answer:
     """The backend's answers, combined as the driver combines them; leaves the case as it was."""
-    maximum, total, picked = fold(backend, case, head, cuts)
-    logsumexp = maximum.double() + torch.log(total.double())
+    row_max, sum_exp, target_logit = lse_fwd(backend, case, transform, cuts)
+    logsumexp = row_max.double() + torch.log(sum_exp.double())
     column = case.target - START
     inside = (column >= 0) & (column < case.tile.shape[1])
-    logprob = torch.where(inside, (picked - maximum) - torch.log(total), 0.0)
+    logprob = torch.where(inside, (target_logit - row_max) - torch.log(sum_exp), 0.0)
     gradient = case.tile.clone()
     edges = (0, *cuts, case.tile.shape[1])
     for a, b in itertools.pairwise(edges):
         bias = None if case.bias is None else case.bias[a:b]
-        backend.gradient_(gradient[:, a:b], bias, case.target, START + a, head, logsumexp, case.coefficient)
-    return Answer(logsumexp.to(maximum), logprob, picked, gradient)
+        backend.logits_bwd_(gradient[:, a:b], bias, case.target, START + a, transform, logsumexp, case.grad_logprob)
+    return Answer(logsumexp.to(row_max), logprob, target_logit, gradient)
 
 
 def rms(x: Tensor) -> float:
     return x.double().square().mean().sqrt().item() if x.numel() else 0.0
 
 
-def errors(got: Answer, case: Case, head: Head) -> dict[str, tuple[float, float, float]]:
+def errors(got: Answer, case: Case, transform: LogitTransform) -> dict[str, tuple[float, float, float]]:
     """For each field: error against the fp64 truth, plain PyTorch's error in the tile's dtype, and the truth's size."""
-    truth, reference = plain(case, head, torch.float64), plain(case, head, case.tile.dtype)
+    truth, reference = plain(case, transform, torch.float64), plain(case, transform, case.tile.dtype)
     return {
         name: (rms(g.double() - t), rms(p.double() - t), rms(t))
         for name, g, p, t in zip(Answer._fields, got, reference, truth, strict=True)
     }
 
 
-def check_within_budget(got: Answer, case: Case, head: Head, floor: float, factor: float = 1.1) -> None:
+def check_within_budget(got: Answer, case: Case, transform: LogitTransform, floor: float, factor: float = 1.1) -> None:
     """RMS error at most ``factor`` times plain PyTorch's, or ``floor`` machine epsilons of the truth's size
     where that is more: on few elements plain PyTorch is exact by chance, in fp64 it is the truth itself."""
     epsilon = torch.finfo(case.tile.dtype).eps
-    for name, (error, budget, size) in errors(got, case, head).items():
+    for name, (error, budget, size) in errors(got, case, transform).items():
         allowed = max(factor * budget, floor * epsilon * size)
         assert error <= allowed, f"{name}: error {error:.3g} against fp64, allowed {allowed:.3g}"
 
@@ -148,12 +151,12 @@ def test_every_shape_matches_fp64(name: str, rows: int, width: int, dtype: torch
     check_within_budget(answer(tile_backend(name), case, EVERYTHING), case, EVERYTHING, floor=3.0)
 
 
-@pytest.mark.parametrize(("head", "bias"), HEADS)
+@pytest.mark.parametrize(("transform", "bias"), HEADS)
 @pytest.mark.parametrize("name", BACKENDS)
-def test_error_is_within_plain_pytorchs_for_every_head(name: str, head: Head, bias: bool) -> None:
+def test_error_is_within_plain_pytorchs_for_every_head(name: str, transform: LogitTransform, bias: bool) -> None:
     # 130 rows are enough for a fair comparison; half an epsilon is what rounding the exact answer costs.
     case = make_case(130, 4099, bias)
-    check_within_budget(answer(tile_backend(name), case, head), case, head, floor=0.5)
+    check_within_budget(answer(tile_backend(name), case, transform), case, transform, floor=0.5)
 
 
 @pytest.mark.parametrize("name", BACKENDS)
@@ -164,14 +167,14 @@ def test_tiles_in_sequence_are_one_wide_tile(name: str) -> None:
     check_within_budget(got, case, EVERYTHING, floor=0.5)
 
 
-@pytest.mark.parametrize("head", [PLAIN, Head(30.0, 1.0, 1.0)], ids=["plain", "softcap"])
+@pytest.mark.parametrize("transform", [PLAIN, LogitTransform(30.0)], ids=["plain", "softcap"])
 @pytest.mark.parametrize("name", BACKENDS)
-def test_extreme_logits_stay_exact(name: str, head: Head) -> None:
+def test_extreme_logits_stay_exact(name: str, transform: LogitTransform) -> None:
     case = make_case(130, 1000, bias=False, spread=1e4)
-    got = answer(tile_backend(name), case, head)
+    got = answer(tile_backend(name), case, transform)
     assert all(torch.isfinite(part).all() for part in got)
     # At the cap the slope 1 - tanh^2 is 0 up to rounding, so that plain PyTorch's gradient is itself mostly rounding.
-    check_within_budget(got, case, head, floor=0.5, factor=2.0)
+    check_within_budget(got, case, transform, floor=0.5, factor=2.0)
 
 
 @pytest.mark.parametrize("name", BACKENDS)
@@ -185,9 +188,9 @@ def test_nothing_outside_the_tile_is_read_or_written(name: str) -> None:
         assert block is not None
         block.nan_to_num_(nan=around)
         before = block.clone()
-        statistics = fold(backend, case, EVERYTHING)
+        statistics = lse_fwd(backend, case, EVERYTHING)
         assert torch.equal(block.view(torch.int32), before.view(torch.int32)), "fold changed the tile"
-        backend.gradient_(case.tile, case.bias, case.target, START, EVERYTHING, logsumexp, case.coefficient)
+        backend.logits_bwd_(case.tile, case.bias, case.target, START, EVERYTHING, logsumexp, case.grad_logprob)
         before[1:6, 3:73] = case.tile
         assert torch.equal(block.view(torch.int32), before.view(torch.int32)), "gradient_ wrote outside the tile"
         results.append((*statistics, case.tile))
@@ -215,8 +218,8 @@ def test_no_coefficient_stands_for_one(name: str) -> None:
     case = make_case(5, 70, bias=False)
     backend, logsumexp = tile_backend(name), torch.full((5,), 9.0)
     without, ones = case.tile.clone(), case.tile.clone()
-    backend.gradient_(without, None, case.target, START, PLAIN, logsumexp, None)
-    backend.gradient_(ones, None, case.target, START, PLAIN, logsumexp, torch.ones(5))
+    backend.logits_bwd_(without, None, case.target, START, PLAIN, logsumexp, None)
+    backend.logits_bwd_(ones, None, case.target, START, PLAIN, logsumexp, torch.ones(5))
     assert torch.equal(without, ones)
 
 
@@ -229,9 +232,9 @@ def test_a_token_that_is_not_scored_has_a_gradient_of_zero(name: str) -> None:
     case.tile[0] = torch.nan
     kept = case.tile.clone()
     logsumexp = torch.full((5,), 9.0, dtype=torch.float64)
-    tile_backend(name).gradient_(case.tile, case.bias, target, START, EVERYTHING, logsumexp, case.coefficient)
-    tile_backend(name).gradient_(
-        kept[1:3], case.bias, case.target[1:3], START, EVERYTHING, logsumexp[1:3], case.coefficient[1:3]
+    tile_backend(name).logits_bwd_(case.tile, case.bias, target, START, EVERYTHING, logsumexp, case.grad_logprob)
+    tile_backend(name).logits_bwd_(
+        kept[1:3], case.bias, case.target[1:3], START, EVERYTHING, logsumexp[1:3], case.grad_logprob[1:3]
     )
     assert torch.equal(case.tile[[0, 3]], torch.zeros(2, 70))
     assert torch.equal(case.tile[1:3], kept[1:3])
@@ -241,21 +244,21 @@ def test_a_token_that_is_not_scored_has_a_gradient_of_zero(name: str) -> None:
 def test_a_nan_logit_is_not_lost(name: str) -> None:
     case = make_case(3, 70, bias=False)
     case.tile[1, 69] = torch.nan
-    _, total, _ = fold(tile_backend(name), case, PLAIN)
-    assert total.isnan().tolist() == [False, True, False]
+    _, sum_exp, _ = lse_fwd(tile_backend(name), case, PLAIN)
+    assert sum_exp.isnan().tolist() == [False, True, False]
 
 
 class DropsLastColumn(TorchBackend):
-    def fold(self, tile, bias, target, start, head, maximum, total, picked):  # type: ignore[no-untyped-def]
+    def lse_fwd(self, tile, bias, target, start, transform, row_max, sum_exp, target_logit):  # type: ignore[no-untyped-def]
         bias = None if bias is None else bias[:-1]
-        super().fold(tile[:, :-1], bias, target, start, head, maximum, total, picked)
+        super().lse_fwd(tile[:, :-1], bias, target, start, transform, row_max, sum_exp, target_logit)
 
 
 class ForgetsTheSoftcapsSlope(TorchBackend):
-    def gradient_(self, tile, bias, target, start, head, logsumexp, coefficient):  # type: ignore[no-untyped-def]
-        z = logits(tile, bias, head)
+    def logits_bwd_(self, tile, bias, target, start, transform, logsumexp, grad_logprob):  # type: ignore[no-untyped-def]
+        z = logits(tile, bias, transform)
         tile.copy_(z)
-        super().gradient_(tile, None, target, start, PLAIN, logsumexp, coefficient)
+        super().logits_bwd_(tile, None, target, start, PLAIN, logsumexp, grad_logprob)
 
 
 @pytest.mark.parametrize("broken", [DropsLastColumn(), ForgetsTheSoftcapsSlope()], ids=lambda b: type(b).__name__)
@@ -275,10 +278,10 @@ def test_cpp_takes_a_tile_whose_logits_are_all_minus_infinity(name: str) -> None
     case = make_case(3, 70, bias=True)
     assert case.bias is not None
     case.bias[:40] = -torch.inf
-    wide, parts = fold(tile_backend(name), case, PLAIN), fold(tile_backend(name), case, PLAIN, cuts=(40,))
+    wide, parts = lse_fwd(tile_backend(name), case, PLAIN), lse_fwd(tile_backend(name), case, PLAIN, cuts=(40,))
     truth = plain(case, PLAIN, torch.float64).logsumexp
-    for maximum, total, _ in (wide, parts):
-        torch.testing.assert_close((maximum + total.log()).double(), truth, rtol=1e-6, atol=0)
+    for row_max, sum_exp, _ in (wide, parts):
+        torch.testing.assert_close((row_max + sum_exp.log()).double(), truth, rtol=1e-6, atol=0)
 
 
 @needs_cpp
@@ -289,9 +292,9 @@ def test_cpp_is_within_budget_on_every_instruction_set(name: str, capability: st
     script = (
         "import test_backends as t\n"
         "for mark in t.HEADS:\n"
-        "    head, bias = mark.values\n"
+        "    transform, bias = mark.values\n"
         "    case = t.make_case(130, 4099, bias)\n"
-        "    t.check_within_budget(t.answer(t.tile_backend('cpp'), case, head), case, head, floor=1.0)\n"
+        "    t.check_within_budget(t.answer(t.tile_backend('cpp'), case, transform), case, transform, floor=1.0)\n"
         "print('capability', t.torch.backends.cpu.get_cpu_capability())\n"
     )
     best = ["DEFAULT", "AVX2", "AVX512"].index(torch.backends.cpu.get_cpu_capability())
@@ -313,11 +316,11 @@ def test_cpp_is_within_budget_on_every_instruction_set(name: str, capability: st
         ({"bias": torch.zeros(5)}, r"bias must be a CPU tensor of shape \(4,\) .* got shape \[5\]"),
         ({"target": torch.zeros(2, dtype=torch.int64)}, r"target must be .* shape \(3,\) .* got shape \[2\]"),
         ({"target": torch.zeros(3)}, "target must be .* dtype Long .* dtype Float"),
-        ({"total": torch.zeros(6)[::2]}, r"total must be a contiguous .* strides \[2\]"),
-        ({"maximum": torch.zeros(3, dtype=torch.float64)}, "maximum must be .* dtype Float .* dtype Double"),
-        ({"head": Head(-1.0, 1.0, 1.0)}, "softcap must be positive and finite; got -1"),
-        ({"head": Head(None, float("nan"), 1.0)}, "logit_scale must be finite; got nan"),
-        ({"head": Head(None, 1.0, 0.0)}, "temperature must be positive and finite; got 0"),
+        ({"sum_exp": torch.zeros(6)[::2]}, r"total must be a contiguous .* strides \[2\]"),
+        ({"row_max": torch.zeros(3, dtype=torch.float64)}, "maximum must be .* dtype Float .* dtype Double"),
+        ({"transform": LogitTransform(-1.0, 1.0, 1.0)}, "softcap must be positive and finite; got -1"),
+        ({"transform": LogitTransform(None, float("nan"), 1.0)}, "logit_scale must be finite; got nan"),
+        ({"transform": LogitTransform(None, 1.0, 0.0)}, "temperature must be positive and finite; got 0"),
     ],
 )
 def test_cpp_errors_name_the_argument_and_the_value(name: str, change: dict[str, object], message: str) -> None:
@@ -326,13 +329,13 @@ def test_cpp_errors_name_the_argument_and_the_value(name: str, change: dict[str,
         "bias": None,
         "target": torch.zeros(3, dtype=torch.int64),
         "start": 0,
-        "head": PLAIN,
-        "maximum": torch.zeros(3),
-        "total": torch.zeros(3),
-        "picked": torch.zeros(3),
+        "transform": PLAIN,
+        "row_max": torch.zeros(3),
+        "sum_exp": torch.zeros(3),
+        "target_logit": torch.zeros(3),
     }
     with pytest.raises(ValueError, match=message):
-        tile_backend(name).fold(**{**arguments, **change})  # type: ignore[arg-type]
+        tile_backend(name).lse_fwd(**{**arguments, **change})  # type: ignore[arg-type]
 
 
 # The build: a package without the extension works and says why.

@@ -22,14 +22,14 @@ ROOT = Path(__file__).resolve().parent.parent
 ARCHITECTURES = (80, 90, 100)
 # Of every kernel the variant that takes most, and of the product also the one that is used most.
 SAMPLE = (
-    r"^(fold|gradient) fp32 capped bias W=4099$"
-    r"|^linear_fold bf16 (capped bias|plain) store H=1024 W=4096 "
-    r"|^linear_fold bf16 capped bias store H=1040 W=4099 "
-    r"|^exponential_gradient fp16 capped coefficient H=1024 W=4096 "
+    r"^(lse_fwd|logits_bwd) fp32 capped bias W=4099$"
+    r"|^linear_lse_fwd bf16 (capped bias|plain) store H=1024 W=4096 "
+    r"|^linear_lse_fwd bf16 capped bias store H=1040 W=4099 "
+    r"|^exp_logits_bwd fp16 capped grad_logprob H=1024 W=4096 "
     r"|^(row_offset bf16 capped bias|mark_target bf16 capped) H=1024 W=4096 "
     r"|^(row_statistics bf16 any|scale_rows bf16 rows) H=1024 W=4096 "
     r"|^segment_sum fp32 int64$"
-    r"|^pair_coefficient fp32 sigmoid pair_weight label_rate margin length normalizer$"
+    r"|^pair_loss_bwd fp32 sigmoid pair_weight label_rate margin length normalizer$"
 )
 
 
@@ -71,11 +71,11 @@ def test_the_committed_report_is_of_every_variant_of_todays_kernels() -> None:
         rows = [row for row in report["rows"] if row["architecture"] == architecture]
         assert {name for row in rows for name in row["variants"]} == expected
         assert {row["kernel"] for row in rows} == {
-            "fold",
-            "gradient",
-            "linear_fold",
+            "lse_fwd",
+            "logits_bwd",
+            "linear_lse_fwd",
             "merge",
-            "exponential_gradient",
+            "exp_logits_bwd",
             "row_offset",
             "merge_sums",
             "row_statistics",
@@ -83,8 +83,8 @@ def test_the_committed_report_is_of_every_variant_of_todays_kernels() -> None:
             "bend",
             "scale_rows",
             "segment_sum",
-            "slope",
-            "coefficient",
+            "pair_slope",
+            "pair_loss_bwd",
         }
 
 
@@ -130,20 +130,20 @@ def test_the_committed_report_says_what_the_sample_compiles_to(fresh: dict[str, 
 
 BROKEN = """
 from bench.compile_report import compile_all
-from mopo_kernels.kernels import linear_fold
+from mopo_kernels.backends.triton import linear_lse_fwd
 import json
 # Half the threads for the same block: twice the registers each. And more stages than shared memory has room for.
-table = linear_fold.CONFIGURATIONS
+table = linear_lse_fwd.CONFIGURATIONS
 table[80] = table[80]._replace(block_v=256)
 table[90] = table[90]._replace(num_stages=6)
-match = "^linear_fold bf16 plain H=1024 W=4096 "
+match = "^linear_lse_fwd bf16 plain H=1024 W=4096 "
 print(json.dumps(compile_all(80, match) + compile_all(90, match)))
 """
 
 
 def test_negative_control_a_block_too_large_is_noticed(tmp_path: Path) -> None:
     rows = json.loads(run(["-c", BROKEN], tmp_path).splitlines()[-1])
-    found = problems([row for row in rows if row["kernel"] == "linear_fold"])
+    found = problems([row for row in rows if row["kernel"] == "linear_lse_fwd"])
     assert any("sm_80" in line and "bytes of stack and spills" in line for line in found)
     assert any("sm_90" in line and "bytes of shared memory" in line for line in found)
 
@@ -151,34 +151,33 @@ def test_negative_control_a_block_too_large_is_noticed(tmp_path: Path) -> None:
 BATCHES = """
 import torch
 from bench.compile_report import compiling
-from mopo_kernels.backends.tile import Head
-from mopo_kernels.backends.triton import BACKEND
-from mopo_kernels.coefficients import PairData
+from mopo_kernels.arguments import LogitTransform, LossOptions, PairBatch
+from mopo_kernels.backends.triton.backend import BACKEND
 
-W, H, head = 4096, 64, Head(None, 1.0, 1.0)
-products, exponentials = torch.zeros(300, W), torch.zeros(300, W, dtype=torch.bfloat16)
-hidden, weight = exponentials[:, :H].contiguous(), torch.zeros(W, H, dtype=torch.bfloat16)
+W, H, transform = 4096, 64, LogitTransform()
+products, exp_logits = torch.zeros(300, W), torch.zeros(300, W, dtype=torch.bfloat16)
+hidden, weight = exp_logits[:, :H].contiguous(), torch.zeros(W, H, dtype=torch.bfloat16)
 
 def step(rows, start, sequences, pairs):
     # Slices that start anywhere, as those of a chunk's statistics do.
     target, double = (torch.zeros(400, dtype=d)[rows % 7 :][:rows] for d in (torch.int64, torch.float64))
     row, bias = torch.zeros(400)[rows % 5 :][:rows], torch.zeros(W + 9)[rows % 3 :][:W]
-    offsets, half = torch.zeros(BACKEND.offset_blocks(W), rows), exponentials[:rows].half()
-    BACKEND.fold(products[:rows], bias, target, start, head, row, row, row)
-    BACKEND.gradient_(products[:rows], bias, target, start, head, double, row)
-    at = bias, target, start, head, row, row, row
+    offsets, half = torch.zeros(BACKEND.offset_blocks(W), rows), exp_logits[:rows].half()
+    BACKEND.lse_fwd(products[:rows], bias, target, start, transform, row, row, row)
+    BACKEND.logits_bwd_(products[:rows], bias, target, start, transform, double, row)
+    at = bias, target, start, transform, row, row, row
     BACKEND.row_offset(hidden[:rows], weight, *at[:4])
-    BACKEND.linear_fold(hidden[:rows], weight, *at, exponentials[:rows])
+    BACKEND.linear_lse_fwd(hidden[:rows], weight, *at, exp_logits[:rows])
     BACKEND.row_statistics(row, row, row)
-    BACKEND.mark_target_(exponentials[:rows], target, start, head, row, double, row, row)
+    BACKEND.mark_target_(exp_logits[:rows], target, start, transform, row, double, row, row)
     BACKEND.scaled(hidden[:rows], row[:, None], torch.bfloat16)
-    BACKEND.linear_fold(hidden[:rows].half(), weight.half(), *at, half, offsets)
-    BACKEND.exponential_gradient_(half, offsets, target, start, head, double, row, row)
+    BACKEND.linear_lse_fwd(hidden[:rows].half(), weight.half(), *at, half, offsets)
+    BACKEND.exp_logits_bwd_(half, offsets, target, start, transform, double, row, row)
     BACKEND.segment_sum(row, torch.zeros(sequences + 1, dtype=torch.int64))
     one, each = torch.ones(sequences), torch.ones(pairs)
-    data = PairData(torch.zeros(pairs, 2, dtype=torch.int64), torch.zeros(pairs, 3), torch.ones(3), 0.1, "sigmoid",
-                    each, None, each, one, None, None, "pair", torch.ones(()))
-    BACKEND.pair_coefficient(one, one, data)
+    batch = PairBatch(torch.zeros(pairs, 2, dtype=torch.int64), torch.zeros(pairs, 3), torch.ones(3), each, None, each,
+                      one, None, torch.ones(()), LossOptions(loss_type="sigmoid"))
+    BACKEND.pair_loss_bwd(one, one, batch)
 
 with compiling(90) as launched:
     step(300, 0, 16, 16)
@@ -199,9 +198,9 @@ def test_a_new_number_of_rows_sequences_or_pairs_compiles_nothing(tmp_path: Path
     ("arguments", "written"),
     [
         ([], True),
-        (["--match", "fold"], False),
+        (["--match", "lse_fwd"], False),
         (["--arch", "90"], False),
-        (["--match", "fold", "--output", "part.json"], True),
+        (["--match", "lse_fwd", "--output", "part.json"], True),
     ],
     ids=["whole", "match", "arch", "output"],
 )

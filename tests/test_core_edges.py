@@ -17,7 +17,6 @@ from torch import Tensor
 from mopo_kernels import (
     DualAscent,
     LinearMOPOLoss,
-    driver,
     linear_logprob,
     linear_mopo_loss,
     linear_sequence_logprob,
@@ -25,11 +24,12 @@ from mopo_kernels import (
     pack_responses,
     reference,
 )
-from mopo_kernels.backends import Head
+from mopo_kernels.arguments import HeadInputs, HeadOptions
 from mopo_kernels.backends.cpp import CppBackend, has_native_products
-from mopo_kernels.driver import Call
-from mopo_kernels.groups import Group, closed_groups
-from mopo_kernels.head import Folded, Layout, layout_of
+from mopo_kernels.fused import linear_logprob as fused_logprob
+from mopo_kernels.fused.buffer_plan import Layout, layout_of
+from mopo_kernels.fused.linear_logprob import LinearLogprob, LinearLogprobBackward, saves_logits
+from mopo_kernels.fused.pair_groups import Group, closed_groups
 
 
 def loss_of(batch: Batch, **options: Any) -> Tensor:
@@ -238,14 +238,14 @@ def test_only_what_is_longer_than_the_buffer_is_recomputed() -> None:
     lengths = [2, 1, 9, 9, 1, 2, 3, 1]
     pairs = [[0, 1], [3, 2], [5, 4], [6, 7]]
     groups = closed_groups(pairs, lengths, largest=7)
-    assert [(g.sequences, g.held) for g in groups] == [([0, 1], True), ([2, 3], False), ([4, 5, 6, 7], True)]
+    assert [(g.sequences, g.one_chunk) for g in groups] == [([0, 1], True), ([2, 3], False), ([4, 5, 6, 7], True)]
 
 
 def test_rows_of_a_group_are_as_few_ranges_as_possible() -> None:
     first = [0, 2, 2, 5, 9, 10]
-    assert Group([0, 1, 2], held=True).row_ranges(first) == [(0, 5)]
-    assert Group([4, 0, 3], held=True).row_ranges(first) == [(0, 2), (5, 10)]
-    assert Group([1], held=True).row_ranges(first) == []
+    assert Group([0, 1, 2], one_chunk=True).row_ranges(first) == [(0, 5)]
+    assert Group([4, 0, 3], one_chunk=True).row_ranges(first) == [(0, 2), (5, 10)]
+    assert Group([1], one_chunk=True).row_ranges(first) == []
 
 
 def test_cloning_without_pairs_is_plain_cloning_of_the_data() -> None:
@@ -340,9 +340,8 @@ def test_threads_may_change_between_forward_and_backward(monkeypatch: pytest.Mon
         return torch.autograd.grad(value.sum(), leaves)
 
     limit = 1_000_000
-    assert Call(-100, Head(None, 1.0, 1.0), "cpp", limit, None, None, (True, True, False)).keeps_products(
-        3, batch.weight
-    )
+    inputs = HeadInputs(batch.hidden[:3], batch.weight, batch.target[:3]).with_needs()
+    assert saves_logits(inputs, HeadOptions(backend="cpp", max_buffer_bytes=limit))
     for got, want in zip(gradients(limit, 60_000, 120_000), gradients(64 << 20, 60_000), strict=True):
         torch.testing.assert_close(got, want, rtol=2e-2, atol=2e-2)
 
@@ -366,16 +365,18 @@ def test_fp16_products_stand_loss_scaling(scale: float, monkeypatch: pytest.Monk
 
     def unconverted(*arguments: Any, **options: Any) -> Layout:
         layout = layout_of(*arguments, **options)
-        return dataclasses.replace(layout, operand=torch.float16, copied=True, converted=False)
+        return dataclasses.replace(layout, matmul_dtype=torch.float16, copied=True, converted=False)
 
-    monkeypatch.setattr("mopo_kernels.head.layout_of", unconverted)
+    monkeypatch.setattr("mopo_kernels.fused.buffer_plan.layout_of", unconverted)
     batch = make_batch(vocabulary=101, dtype=torch.float16)
-    call = Call(-100, Head(None, 1.0, 1.0), "torch", 100_000, None, None, (True, True, True))
-    inputs = (batch.hidden, batch.weight, batch.target, batch.bias)
-    logprob, logsumexp, *_ = driver.linear_logprob(*inputs, call, None)
+    options = HeadOptions(backend="torch", max_buffer_bytes=100_000)
+    inputs = HeadInputs(batch.hidden, batch.weight, batch.target, batch.bias, True, True, True)
+    logprob, logsumexp, *_ = fused_logprob.linear_logprob(*LinearLogprob(inputs, options).flatten())
     ignored = batch.target == -100
     up = torch.linspace(-1, 1, logprob.shape[0]).where(~ignored, torch.inf)
-    got = driver.linear_logprob_backward(up * scale, *inputs, Folded(logprob, logsumexp), None, call, None)
+    nothing = logprob[:0]
+    upstream = LinearLogprobBackward(up * scale, inputs, logprob, logsumexp, nothing, nothing, options)
+    got = fused_logprob.linear_logprob_backward(*upstream.flatten())
     leaves = [t.double().requires_grad_() for t in (batch.hidden, batch.weight, batch.bias)]
     oracle = linear_logprob(leaves[0], leaves[1], batch.target, leaves[2], backend="reference")
     for result, want in zip(got, torch.autograd.grad(oracle, leaves, up.where(~ignored, 0).double()), strict=True):
@@ -387,8 +388,8 @@ def test_kept_products_and_what_turns_them_into_gradients_share_the_buffer(backe
     batch = make_batch(prompts=12, responses=4, longest=9, hidden=64, vocabulary=2003, dtype=torch.float32)
     leaves = batch.leaves("hidden", "weight", "bias")
     limit = batch.hidden.shape[0] * 2003 * 4 * 4 // 3 + 4
-    call_options = Call(-100, Head(None, 1.0, 1.0), backend, limit, None, None, (True, True, True))
-    assert call_options.keeps_products(batch.hidden.shape[0], batch.weight)
+    inputs = HeadInputs(batch.hidden, batch.weight, batch.target, batch.bias).with_needs()
+    assert saves_logits(inputs, HeadOptions(backend=backend, max_buffer_bytes=limit))
 
     def call() -> tuple[Tensor, ...]:
         value = linear_logprob(

@@ -24,14 +24,15 @@ from test_backends import (
     Case,
     answer,
     check_within_budget,
-    fold,
+    lse_fwd,
     make_case,
     plain,
 )
 from torch import Tensor
 from torch.utils.cpp_extension import TORCH_LIB_PATH, get_cxx_compiler, include_paths
 
-from mopo_kernels.backends import Head, TileBackend, cuda
+from mopo_kernels.arguments import LogitTransform
+from mopo_kernels.backends import TileBackend, cuda
 
 EMULATOR = Path(__file__).resolve().parent / "cuda_emulator"
 COMPILER = shlex.split(get_cxx_compiler())
@@ -60,17 +61,19 @@ class EmulatedBackend(TileBackend):
         self.set_thread_order = ctypes.CDLL(str(library)).set_thread_order
         self.key = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
 
-    def fold(self, tile, bias, target, start, head, maximum, total, picked):  # type: ignore[no-untyped-def]
+    def lse_fwd(self, tile, bias, target, start, transform, row_max, sum_exp, target_logit):  # type: ignore[no-untyped-def]
         operator = torch.ops.mopo_tile_emulated.fold.default
-        operator.redispatch(self.key, tile, bias, target, start, *head_arguments(head), maximum, total, picked)
+        operator.redispatch(
+            self.key, tile, bias, target, start, *head_arguments(transform), row_max, sum_exp, target_logit
+        )
 
-    def gradient_(self, tile, bias, target, start, head, logsumexp, coefficient):  # type: ignore[no-untyped-def]
+    def logits_bwd_(self, tile, bias, target, start, transform, logsumexp, grad_logprob):  # type: ignore[no-untyped-def]
         operator = torch.ops.mopo_tile_emulated.gradient_.default
-        operator.redispatch(self.key, tile, bias, target, start, *head_arguments(head), logsumexp, coefficient)
+        operator.redispatch(self.key, tile, bias, target, start, *head_arguments(transform), logsumexp, grad_logprob)
 
 
-def head_arguments(head: Head) -> tuple[float | None, float, float]:
-    return head.softcap, head.logit_scale, head.temperature
+def head_arguments(transform: LogitTransform) -> tuple[float | None, float, float]:
+    return transform.softcap, transform.logit_scale, transform.temperature
 
 
 class OnDevice(TileBackend):
@@ -92,11 +95,11 @@ class OnDevice(TileBackend):
             if isinstance(value, Tensor) and isinstance(moved, Tensor):
                 value.untyped_storage().copy_(moved.untyped_storage())
 
-    def fold(self, *arguments):  # type: ignore[no-untyped-def]
-        self.call("fold", *arguments)
+    def lse_fwd(self, *arguments):  # type: ignore[no-untyped-def]
+        self.call("lse_fwd", *arguments)
 
-    def gradient_(self, *arguments):  # type: ignore[no-untyped-def]
-        self.call("gradient_", *arguments)
+    def logits_bwd_(self, *arguments):  # type: ignore[no-untyped-def]
+        self.call("logits_bwd_", *arguments)
 
 
 @pytest.fixture(scope="module")
@@ -140,10 +143,12 @@ def test_every_shape_matches_fp64(backend: TileBackend, rows: int, width: int, d
     check_within_budget(answer(backend, case, EVERYTHING), case, EVERYTHING, floor=3.0)
 
 
-@pytest.mark.parametrize(("head", "bias"), HEADS)
-def test_error_is_within_plain_pytorchs_for_every_head(backend: TileBackend, head: Head, bias: bool) -> None:
+@pytest.mark.parametrize(("transform", "bias"), HEADS)
+def test_error_is_within_plain_pytorchs_for_every_head(
+    backend: TileBackend, transform: LogitTransform, bias: bool
+) -> None:
     case = make_case(130, 4099, bias)
-    check_within_budget(answer(backend, case, head), case, head, floor=0.5)
+    check_within_budget(answer(backend, case, transform), case, transform, floor=0.5)
 
 
 @DTYPES
@@ -177,12 +182,12 @@ def test_tiles_in_sequence_are_one_wide_tile(backend: TileBackend) -> None:
 
 # In one tile; and in three, of which the last does not hold the largest logit.
 @pytest.mark.parametrize("cuts", [(), (300, 999)], ids=["one", "three"])
-@pytest.mark.parametrize("head", [PLAIN, Head(30.0, 1.0, 1.0)], ids=["plain", "softcap"])
-def test_extreme_logits_stay_exact(backend: TileBackend, head: Head, cuts: tuple[int, ...]) -> None:
+@pytest.mark.parametrize("transform", [PLAIN, LogitTransform(30.0)], ids=["plain", "softcap"])
+def test_extreme_logits_stay_exact(backend: TileBackend, transform: LogitTransform, cuts: tuple[int, ...]) -> None:
     case = make_case(130, 1000, bias=False, spread=1e4)
-    got = answer(backend, case, head, cuts)
+    got = answer(backend, case, transform, cuts)
     assert all(torch.isfinite(part).all() for part in got)
-    check_within_budget(got, case, head, floor=0.5, factor=2.0)
+    check_within_budget(got, case, transform, floor=0.5, factor=2.0)
 
 
 @DTYPES
@@ -193,7 +198,7 @@ def test_the_targets_gradient_keeps_its_digits_where_it_is_nearly_certain(
     tile[0, 20] = 16.0
     logsumexp = torch.logsumexp(tile.double(), dim=1)
     expected = -torch.expm1(16.0 - logsumexp)
-    backend.gradient_(tile, None, torch.tensor([START + 20]), START, PLAIN, logsumexp, None)
+    backend.logits_bwd_(tile, None, torch.tensor([START + 20]), START, PLAIN, logsumexp, None)
     torch.testing.assert_close(tile[:, 20].double(), expected, rtol=1e-6, atol=0)
 
 
@@ -210,10 +215,10 @@ def test_nothing_outside_the_tile_is_read_or_written(backend: TileBackend, offse
         inside[first:].as_strided((5, 70), (75, 1)).fill_(True)
         block.masked_fill_(~inside, around)
         before = block.clone()
-        statistics = fold(backend, case, EVERYTHING)
+        statistics = lse_fwd(backend, case, EVERYTHING)
         assert torch.equal(block.view(torch.int32), before.view(torch.int32)), "fold changed the tile"
         logsumexp = torch.zeros(5, dtype=torch.float64)
-        backend.gradient_(case.tile, case.bias, case.target, START, EVERYTHING, logsumexp, case.coefficient)
+        backend.logits_bwd_(case.tile, case.bias, case.target, START, EVERYTHING, logsumexp, case.grad_logprob)
         changed = block.view(torch.int32) != before.view(torch.int32)
         assert torch.equal(changed, inside), "gradient_ wrote outside the tile or left some of it"
         results.append((*statistics, case.tile))
@@ -228,14 +233,16 @@ def test_unscored_rows_are_zeros_and_are_not_picked(backend: TileBackend, dtype:
         unscored = case.target < 0
         clean = answer(backend, case, EVERYTHING)
         case.tile[0], case.tile[2, 0], case.tile[4, -1] = torch.nan, torch.inf, torch.nan
-        picked = torch.full((5,), 7.0, dtype=dtype)
-        maximum, total = torch.full((5,), -torch.inf, dtype=dtype), torch.zeros(5, dtype=dtype)
+        target_logit = torch.full((5,), 7.0, dtype=dtype)
+        row_max, sum_exp = torch.full((5,), -torch.inf, dtype=dtype), torch.zeros(5, dtype=dtype)
         # From column 0, where -1 is the column before the first.
-        backend.fold(case.tile, case.bias, case.target - START * ~unscored, 0, EVERYTHING, maximum, total, picked)
-        assert torch.equal(picked == 7.0, unscored)
+        backend.lse_fwd(
+            case.tile, case.bias, case.target - START * ~unscored, 0, EVERYTHING, row_max, sum_exp, target_logit
+        )
+        assert torch.equal(target_logit == 7.0, unscored)
         logsumexp = clean.logsumexp.double().masked_fill(unscored, torch.nan)
-        coefficient = case.coefficient.masked_fill(unscored, torch.inf)
-        backend.gradient_(case.tile, case.bias, case.target, START, EVERYTHING, logsumexp, coefficient)
+        grad_logprob = case.grad_logprob.masked_fill(unscored, torch.inf)
+        backend.logits_bwd_(case.tile, case.bias, case.target, START, EVERYTHING, logsumexp, grad_logprob)
         assert torch.equal(case.tile[unscored], torch.zeros_like(case.tile[unscored]))
         torch.testing.assert_close(case.tile[~unscored], clean.gradient[~unscored], rtol=1e-5, atol=1e-6)
 
@@ -248,12 +255,12 @@ def test_a_tile_may_be_all_minus_infinity(backend: TileBackend, dtype: torch.dty
     case.tile[2] = -torch.inf
     truth = plain(case, PLAIN, torch.float64).logsumexp
     for cuts in ((), (40,), (1, 39, 69)):
-        maximum, total, _ = fold(backend, case, PLAIN, cuts)
-        assert (maximum[2], total[2]) == (-torch.inf, 0.0)
-        torch.testing.assert_close((maximum + total.log()).double(), truth, rtol=1e-6, atol=0)
+        row_max, sum_exp, _ = lse_fwd(backend, case, PLAIN, cuts)
+        assert (row_max[2], sum_exp[2]) == (-torch.inf, 0.0)
+        torch.testing.assert_close((row_max + sum_exp.log()).double(), truth, rtol=1e-6, atol=0)
     # A column of probability 0 has gradient 0, whatever the other rows hold.
     gradient = case.tile[:2].clone()
-    backend.gradient_(gradient, case.bias, case.target[:2] + 70, START, PLAIN, truth[:2], None)
+    backend.logits_bwd_(gradient, case.bias, case.target[:2] + 70, START, PLAIN, truth[:2], None)
     assert torch.equal(gradient[:, :40], torch.zeros(2, 40, dtype=dtype))
     assert torch.isfinite(gradient).all()
 
@@ -263,16 +270,16 @@ def test_a_nan_logit_is_not_lost(backend: TileBackend) -> None:
     for width, column in ((70, 69), (70, 20), (1, 0)):
         case = make_case(3, width, bias=False)
         case.tile[1, column] = torch.nan
-        _, total, _ = fold(backend, case, PLAIN)
-        assert total.isnan().tolist() == [False, True, False]
+        _, sum_exp, _ = lse_fwd(backend, case, PLAIN)
+        assert sum_exp.isnan().tolist() == [False, True, False]
 
 
 def test_no_coefficient_stands_for_one(backend: TileBackend) -> None:
     case = make_case(5, 70, bias=False)
     logsumexp = torch.full((5,), 9.0)
     without, ones = case.tile.clone(), case.tile.clone()
-    backend.gradient_(without, None, case.target, START, PLAIN, logsumexp, None)
-    backend.gradient_(ones, None, case.target, START, PLAIN, logsumexp, torch.ones(5))
+    backend.logits_bwd_(without, None, case.target, START, PLAIN, logsumexp, None)
+    backend.logits_bwd_(ones, None, case.target, START, PLAIN, logsumexp, torch.ones(5))
     assert torch.equal(without, ones)
 
 
@@ -280,8 +287,10 @@ def test_the_bias_is_cast_to_the_tiles_dtype(backend: TileBackend) -> None:
     case = make_case(5, 70, bias=True)
     assert case.bias is not None
     half = case.bias.bfloat16()
-    expected = fold(backend, case._replace(bias=half.float()), PLAIN)
-    assert all(torch.equal(a, b) for a, b in zip(fold(backend, case._replace(bias=half), PLAIN), expected, strict=True))
+    expected = lse_fwd(backend, case._replace(bias=half.float()), PLAIN)
+    assert all(
+        torch.equal(a, b) for a, b in zip(lse_fwd(backend, case._replace(bias=half), PLAIN), expected, strict=True)
+    )
 
 
 @DTYPES
@@ -318,10 +327,10 @@ def test_row_offsets_are_64_bit(emulated: EmulatedBackend, tmp_path: Path) -> No
     case = make_case(2, 70, bias=True)
     expected = answer(emulated, case, EVERYTHING)
     far = case._replace(tile=whole.as_strided((2, 70), (stride, 1)).copy_(case.tile))
-    maximum, total, picked = fold(emulated, far, EVERYTHING)
-    emulated.gradient_(far.tile, far.bias, far.target, START, EVERYTHING, expected.logsumexp, far.coefficient)
-    torch.testing.assert_close(maximum + total.log(), expected.logsumexp)
-    torch.testing.assert_close((picked, far.tile), (expected.picked, expected.gradient))
+    row_max, sum_exp, target_logit = lse_fwd(emulated, far, EVERYTHING)
+    emulated.logits_bwd_(far.tile, far.bias, far.target, START, EVERYTHING, expected.logsumexp, far.grad_logprob)
+    torch.testing.assert_close(row_max + sum_exp.log(), expected.logsumexp)
+    torch.testing.assert_close((target_logit, far.tile), (expected.target_logit, expected.gradient))
 
 
 @pytest.mark.parametrize(
@@ -332,17 +341,17 @@ def test_row_offsets_are_64_bit(emulated: EmulatedBackend, tmp_path: Path) -> No
         ({"tile": torch.zeros(3, 4, device="meta")}, r"shape \(rows, columns\); got shape \[3, 4\] on meta"),
         ({"bias": torch.zeros(5)}, r"bias must be .* shape \(4,\) .* got shape \[5\]"),
         ({"target": torch.zeros(3, dtype=torch.int64, device="meta")}, "target must be .* on cpu; got .* on meta"),
-        ({"maximum": torch.zeros(3, dtype=torch.float64)}, "maximum must be .* dtype Float .* dtype Double"),
-        ({"head": Head(0.0, 1.0, 1.0)}, "softcap must be positive and finite; got 0"),
+        ({"row_max": torch.zeros(3, dtype=torch.float64)}, "maximum must be .* dtype Float .* dtype Double"),
+        ({"transform": LogitTransform(0.0)}, "softcap must be positive and finite; got 0"),
     ],
 )
 def test_errors_name_the_argument_and_the_value(
     emulated: EmulatedBackend, change: dict[str, object], message: str
 ) -> None:
-    rows = {name: torch.zeros(3) for name in ("maximum", "total", "picked")}
+    rows = {name: torch.zeros(3) for name in ("row_max", "sum_exp", "target_logit")}
     arguments = {"tile": torch.zeros(3, 4), "bias": None, "target": torch.zeros(3, dtype=torch.int64), "start": 0}
     with pytest.raises(ValueError, match=message):
-        emulated.fold(**{**arguments, "head": PLAIN, **rows, **change})
+        emulated.lse_fwd(**{**arguments, "transform": PLAIN, **rows, **change})
 
 
 def test_a_launch_that_fails_is_an_error(emulated: EmulatedBackend, tmp_path: Path) -> None:
@@ -350,20 +359,20 @@ def test_a_launch_that_fails_is_an_error(emulated: EmulatedBackend, tmp_path: Pa
     width = 65536 * STRETCH[torch.float32]
     tile = torch.from_file(str(tmp_path / "tile"), shared=True, size=width)[None]
     with pytest.raises(RuntimeError, match="CUDA error"):
-        emulated.gradient_(tile, None, torch.zeros(1, dtype=torch.int64), 0, PLAIN, torch.zeros(1), None)
+        emulated.logits_bwd_(tile, None, torch.zeros(1, dtype=torch.int64), 0, PLAIN, torch.zeros(1), None)
 
 
 # Negative controls.
 
 
 class DropsLastColumn(OnDevice):
-    def fold(self, tile, bias, *rest):  # type: ignore[no-untyped-def]
-        self.backend.fold(tile[:, :-1], None if bias is None else bias[:-1], *rest)
+    def lse_fwd(self, tile, bias, *rest):  # type: ignore[no-untyped-def]
+        self.backend.lse_fwd(tile[:, :-1], None if bias is None else bias[:-1], *rest)
 
 
 class TakesTheTargetForAnyOther(OnDevice):
-    def gradient_(self, tile, bias, target, *rest):  # type: ignore[no-untyped-def]
-        self.backend.gradient_(tile, bias, target.clamp(max=START - 1), *rest)
+    def logits_bwd_(self, tile, bias, target, *rest):  # type: ignore[no-untyped-def]
+        self.backend.logits_bwd_(tile, bias, target.clamp(max=START - 1), *rest)
 
 
 @pytest.mark.parametrize("defect", [DropsLastColumn, TakesTheTargetForAnyOther])

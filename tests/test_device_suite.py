@@ -634,8 +634,8 @@ def test_errors_of_the_sanitizer_are_failures_where_it_sees_a_planted_one(
 
 
 class ForgetsTheTarget(TorchBackend):
-    def gradient_(self, tile, bias, target, *rest):  # type: ignore[no-untyped-def]
-        super().gradient_(tile, bias, target.clamp(max=-1), *rest)
+    def logits_bwd_(self, tile, bias, target, *rest):  # type: ignore[no-untyped-def]
+        super().logits_bwd_(tile, bias, target.clamp(max=-1), *rest)
 
 
 def test_what_the_sanitizer_runs_is_right_and_would_be_noticed_if_not() -> None:

@@ -22,7 +22,7 @@ from torch import Tensor
 from bench import instructions
 from bench.head import peak_mib
 from mopo_kernels import linear_mopo_loss
-from mopo_kernels.head import LinearHead
+from mopo_kernels.fused.chunked_head import ChunkedHead
 
 TOKENS, HIDDEN, VOCABULARY, SEQUENCES = 128, 512, 4096, 8
 BUFFER_BYTES = 256 << 20
@@ -81,10 +81,10 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-_products_ = LinearHead._products_
+_products_ = ChunkedHead._products_
 
 
-def _products_twice(self: LinearHead, *arguments: Any) -> None:
+def _products_twice(self: ChunkedHead, *arguments: Any) -> None:
     _products_(self, *arguments)
     _products_(self, *arguments)
 
@@ -94,7 +94,7 @@ def with_a_product_more(call: Callable[[], Any]) -> Callable[[], Any]:
 
     def run() -> Any:
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(LinearHead, "_products_", _products_twice)
+            patch.setattr(ChunkedHead, "_products_", _products_twice)
             return call()
 
     return run

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from bench.head import peak_mib
 from mopo_kernels import LinearMOPOLoss, linear_logprob, linear_mopo_loss, linear_sequence_logprob, mopo_loss
-from mopo_kernels.head import FILTER_LARGEST_SHARE, FILTER_ROWS, row_chunks
+from mopo_kernels.fused.buffer_plan import FILTER_ROWS, row_chunks
+from mopo_kernels.fused.chunked_head import FILTER_LARGEST_SHARE
 
 pytestmark = pytest.mark.parametrize("backend", CPU_BACKENDS)
 

@@ -12,6 +12,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -21,9 +22,12 @@ import torch
 from torch import Tensor
 
 from mopo_kernels import linear_logprob, reference
-from mopo_kernels.backends.tile import NOT_SCORED, Head
-from mopo_kernels.backends.triton import TritonBackend, unavailable_reason
-from mopo_kernels.coefficients import PairData
+from mopo_kernels.arguments import LogitTransform, LossOptions, PairBatch
+from mopo_kernels.backends.base import NOT_SCORED
+from mopo_kernels.backends.triton import unavailable_reason
+
+pytest.importorskip("triton")
+from mopo_kernels.backends.triton.backend import TritonBackend
 
 ROOT = Path(__file__).resolve().parent.parent
 REASON = unavailable_reason()
@@ -40,15 +44,15 @@ START = 1000
 ROWS = (0, 1, 3, 33)
 COLUMNS = (1, 7, 64, 130, 208, 507)
 HIDDEN = (1, 5, 64, 67)
-PLAIN = Head(None, 1.0, 1.0)
-EVERYTHING = Head(5.0, 0.7, 1.3)
-# Each part of the head alone, then all; (head, with a bias). A softcap of 5 bends logits of standard deviation 3.
+PLAIN = LogitTransform()
+EVERYTHING = LogitTransform(5.0, 0.7, 1.3)
+# Each part of the head alone, then all; (transform, with a bias). A softcap of 5 bends logits of standard deviation 3.
 HEADS = [
     pytest.param(PLAIN, False, id="plain"),
     pytest.param(PLAIN, True, id="bias"),
-    pytest.param(Head(5.0, 1.0, 1.0), False, id="softcap"),
-    pytest.param(Head(None, 0.7, 1.0), False, id="scale"),
-    pytest.param(Head(None, 1.0, 1.3), False, id="temperature"),
+    pytest.param(LogitTransform(5.0), False, id="softcap"),
+    pytest.param(LogitTransform(None, 0.7, 1.0), False, id="scale"),
+    pytest.param(LogitTransform(None, 1.0, 1.3), False, id="temperature"),
     pytest.param(EVERYTHING, True, id="everything"),
 ]
 FULL = [pytest.param(torch.float32, id="fp32"), pytest.param(torch.float64, id="fp64")]
@@ -59,9 +63,9 @@ HALF = [pytest.param(torch.bfloat16, id="bf16"), pytest.param(torch.float16, id=
 def small_blocks(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
     """In the interpreter a row of a small tile is several blocks, as a row of a vocabulary is on a GPU."""
     if DEVICE.type == "cpu" and REASON is None:
-        from mopo_kernels.kernels import fold, gradient
+        from mopo_kernels.backends.triton import logits_bwd, lse_fwd
 
-        for module in (fold, gradient):
+        for module in (lse_fwd, logits_bwd):
             table = {dtype: c._replace(block=request.param) for dtype, c in module.CONFIGURATIONS.items()}
             monkeypatch.setattr(module, "CONFIGURATIONS", table)
 
@@ -90,7 +94,7 @@ class Case(NamedTuple):
     margin: int
     target: Tensor
     bias: Tensor | None
-    coefficient: Tensor
+    grad_logprob: Tensor
     tile: Tensor | None = None
     hidden: Tensor | None = None
     weight: Tensor | None = None
@@ -135,11 +139,11 @@ def make_case(
     return Case(*common, hidden=surrounded(hidden.to(dtype), margin), weight=surrounded(weight.to(dtype), margin))
 
 
-def logits(x: Tensor, bias: Tensor | None, head: Head) -> Tensor:
-    z = (x if bias is None else x + bias.to(x.dtype)) * head.logit_scale
-    if head.softcap is not None:
-        z = head.softcap * torch.tanh(z / head.softcap)
-    return z / head.temperature
+def logits(x: Tensor, bias: Tensor | None, transform: LogitTransform) -> Tensor:
+    z = (x if bias is None else x + bias.to(x.dtype)) * transform.logit_scale
+    if transform.softcap is not None:
+        z = transform.softcap * torch.tanh(z / transform.softcap)
+    return z / transform.temperature
 
 
 class Answer(NamedTuple):
@@ -150,18 +154,18 @@ class Answer(NamedTuple):
     gradient: Tensor
 
 
-def plain(case: Case, head: Head, dtype: torch.dtype) -> Answer:
+def plain(case: Case, transform: LogitTransform, dtype: torch.dtype) -> Answer:
     """What plain PyTorch answers in ``dtype``; log-probabilities of half precision logits in fp32, as everywhere."""
     x = case.products(dtype).detach().requires_grad_()
     column = case.target - START
     scored = case.target >= 0
     within = (column >= 0) & (column < x.shape[1])
     at = column.clamp(0, x.shape[1] - 1)[:, None]
-    z = logits(x, case.bias, head)
+    z = logits(x, case.bias, transform)
     wide = z.detach().to(torch.promote_types(dtype, torch.float32))
     logprob = torch.log_softmax(wide, dim=1)
     onehot = torch.zeros_like(logprob).scatter(1, at, within[:, None].to(wide.dtype))
-    row = (onehot - logprob.exp()) * case.coefficient.to(wide.dtype)[:, None]
+    row = (onehot - logprob.exp()) * case.grad_logprob.to(wide.dtype)[:, None]
     (gradient,) = torch.autograd.grad(z, x, row.to(dtype))
     return Answer(
         torch.logsumexp(wide, dim=1).where(scored, 0.0),
@@ -171,9 +175,9 @@ def plain(case: Case, head: Head, dtype: torch.dtype) -> Answer:
 
 
 class Statistics(NamedTuple):
-    maximum: Tensor
-    total: Tensor
-    picked: Tensor
+    row_max: Tensor
+    sum_exp: Tensor
+    target_logit: Tensor
 
     @staticmethod
     def empty(rows: int, dtype: torch.dtype) -> Statistics:
@@ -191,27 +195,31 @@ def pieces(case: Case, cuts: tuple[int, ...]) -> Iterator[tuple[int, int, Tensor
         yield a, b, None if case.bias is None else case.bias[a:b]
 
 
-def fold(case: Case, head: Head, cuts: tuple[int, ...] = (), backend: TritonBackend = BACKEND) -> Statistics:
+def lse_fwd(
+    case: Case, transform: LogitTransform, cuts: tuple[int, ...] = (), backend: TritonBackend = BACKEND
+) -> Statistics:
     """The statistics of a case of either kind, nothing stored."""
-    statistics = Statistics.empty(case.target.shape[0], case.coefficient.dtype)
+    statistics = Statistics.empty(case.target.shape[0], case.grad_logprob.dtype)
     if case.hidden is not None and backend.row_offsets(case.hidden.dtype):
         assert case.weight is not None
-        at = case.bias, case.target, START, head
-        statistics = statistics._replace(maximum=backend.row_offset(case.hidden, case.weight, *at))
+        at = case.bias, case.target, START, transform
+        statistics = statistics._replace(row_max=backend.row_offset(case.hidden, case.weight, *at))
     for a, b, bias in pieces(case, cuts):
-        at = bias, case.target, START + a, head, *statistics
+        at = bias, case.target, START + a, transform, *statistics
         if case.tile is not None:
-            backend.fold(case.tile[:, a:b], *at)
+            backend.lse_fwd(case.tile[:, a:b], *at)
         else:
             assert case.hidden is not None
             assert case.weight is not None
-            backend.linear_fold(case.hidden, case.weight[a:b], *at)
+            backend.linear_lse_fwd(case.hidden, case.weight[a:b], *at)
     return statistics
 
 
-def answer(case: Case, head: Head, cuts: tuple[int, ...] = (), backend: TritonBackend = BACKEND) -> Answer:
+def answer(
+    case: Case, transform: LogitTransform, cuts: tuple[int, ...] = (), backend: TritonBackend = BACKEND
+) -> Answer:
     """The kernels' answers, combined as the head combines them; leaves the case as it was."""
-    gradient, statistics = (tiles if case.tile is not None else exponentials)(case, head, cuts, backend)
+    gradient, statistics = (tiles if case.tile is not None else exp_logits)(case, transform, cuts, backend)
     column = case.target - START
     within = (column >= 0) & (column < case.columns) & (case.target >= 0)
     return Answer(
@@ -219,52 +227,58 @@ def answer(case: Case, head: Head, cuts: tuple[int, ...] = (), backend: TritonBa
     )
 
 
-def tiles(case: Case, head: Head, cuts: tuple[int, ...], backend: TritonBackend) -> tuple[Tensor, Statistics]:
+def tiles(
+    case: Case, transform: LogitTransform, cuts: tuple[int, ...], backend: TritonBackend
+) -> tuple[Tensor, Statistics]:
     assert case.tile is not None
-    statistics, gradient = fold(case, head, cuts, backend), surrounded(case.tile, case.margin)
+    statistics, gradient = lse_fwd(case, transform, cuts, backend), surrounded(case.tile, case.margin)
     lse = statistics.logsumexp()
     for a, b, bias in pieces(case, cuts):
-        backend.gradient_(gradient[:, a:b], bias, case.target, START + a, head, lse, case.coefficient)
+        backend.logits_bwd_(gradient[:, a:b], bias, case.target, START + a, transform, lse, case.grad_logprob)
     return gradient, statistics
 
 
-def exponentials(case: Case, head: Head, cuts: tuple[int, ...], backend: TritonBackend) -> tuple[Tensor, Statistics]:
+def exp_logits(
+    case: Case, transform: LogitTransform, cuts: tuple[int, ...], backend: TritonBackend
+) -> tuple[Tensor, Statistics]:
     assert case.hidden is not None
     assert case.weight is not None
     rows = case.hidden.shape[0]
     gradient = surrounded(torch.full((rows, case.columns), torch.nan, dtype=case.hidden.dtype), case.margin)
     if backend.row_offsets(case.hidden.dtype):
-        return with_row_offsets(case, head, cuts, backend, gradient)
+        return with_row_offsets(case, transform, cuts, backend, gradient)
     statistics, offsets = Statistics.empty(rows, torch.float32), {}
     for a, b, bias in pieces(case, cuts):
         offsets[a] = torch.full((backend.offset_blocks(b - a), rows), torch.nan, device=DEVICE)
-        at = bias, case.target, START + a, head, *statistics
-        backend.linear_fold(case.hidden, case.weight[a:b], *at, gradient[:, a:b], offsets[a])
-    folded = statistics.logsumexp(), statistics.logprob(), case.coefficient
+        at = bias, case.target, START + a, transform, *statistics
+        backend.linear_lse_fwd(case.hidden, case.weight[a:b], *at, gradient[:, a:b], offsets[a])
+    folded = statistics.logsumexp(), statistics.logprob(), case.grad_logprob
     for a, b, _ in pieces(case, cuts):
-        backend.exponential_gradient_(gradient[:, a:b], offsets[a], case.target, START + a, head, *folded)
+        backend.exp_logits_bwd_(gradient[:, a:b], offsets[a], case.target, START + a, transform, *folded)
     return gradient, statistics
 
 
 def with_row_offsets(
-    case: Case, head: Head, cuts: tuple[int, ...], backend: TritonBackend, tile: Tensor
+    case: Case, transform: LogitTransform, cuts: tuple[int, ...], backend: TritonBackend, tile: Tensor
 ) -> tuple[Tensor, Statistics]:
     """As the head does it where the vocabulary is tiled: products once for the log-sum-exp and once more after it."""
     assert case.hidden is not None
     assert case.weight is not None
-    statistics = fold(case, head, cuts, backend)
+    statistics = lse_fwd(case, transform, cuts, backend)
     lse, lp = statistics.logsumexp(), statistics.logprob()
-    offset, factors = statistics.maximum, torch.empty_like(statistics.maximum)
+    offset, factors = statistics.row_max, torch.empty_like(statistics.row_max)
     if cuts:
         offset = lse.float()
     gradient = torch.empty(*tile.shape, device=DEVICE)
     for a, b, bias in pieces(case, cuts):
         if cuts or a == 0:
             again = Statistics(offset.clone(), *Statistics.empty(len(offset), torch.float32)[1:])
-            backend.linear_fold(case.hidden, case.weight[a:b], bias, case.target, START + a, head, *again, tile[:, a:b])
+            backend.linear_lse_fwd(
+                case.hidden, case.weight[a:b], bias, case.target, START + a, transform, *again, tile[:, a:b]
+            )
         factors.fill_(torch.nan)
-        backend.mark_target_(tile[:, a:b], case.target, START + a, head, offset, lse, lp, factors)
-        gradient[:, a:b] = tile[:, a:b].float() * (factors * case.coefficient)[:, None]
+        backend.mark_target_(tile[:, a:b], case.target, START + a, transform, offset, lse, lp, factors)
+        gradient[:, a:b] = tile[:, a:b].float() * (factors * case.grad_logprob)[:, None]
     return gradient, statistics
 
 
@@ -272,10 +286,10 @@ def rms(x: Tensor) -> float:
     return x.double().square().mean().sqrt().item() if x.numel() else 0.0
 
 
-def check_within_budget(got: Answer, case: Case, head: Head, dtype: torch.dtype, floor: float) -> None:
+def check_within_budget(got: Answer, case: Case, transform: LogitTransform, dtype: torch.dtype, floor: float) -> None:
     """RMS error at most 1.1 times plain PyTorch's, or ``floor`` machine epsilons of the truth's size where that is
     more: on few elements plain PyTorch is exact by chance, in fp64 it is the truth itself."""
-    truth, budget = plain(case, head, torch.float64), plain(case, head, dtype)
+    truth, budget = plain(case, transform, torch.float64), plain(case, transform, dtype)
     for name in Answer._fields:
         exact = getattr(truth, name)
         error, allowed = rms(getattr(got, name) - exact), 1.1 * rms(getattr(budget, name).double() - exact)
@@ -305,39 +319,39 @@ def test_exponentials_match_fp64_in_every_shape(rows: int, columns: int, hidden_
 # So many elements are enough for a fair comparison; half an epsilon is what rounding the exact answer costs.
 
 
-@pytest.mark.parametrize(("head", "bias"), HEADS)
-def test_error_of_tiles_is_within_plain_pytorchs_for_every_head(head: Head, bias: bool) -> None:
+@pytest.mark.parametrize(("transform", "bias"), HEADS)
+def test_error_of_tiles_is_within_plain_pytorchs_for_every_head(transform: LogitTransform, bias: bool) -> None:
     case = make_case(130, 4099, bias, torch.float32)
-    check_within_budget(answer(case, head), case, head, torch.float32, floor=0.5)
+    check_within_budget(answer(case, transform), case, transform, torch.float32, floor=0.5)
 
 
 @pytest.mark.parametrize(("dtype", "margin"), [(torch.bfloat16, 3), (torch.float16, 8)], ids=["bf16", "fp16"])
-@pytest.mark.parametrize(("head", "bias"), HEADS)
+@pytest.mark.parametrize(("transform", "bias"), HEADS)
 def test_error_of_exponentials_is_within_plain_pytorchs_for_every_head(
-    head: Head, bias: bool, dtype: torch.dtype, margin: int
+    transform: LogitTransform, bias: bool, dtype: torch.dtype, margin: int
 ) -> None:
     case = make_case(200, 507, bias, dtype, hidden_size=67, margin=margin)
-    check_within_budget(answer(case, head), case, head, dtype, floor=0.5)
+    check_within_budget(answer(case, transform), case, transform, dtype, floor=0.5)
 
 
-def check_near_fp32(logprob: Tensor, case: Case, head: Head) -> None:
-    truth, fp32 = plain(case, head, torch.float64).logprob, plain(case, head, torch.float32).logprob
+def check_near_fp32(logprob: Tensor, case: Case, transform: LogitTransform) -> None:
+    truth, fp32 = plain(case, transform, torch.float64).logprob, plain(case, transform, torch.float32).logprob
     error, allowed = rms(logprob - truth), 2.0 * rms(fp32 - truth)
     assert error <= allowed, f"logprob: error {error:.3g} against fp64, allowed {allowed:.3g}"
 
 
 @pytest.mark.parametrize("dtype", HALF)
-@pytest.mark.parametrize(("head", "bias"), HEADS)
+@pytest.mark.parametrize(("transform", "bias"), HEADS)
 def test_logprobs_of_half_precision_are_nearly_those_of_fp32_products(
-    head: Head, bias: bool, dtype: torch.dtype
+    transform: LogitTransform, bias: bool, dtype: torch.dtype
 ) -> None:
     case = make_case(200, 507, bias, dtype, hidden_size=67)
-    check_near_fp32(answer(case, head).logprob, case, head)
+    check_near_fp32(answer(case, transform).logprob, case, transform)
 
 
 @in_blocks(256)
 @pytest.mark.usefixtures("small_blocks")
-@pytest.mark.parametrize("hidden_size", [0, 67], ids=["tile", "exponentials"])
+@pytest.mark.parametrize("hidden_size", [0, 67], ids=["tile", "exp_logits"])
 def test_tiles_in_sequence_are_one_wide_tile(hidden_size: int) -> None:
     dtype = torch.bfloat16 if hidden_size else torch.float32
     case = make_case(13, 507, True, dtype, hidden_size)
@@ -348,28 +362,28 @@ def test_tiles_in_sequence_are_one_wide_tile(hidden_size: int) -> None:
 
 @in_blocks(256)
 @pytest.mark.usefixtures("small_blocks")
-@pytest.mark.parametrize("hidden_size", [0, 67], ids=["tile", "exponentials"])
+@pytest.mark.parametrize("hidden_size", [0, 67], ids=["tile", "exp_logits"])
 def test_two_runs_are_bitwise_equal_and_storing_changes_nothing(hidden_size: int) -> None:
     case = make_case(9, 507, True, torch.bfloat16 if hidden_size else torch.float32, hidden_size)
     first, second = answer(case, EVERYTHING), answer(case, EVERYTHING)
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
-    assert torch.equal(fold(case, EVERYTHING).logsumexp().where(case.target >= 0, 0.0), first.logsumexp)
+    assert torch.equal(lse_fwd(case, EVERYTHING).logsumexp().where(case.target >= 0, 0.0), first.logsumexp)
 
 
-@pytest.mark.parametrize("hidden_size", [0, 67], ids=["tile", "exponentials"])
+@pytest.mark.parametrize("hidden_size", [0, 67], ids=["tile", "exp_logits"])
 def test_huge_logits_stay_finite_and_exact(hidden_size: int) -> None:
     dtype = torch.bfloat16 if hidden_size else torch.float32
     case = make_case(33, 130, False, dtype, hidden_size, spread=1e4)
     got = answer(case, PLAIN)
     assert all(torch.isfinite(part).all() for part in got)
     check_within_budget(got, case, PLAIN, dtype, floor=0.5)
-    capped = answer(case, Head(30.0, 1.0, 1.0))
+    capped = answer(case, LogitTransform(30.0))
     assert all(torch.isfinite(part).all() for part in capped)
 
 
 @in_blocks(64)
 @pytest.mark.usefixtures("small_blocks")
-@pytest.mark.parametrize("hidden_size", [0, 5], ids=["tile", "exponentials"])
+@pytest.mark.parametrize("hidden_size", [0, 5], ids=["tile", "exp_logits"])
 def test_logits_of_minus_infinity_have_probability_zero(hidden_size: int) -> None:
     dtype = torch.bfloat16 if hidden_size else torch.float32
     case = make_case(33, 130, True, dtype, hidden_size)
@@ -378,18 +392,18 @@ def test_logits_of_minus_infinity_have_probability_zero(hidden_size: int) -> Non
     case = case._replace(target=case.target.where(case.target >= START + 70, START + 100))
     check_within_budget(answer(case, PLAIN), case, PLAIN, dtype, floor=3.0)
     check_within_budget(answer(case, PLAIN, cuts=(65,)), case, PLAIN, dtype, floor=3.0)
-    maximum, total, _ = fold(case._replace(bias=torch.full_like(case.bias, -torch.inf)), PLAIN)
-    assert (maximum == -torch.inf).all()
-    assert (total == 0).all()
+    row_max, sum_exp, _ = lse_fwd(case._replace(bias=torch.full_like(case.bias, -torch.inf)), PLAIN)
+    assert (row_max == -torch.inf).all()
+    assert (sum_exp == 0).all()
 
 
-@pytest.mark.parametrize("hidden_size", [0, 5], ids=["tile", "exponentials"])
+@pytest.mark.parametrize("hidden_size", [0, 5], ids=["tile", "exp_logits"])
 def test_a_nan_logit_is_not_lost(hidden_size: int) -> None:
     case = make_case(3, 70, False, torch.bfloat16 if hidden_size else torch.float32, hidden_size)
     case = case._replace(target=torch.full_like(case.target, START))
     before = answer(case, PLAIN)
     (case.hidden if hidden_size else case.tile)[1, -1] = torch.nan  # type: ignore[index]
-    assert fold(case, PLAIN).total.isnan().tolist() == [False, True, False]
+    assert lse_fwd(case, PLAIN).sum_exp.isnan().tolist() == [False, True, False]
     after = answer(case, PLAIN)
     assert after.gradient[1].isnan().any()
     for row in (0, 2):
@@ -404,9 +418,9 @@ def test_rows_not_scored_are_exact_zeros_whatever_the_tile_holds() -> None:
         lse = nan.double().index_fill(0, torch.tensor(5, device=DEVICE), 9.0)
         if dtype == torch.bfloat16:
             offsets = torch.zeros(BACKEND.offset_blocks(70), 33, device=DEVICE)
-            BACKEND.exponential_gradient_(got, offsets, target, START, EVERYTHING, lse, 0.5 - lse.float(), None)
+            BACKEND.exp_logits_bwd_(got, offsets, target, START, EVERYTHING, lse, 0.5 - lse.float(), None)
         else:
-            BACKEND.gradient_(got, None, target, START, EVERYTHING, lse, None)
+            BACKEND.logits_bwd_(got, None, target, START, EVERYTHING, lse, None)
         assert torch.isfinite(got).all()
         assert (got[5] != 0).all()
         assert (got != 0).any(dim=1).nonzero().tolist() == [[5]]
@@ -419,9 +433,9 @@ def test_a_block_without_a_scored_row_leaves_finite_statistics_and_no_picked() -
     case.hidden[64:] = 1.0
     target = torch.full_like(case.target, NOT_SCORED)
     target[65] = START  # in the last block of rows, with rows beside it that are not scored
-    got, statistics = exponentials(case._replace(target=target), EVERYTHING, (), BACKEND)
+    got, statistics = exp_logits(case._replace(target=target), EVERYTHING, (), BACKEND)
     assert all(torch.isfinite(part).all() for part in statistics)
-    assert (statistics.picked != 0).nonzero().tolist() == [[65]]
+    assert (statistics.target_logit != 0).nonzero().tolist() == [[65]]
     assert torch.isfinite(got).all()
     assert (got != 0).any(dim=1).nonzero().tolist() == [[65]]
 
@@ -433,25 +447,25 @@ def test_a_confident_targets_gradient_keeps_its_digits() -> None:
     lse, target = torch.logsumexp(z, 1).to(DEVICE), torch.tensor([START + 7], device=DEVICE)
     exact = -torch.expm1(20.0 - lse).item()
     tile = z.float().to(DEVICE)
-    BACKEND.gradient_(tile, None, target, START, PLAIN, lse, None)
+    BACKEND.logits_bwd_(tile, None, target, START, PLAIN, lse, None)
     assert tile[0, 7].item() == pytest.approx(exact, rel=1e-5)
     offsets = torch.full((BACKEND.offset_blocks(64), 1), 20.0, device=DEVICE)
     tile = torch.exp(z - 20.0).bfloat16().to(DEVICE)
-    BACKEND.exponential_gradient_(tile, offsets, target, START, PLAIN, lse, (20.0 - lse).float(), None)
+    BACKEND.exp_logits_bwd_(tile, offsets, target, START, PLAIN, lse, (20.0 - lse).float(), None)
     assert tile[0, 7].item() == pytest.approx(exact, rel=2**-8)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["tile", "exponentials"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["tile", "exp_logits"])
 def test_no_coefficient_stands_for_one(dtype: torch.dtype) -> None:
     target, lse = torch.tensor([START, START + 1, START + 2], device=DEVICE), torch.full((3,), 9.0, device=DEVICE)
     results = []
-    for coefficient in (None, torch.ones(3, device=DEVICE)):
+    for grad_logprob in (None, torch.ones(3, device=DEVICE)):
         tile = torch.linspace(0, 1, 3 * 70).view(3, 70).to(dtype).to(DEVICE)
         if dtype == torch.float32:
-            BACKEND.gradient_(tile, None, target, START, PLAIN, lse.double(), coefficient)
+            BACKEND.logits_bwd_(tile, None, target, START, PLAIN, lse.double(), grad_logprob)
         else:
             offsets = torch.zeros(BACKEND.offset_blocks(70), 3, device=DEVICE)
-            BACKEND.exponential_gradient_(tile, offsets, target, START, PLAIN, lse.double(), -lse, coefficient)
+            BACKEND.exp_logits_bwd_(tile, offsets, target, START, PLAIN, lse.double(), -lse, grad_logprob)
         results.append(tile)
     assert torch.equal(*results)
 
@@ -464,7 +478,7 @@ def bits(x: Tensor) -> Tensor:
 @pytest.mark.usefixtures("small_blocks")
 @pytest.mark.parametrize("margin", MARGINS)
 @pytest.mark.parametrize("columns", [70, 80])
-@pytest.mark.parametrize("hidden_size", [0, 67], ids=["tile", "exponentials"])
+@pytest.mark.parametrize("hidden_size", [0, 67], ids=["tile", "exp_logits"])
 def test_nothing_outside_the_arguments_is_read_or_written(hidden_size: int, columns: int, margin: int) -> None:
     rows, dtype = 5, torch.bfloat16 if hidden_size else torch.float32
     case, results = make_case(rows, columns, True, dtype, hidden_size), []
@@ -481,22 +495,22 @@ def test_nothing_outside_the_arguments_is_read_or_written(hidden_size: int, colu
         matrix = surrounded(products, margin, around)
         factors = [surrounded(x, margin, around) for x in (case.hidden, case.weight) if x is not None]
         assert case.bias is not None
-        bias, target, coefficient = vector(case.bias), vector(case.target), vector(case.coefficient)
+        bias, target, grad_logprob = vector(case.bias), vector(case.target), vector(case.grad_logprob)
         statistics = [vector(x) for x in Statistics.empty(rows, torch.float32)]
         lse, logprob = vector(torch.full((rows,), 9.0, dtype=torch.float64)), vector(torch.full((rows,), -9.0))
         offsets = vector(torch.zeros(BACKEND.offset_blocks(columns) * rows))
-        arguments = [matrix, *factors, bias, target, coefficient, *statistics, lse, logprob, offsets]
+        arguments = [matrix, *factors, bias, target, grad_logprob, *statistics, lse, logprob, offsets]
         blocks = [x._base if x._base is not None else x for x in arguments]
         before = [block.clone() for block in blocks]
         at = bias, target, START, EVERYTHING
         if hidden_size:
             blocked = offsets.view(-1, rows)
-            BACKEND.linear_fold(*factors, *at, *statistics, matrix, blocked)
-            BACKEND.exponential_gradient_(matrix, blocked, target, START, EVERYTHING, lse, logprob, coefficient)
+            BACKEND.linear_lse_fwd(*factors, *at, *statistics, matrix, blocked)
+            BACKEND.exp_logits_bwd_(matrix, blocked, target, START, EVERYTHING, lse, logprob, grad_logprob)
         else:
-            BACKEND.fold(matrix, *at, *statistics)
+            BACKEND.lse_fwd(matrix, *at, *statistics)
             assert torch.equal(bits(blocks[0]), bits(before[0])), "fold changed the tile"
-            BACKEND.gradient_(matrix, *at, lse, coefficient)
+            BACKEND.logits_bwd_(matrix, *at, lse, grad_logprob)
         for block, old, argument in zip(blocks, before, arguments, strict=True):
             offset = argument.storage_offset()
             old.as_strided(argument.shape, argument.stride(), offset).copy_(argument)
@@ -512,18 +526,19 @@ def test_offsets_of_another_layout_are_refused() -> None:
     at, statistics = (None, case.target, START, PLAIN), Statistics.empty(3, torch.float32)
     message = rf"offsets must have shape \(blocks, R\) = \({blocks}, 3\); got \({blocks + 1}, 3\)"
     with pytest.raises(ValueError, match=message):
-        BACKEND.linear_fold(case.hidden, case.weight, *at, *statistics, tile, offsets)
+        BACKEND.linear_lse_fwd(case.hidden, case.weight, *at, *statistics, tile, offsets)
     with pytest.raises(ValueError, match=message):
-        BACKEND.exponential_gradient_(
-            tile, offsets, case.target, START, PLAIN, torch.zeros(3), torch.zeros(3), case.coefficient
+        BACKEND.exp_logits_bwd_(
+            tile, offsets, case.target, START, PLAIN, torch.zeros(3), torch.zeros(3), case.grad_logprob
         )
     with pytest.raises(ValueError, match="offsets must come with exponentials; got None"):
-        BACKEND.linear_fold(case.hidden, case.weight, *at, *statistics, tile)
+        BACKEND.linear_lse_fwd(case.hidden, case.weight, *at, *statistics, tile)
 
 
 def test_statistics_take_no_more_room_than_is_set_aside_for_them() -> None:
-    from mopo_kernels.head import STATISTICS_BYTES
-    from mopo_kernels.kernels.linear_fold import CONFIGURATIONS, OTHER
+    from mopo_kernels.transform import STATISTICS_BYTES
+
+    from mopo_kernels.backends.triton.linear_lse_fwd import CONFIGURATIONS, OTHER
 
     for configuration in (*CONFIGURATIONS.values(), OTHER):
         assert 2 * 4 / configuration.block_v <= STATISTICS_BYTES
@@ -559,18 +574,18 @@ def far_case(spread: float) -> Case:
 
 # Beyond 44 nats a row is computed again; beyond 88 fp32 has no number for its sum.
 @pytest.mark.parametrize("spread", [30.0, 60.0, 200.0, 1e4])
-@pytest.mark.parametrize("head", [PLAIN, Head(None, 0.7, 1.3)], ids=["plain", "scaled"])
-def test_rows_far_from_their_offset_are_as_good_as_others(head: Head, spread: float) -> None:
+@pytest.mark.parametrize("transform", [PLAIN, LogitTransform(None, 0.7, 1.3)], ids=["plain", "scaled"])
+def test_rows_far_from_their_offset_are_as_good_as_others(transform: LogitTransform, spread: float) -> None:
     case = far_case(spread)
-    got = answer(case, head)
+    got = answer(case, transform)
     assert (got.logprob[NEVER] == -torch.inf).all()
     case.target[NEVER] = START + 1
-    kept = answer(case, head)
-    check_within_budget(kept, case, head, torch.bfloat16, floor=1.0)
+    kept = answer(case, transform)
+    check_within_budget(kept, case, transform, torch.bfloat16, floor=1.0)
     others = torch.ones(40, dtype=torch.bool, device=DEVICE)
     others[NEVER] = False
     assert all(torch.equal(a[others], b[others]) for a, b in zip(got, kept, strict=True))
-    assert all(torch.equal(a, b) for a, b in zip(kept, answer(case, head), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(kept, answer(case, transform), strict=True))
 
 
 def test_rows_are_computed_again_where_they_must_and_nowhere_else() -> None:
@@ -579,9 +594,9 @@ def test_rows_are_computed_again_where_they_must_and_nowhere_else() -> None:
     assert case.weight is not None
     at = case.bias, case.target, START, PLAIN
     offset = BACKEND.row_offset(case.hidden, case.weight, *at)
-    statistics = Statistics.empty(40, torch.float32)._replace(maximum=offset.clone())
-    BACKEND.linear_fold(case.hidden, case.weight, *at, *statistics)
-    again = (statistics.maximum != offset).nonzero()[:, 0].tolist()
+    statistics = Statistics.empty(40, torch.float32)._replace(row_max=offset.clone())
+    BACKEND.linear_lse_fwd(case.hidden, case.weight, *at, *statistics)
+    again = (statistics.row_max != offset).nonzero()[:, 0].tolist()
     assert again == [*range(40)[FAR], *range(40)[BESIDE]]
 
 
@@ -611,37 +626,37 @@ def test_gradients_from_row_offsets_are_within_plain_pytorchs_at_every_sharpness
 
 
 class DropsLastColumn(TritonBackend):
-    def fold(self, tile: Tensor, bias: Tensor | None, *rest: Any) -> None:
-        super().fold(tile[:, :-1], None if bias is None else bias[:-1], *rest)
+    def lse_fwd(self, tile: Tensor, bias: Tensor | None, *rest: Any) -> None:
+        super().lse_fwd(tile[:, :-1], None if bias is None else bias[:-1], *rest)
 
-    def linear_fold(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> None:
+    def linear_lse_fwd(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> None:
         *at, tile, offsets = rest if len(rest) == 8 else (*rest, None, None)[:8]
         tile = None if tile is None else tile[:, : weight.shape[0] - 1]
-        super().linear_fold(hidden, weight[:-1], None if bias is None else bias[:-1], *at, tile, offsets)
+        super().linear_lse_fwd(hidden, weight[:-1], None if bias is None else bias[:-1], *at, tile, offsets)
 
 
 class ForgetsTheSoftcapsSlope(TritonBackend):
-    def gradient_(self, tile: Tensor, bias: Tensor | None, *rest: Any) -> None:
-        target, start, head, lse, coefficient = rest
-        tile.copy_(logits(tile, bias, head))
-        super().gradient_(tile, None, target, start, PLAIN, lse, coefficient)
+    def logits_bwd_(self, tile: Tensor, bias: Tensor | None, *rest: Any) -> None:
+        target, start, transform, lse, grad_logprob = rest
+        tile.copy_(logits(tile, bias, transform))
+        super().logits_bwd_(tile, None, target, start, PLAIN, lse, grad_logprob)
 
-    def exponential_gradient_(self, tile: Tensor, offsets: Tensor, *rest: Any) -> None:
-        target, start, head, *folded = rest
-        super().exponential_gradient_(tile, offsets, target, start, head._replace(softcap=None), *folded)
+    def exp_logits_bwd_(self, tile: Tensor, offsets: Tensor, *rest: Any) -> None:
+        target, start, transform, *folded = rest
+        super().exp_logits_bwd_(tile, offsets, target, start, replace(transform, softcap=None), *folded)
 
-    def mark_target_(self, tile: Tensor, target: Tensor, start: int, head: Head, *rest: Any) -> None:
-        super().mark_target_(tile, target, start, head._replace(softcap=None), *rest)
+    def mark_target_(self, tile: Tensor, target: Tensor, start: int, transform: LogitTransform, *rest: Any) -> None:
+        super().mark_target_(tile, target, start, replace(transform, softcap=None), *rest)
 
 
 class ShiftsLogSumExp(TritonBackend):
-    def gradient_(self, *rest: Any) -> None:
-        *at, lse, coefficient = rest
-        super().gradient_(*at, lse + 2e-6, coefficient)
+    def logits_bwd_(self, *rest: Any) -> None:
+        *at, lse, grad_logprob = rest
+        super().logits_bwd_(*at, lse + 2e-6, grad_logprob)
 
-    def exponential_gradient_(self, *rest: Any) -> None:
-        *at, lse, logprob, coefficient = rest
-        super().exponential_gradient_(*at, lse + 0.1, logprob, coefficient)
+    def exp_logits_bwd_(self, *rest: Any) -> None:
+        *at, lse, logprob, grad_logprob = rest
+        super().exp_logits_bwd_(*at, lse + 0.1, logprob, grad_logprob)
 
     def mark_target_(self, *rest: Any) -> None:
         *at, lse, logprob, scale = rest
@@ -649,12 +664,12 @@ class ShiftsLogSumExp(TritonBackend):
 
 
 class MixesUpOffsets(TritonBackend):
-    def gradient_(self, tile: Tensor, *rest: Any) -> None:
-        super().gradient_(tile, *rest)
+    def logits_bwd_(self, tile: Tensor, *rest: Any) -> None:
+        super().logits_bwd_(tile, *rest)
         tile.mul_(1 + 1e-6)
 
-    def exponential_gradient_(self, tile: Tensor, offsets: Tensor, *rest: Any) -> None:
-        super().exponential_gradient_(tile, offsets.roll(1, 0), *rest)
+    def exp_logits_bwd_(self, tile: Tensor, offsets: Tensor, *rest: Any) -> None:
+        super().exp_logits_bwd_(tile, offsets.roll(1, 0), *rest)
 
     def mark_target_(self, *rest: Any) -> None:
         super().mark_target_(*rest)
@@ -716,7 +731,7 @@ OPTIONS = ("pair_weight", "label_rate", "margin", "length", "normalizer")
 
 def make_pairs(
     options: tuple[str, ...], loss_type: str, dtype: torch.dtype, sequences: int = 40, pairs: int = 300
-) -> tuple[Tensor, Tensor, PairData]:
+) -> tuple[Tensor, Tensor, PairBatch]:
     """(logprob, ref_logprob, data): more pairs and sequences than a block, a quarter of the labels missing."""
     g = torch.Generator().manual_seed(sequences + pairs)
 
@@ -734,27 +749,23 @@ def make_pairs(
         "length": 20 * uniform(sequences),
         "normalizer": uniform(1)[0] * 100,
     }
-    data = PairData(
+    batch = PairBatch(
         pairs=torch.stack([i, j], dim=1).to(DEVICE),
         preference=preference.to(dtype).to(DEVICE),
         objective_weight=uniform(3),
-        tau=0.3,
-        loss_type=loss_type,
-        prompt_index=None,
-        max_ratio=None,
-        estimator="pair",
         **{name: given[name] if name in options else None for name in OPTIONS},
+        options=LossOptions(0.3, loss_type),
     )
-    return -10 * uniform(sequences), -10 * uniform(sequences), data
+    return -10 * uniform(sequences), -10 * uniform(sequences), batch
 
 
-def autograd_coefficient(logprob: Tensor, ref_logprob: Tensor, data: PairData, dtype: torch.dtype) -> Tensor:
+def autograd_coefficient(logprob: Tensor, ref_logprob: Tensor, batch: PairBatch, dtype: torch.dtype) -> Tensor:
     """The gradient of the reference's loss in ``dtype``."""
 
     def cast(value: Any) -> Any:
         return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
 
-    fields = {name: cast(value) for name, value in data.__dict__.items()}
+    fields = {name: cast(value) for name, value in batch.keywords().items()}
     x = logprob.to(dtype).requires_grad_()
     positional = [fields.pop(name) for name in ("pairs", "preference", "objective_weight")]
     loss = reference.mopo_loss(x, ref_logprob.to(dtype), *positional, **fields).loss
@@ -767,7 +778,7 @@ def autograd_coefficient(logprob: Tensor, ref_logprob: Tensor, data: PairData, d
 @pytest.mark.parametrize("options", [(), *((o,) for o in OPTIONS), OPTIONS], ids=lambda o: "+".join(o) or "none")
 def test_pair_coefficient_is_the_losss_gradient(options: tuple[str, ...], loss_type: str, dtype: torch.dtype) -> None:
     arguments = make_pairs(options, loss_type, dtype)
-    got, again = BACKEND.pair_coefficient(*arguments), BACKEND.pair_coefficient(*arguments)
+    got, again = BACKEND.pair_loss_bwd(*arguments), BACKEND.pair_loss_bwd(*arguments)
     assert torch.equal(got, again)
     truth = autograd_coefficient(*arguments, dtype=torch.float64)
     budget = rms(autograd_coefficient(*arguments, dtype=dtype).double() - truth)
@@ -775,52 +786,52 @@ def test_pair_coefficient_is_the_losss_gradient(options: tuple[str, ...], loss_t
 
 
 def test_pair_coefficient_of_empty_batches_is_zero() -> None:
-    assert BACKEND.pair_coefficient(*make_pairs(OPTIONS[:4], "regression", torch.float32, 3, 0)).tolist() == [0.0] * 3
-    assert BACKEND.pair_coefficient(*make_pairs((), "sigmoid", torch.float32, 0, 0)).shape == (0,)
-    logprob, ref_logprob, data = make_pairs(("pair_weight",), "sigmoid", torch.float32, 4, 5)
-    assert data.pair_weight is not None
-    data.pair_weight.zero_()
-    assert BACKEND.pair_coefficient(logprob, ref_logprob, data).tolist() == [0.0] * 4
+    assert BACKEND.pair_loss_bwd(*make_pairs(OPTIONS[:4], "regression", torch.float32, 3, 0)).tolist() == [0.0] * 3
+    assert BACKEND.pair_loss_bwd(*make_pairs((), "sigmoid", torch.float32, 0, 0)).shape == (0,)
+    logprob, ref_logprob, batch = make_pairs(("pair_weight",), "sigmoid", torch.float32, 4, 5)
+    assert batch.pair_weight is not None
+    batch.pair_weight.zero_()
+    assert BACKEND.pair_loss_bwd(logprob, ref_logprob, batch).tolist() == [0.0] * 4
 
 
 @pytest.mark.parametrize("loss_type", ["regression", "sigmoid"])
 def test_a_nan_logprob_reaches_those_it_is_paired_with_and_no_other(loss_type: str) -> None:
-    logprob, ref_logprob, data = make_pairs((), loss_type, torch.float32, 40, 20)
-    bad = int(data.pairs[0, 0])
+    logprob, ref_logprob, batch = make_pairs((), loss_type, torch.float32, 40, 20)
+    bad = int(batch.pairs[0, 0])
     logprob[bad] = torch.nan
-    touched = {s for pair in data.pairs.tolist() if bad in pair for s in pair}
-    assert set(BACKEND.pair_coefficient(logprob, ref_logprob, data).isnan().nonzero()[:, 0].tolist()) == touched
+    touched = {s for pair in batch.pairs.tolist() if bad in pair for s in pair}
+    assert set(BACKEND.pair_loss_bwd(logprob, ref_logprob, batch).isnan().nonzero()[:, 0].tolist()) == touched
 
 
 def test_a_sure_preference_keeps_the_digits_of_what_is_left() -> None:
     # u = 0.3 * 66.7 = 20: sigmoid(u) - 1 is -2.06e-9, which fp32 cannot tell from 0 next to 1.
-    _, _, data = make_pairs((), "sigmoid", torch.float32, 2, 1)
-    data = PairData(**{**data.__dict__, "pairs": torch.tensor([[0, 1]], device=DEVICE)})
-    data.preference.fill_(1.0)
+    _, _, batch = make_pairs((), "sigmoid", torch.float32, 2, 1)
+    batch = replace(batch, pairs=torch.tensor([[0, 1]], device=DEVICE))
+    batch.preference.fill_(1.0)
     logprob, ref_logprob = torch.tensor([20 / 0.3, 0.0], device=DEVICE), torch.zeros(2, device=DEVICE)
-    got = BACKEND.pair_coefficient(logprob, ref_logprob, data)
-    truth = autograd_coefficient(logprob, ref_logprob, data, torch.float64)
+    got = BACKEND.pair_loss_bwd(logprob, ref_logprob, batch)
+    truth = autograd_coefficient(logprob, ref_logprob, batch, torch.float64)
     assert got.tolist() == pytest.approx(truth.tolist(), rel=1e-4)
 
 
 def test_cloning_is_left_to_torch() -> None:
-    logprob, ref_logprob, data = make_pairs((), "cloning", torch.float32, 4, 6)
-    data = PairData(**{**data.__dict__, "prompt_index": torch.zeros(4, dtype=torch.int64, device=DEVICE)})
-    truth = autograd_coefficient(logprob, ref_logprob, data, torch.float32)
-    torch.testing.assert_close(BACKEND.pair_coefficient(logprob, ref_logprob, data), truth)
+    logprob, ref_logprob, batch = make_pairs((), "cloning", torch.float32, 4, 6)
+    batch = replace(batch, prompt_index=torch.zeros(4, dtype=torch.int64, device=DEVICE))
+    truth = autograd_coefficient(logprob, ref_logprob, batch, torch.float32)
+    torch.testing.assert_close(BACKEND.pair_loss_bwd(logprob, ref_logprob, batch), truth)
 
 
 # What is compiled anew.
 
 
 def kernel_modules() -> list[ModuleType]:
-    from mopo_kernels.kernels import (
-        exponential_gradient,
-        fold,
-        gradient,
-        linear_fold,
+    from mopo_kernels.backends.triton import (
+        exp_logits_bwd,
+        linear_lse_fwd,
+        logits_bwd,
+        lse_fwd,
         mark_target,
-        pair_coefficient,
+        pair_loss_bwd,
         row_offset,
         row_statistics,
         scale_rows,
@@ -828,7 +839,7 @@ def kernel_modules() -> list[ModuleType]:
     )
 
     by_row = [row_offset, row_statistics, mark_target, scale_rows]
-    return [exponential_gradient, fold, gradient, linear_fold, *by_row, pair_coefficient, segment_sum]
+    return [exp_logits_bwd, lse_fwd, logits_bwd, linear_lse_fwd, *by_row, pair_loss_bwd, segment_sum]
 
 
 def kernels() -> dict[str, Any]:
@@ -837,7 +848,7 @@ def kernels() -> dict[str, Any]:
 
 # Arguments that belong to the model or to the plan of its buffer: whether they are multiples of 16 may be compiled in.
 # x and out are rows of hidden, or of a gradient.
-MODELS = {"tile", "exponentials", "hidden", "weight", "columns", "hidden_size", "blocks", "x", "out"}
+MODELS = {"tile", "exp_logits", "hidden", "weight", "columns", "hidden_size", "blocks", "x", "out"}
 
 
 def test_nothing_that_changes_with_the_batch_is_compiled_in() -> None:
@@ -870,7 +881,7 @@ def test_a_range_over_what_a_kernel_loads_runs_in_the_interpreter(monkeypatch: p
     """As Triton 3.6 leaves it: numpy is asked for the integer of an array of one element, and 2.4 has none."""
     from triton.runtime import interpreter as its_interpreter
 
-    from mopo_kernels.kernels import interpreter
+    from mopo_kernels.backends.triton import interpreter
 
     patch = its_interpreter._patch_lang_tensor
 

@@ -26,9 +26,9 @@ from torch import Tensor
 
 from bench.certify import AIMS, RESPONSES
 from mopo_kernels import mopo_loss, reference
-from mopo_kernels.backends.tile import Head
+from mopo_kernels.arguments import LogitTransform
 from mopo_kernels.certify import certificate
-from mopo_kernels.head import FP16_SCALE
+from mopo_kernels.fused.fp16_scaling import FP16_SCALE
 from mopo_kernels.tabular import TabularProblem, robust_value, solve
 from mopo_kernels.trainer.config import MOPOConfig
 from mopo_kernels.trainer.control import gain
@@ -583,7 +583,7 @@ def test_a_gradient_rescaled_from_tile_to_tile_is_the_gradient(softcap: float | 
     (expected,) = torch.autograd.grad(logprob.sum(), hidden)
 
     logits = reference.head_logits(hidden.detach(), weight, None, softcap, 0.7, 1.3)
-    slope = Head(softcap, 0.7, 1.3).slope(logits)
+    slope = LogitTransform(softcap, 0.7, 1.3).slope(logits)
     onehot = torch.nn.functional.one_hot(target, vocabulary)
     final = torch.logsumexp(logits, 1, keepdim=True)
     gradient = torch.zeros_like(expected)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,18 +11,12 @@ import torch
 from samples import CPU_BACKENDS, Batch, make_batch
 from torch import Tensor
 
-from mopo_kernels import (
-    linear_logprob,
-    linear_mopo_loss,
-    linear_sequence_logprob,
-    mopo_loss,
-    ops,
-)
-from mopo_kernels.head import LinearHead
-
-
-def head_options(limit: int, *need: bool) -> tuple[Any, ...]:
-    return (-100, 3.0, 1.0, 1.0, "torch", limit, None, None, *need)
+from mopo_kernels import linear_logprob, linear_mopo_loss, linear_sequence_logprob, mopo_loss
+from mopo_kernels.arguments import HeadInputs, HeadOptions, LogitTransform, LossOptions, PairBatch
+from mopo_kernels.fused import linear_logprob as fused_logprob
+from mopo_kernels.fused import linear_mopo_loss as fused_loss
+from mopo_kernels.fused import mopo_loss as pair_loss
+from mopo_kernels.fused.chunked_head import ChunkedHead
 
 
 @pytest.mark.parametrize("limit", [1 << 20, 6_000], ids=["whole", "narrow"])
@@ -31,56 +26,34 @@ def head_options(limit: int, *need: bool) -> tuple[Any, ...]:
 def test_ops_pass_opcheck(limit: int, trained: tuple[str, ...]) -> None:
     batch = make_batch(prompts=2, responses=2, hidden=8, vocabulary=11)
     batch.leaves(*trained)
-    options = head_options(limit, *(n in trained for n in ("hidden", "weight", "bias")))
-    pair_options = (
-        batch.pair_weight,
-        None,
-        None,
-        batch.length,
-        batch.prompt_index,
-        None,
-        0.3,
-        "regression",
-        None,
-        "snis",
-    )
-    torch.library.opcheck(ops.linear_logprob, (batch.hidden, batch.weight, batch.target, batch.bias, *options))
+    options = HeadOptions(-100, LogitTransform(3.0), "torch", limit)
+    inputs = HeadInputs(batch.hidden, batch.weight, batch.target, batch.bias).with_needs()
+    torch.library.opcheck(fused_logprob.linear_logprob, fused_logprob.LinearLogprob(inputs, options).flatten())
+    constants = replace(inputs, hidden=batch.hidden.detach(), weight=batch.weight.detach(), bias=batch.bias.detach())
     logsumexp = torch.zeros(batch.hidden.shape[0], dtype=torch.float64)
-    torch.library.opcheck(
-        ops.linear_logprob_backward,
-        (
-            logsumexp + 1.0,
-            batch.hidden.detach(),
-            batch.weight.detach(),
-            batch.target,
-            batch.bias.detach(),
-            logsumexp,
-            logsumexp,
-            logsumexp[:0],
-            logsumexp[:0],
-            *options,
-        ),
+    backward = fused_logprob.LinearLogprobBackward(
+        logsumexp + 1.0, constants, logsumexp, logsumexp, logsumexp[:0], logsumexp[:0], options
     )
+    torch.library.opcheck(fused_logprob.linear_logprob_backward, backward.flatten())
     value = torch.randn(batch.hidden.shape[0], dtype=torch.float64, requires_grad="hidden" in trained)
-    torch.library.opcheck(ops.segment_sum, (value, batch.cu_seqlens, "torch"))
-    pair_arguments = (batch.pairs, torch.nan_to_num(batch.preference, nan=0.5), batch.objective_weight, *pair_options)
+    torch.library.opcheck(pair_loss.segment_sum, (value, batch.cu_seqlens, "torch"))
+    pair_batch = PairBatch(
+        batch.pairs,
+        torch.nan_to_num(batch.preference, nan=0.5),
+        batch.objective_weight,
+        batch.pair_weight,
+        length=batch.length,
+        prompt_index=batch.prompt_index,
+        options=LossOptions(tau=0.3, estimator="snis"),
+    )
     logprob = batch.ref_logprob.clone().requires_grad_("hidden" in trained)
-    torch.library.opcheck(ops.mopo_loss, (logprob, batch.ref_logprob, *pair_arguments, "torch"))
+    torch.library.opcheck(
+        pair_loss.mopo_loss, pair_loss.MOPOLoss(logprob, batch.ref_logprob, pair_batch, "torch").flatten()
+    )
     ref_hidden = batch.hidden.detach() + 0.1
     for reference in ((batch.ref_logprob, None), (None, ref_hidden)):
-        torch.library.opcheck(
-            ops.linear_mopo_loss,
-            (
-                batch.hidden,
-                batch.weight,
-                batch.target,
-                batch.cu_seqlens,
-                batch.bias,
-                *reference,
-                *pair_arguments,
-                *options,
-            ),
-        )
+        call = fused_loss.LinearMOPOLoss(inputs, batch.cu_seqlens, *reference, pair_batch, options)
+        torch.library.opcheck(fused_loss.linear_mopo_loss, call.flatten())
 
 
 def fused(batch: Batch) -> Tensor:
@@ -140,13 +113,13 @@ def units(function: Callable[[], Tensor], batch: Batch, monkeypatch: pytest.Monk
     """Products done, in units of (scored rows) x V x H."""
     multiplications = 0
 
-    def counting(self: LinearHead, out: Tensor, a: Tensor, b: Tensor, **options: Any) -> None:
+    def counting(self: ChunkedHead, out: Tensor, a: Tensor, b: Tensor, **options: Any) -> None:
         nonlocal multiplications
         multiplications += a.shape[0] * a.shape[1] * b.shape[1]
         product_(self, out, a, b, **options)
 
-    product_ = LinearHead._product_
-    monkeypatch.setattr(LinearHead, "_product_", counting)
+    product_ = ChunkedHead._product_
+    monkeypatch.setattr(ChunkedHead, "_product_", counting)
     value = function()
     if value.requires_grad:
         value.backward()

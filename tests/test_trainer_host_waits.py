@@ -11,9 +11,9 @@ import torch
 from fake_cuda import DEVICE, HostWait, fake_cuda, run_as_on_a_gpu
 from trainer_samples import lora, make_data, make_model, make_trainer
 
-from mopo_kernels.driver import to_device
 from mopo_kernels.trainer import MOPOConfig, MOPOTrainer
 from mopo_kernels.trainer import forward as forward_module
+from mopo_kernels.transfer import to_device
 
 # Before the first layer runs transformers asks whether a padded batch has padding.
 MASKS = "transformers/masking_utils.py"

@@ -12,7 +12,8 @@ from samples import CPU_BACKENDS, make_batch
 from torch import Tensor
 
 from mopo_kernels import backends, linear_logprob, linear_sequence_logprob, mopo_loss
-from mopo_kernels.head import FARTHEST_ROWS, MIN_CONVERTED, LinearHead, row_major
+from mopo_kernels.fused.buffer_plan import MIN_CONVERTED
+from mopo_kernels.fused.chunked_head import FARTHEST_ROWS, ChunkedHead, row_major
 from mopo_kernels.reference import LOSS_TYPES
 
 # numpy's, in the interpreter of Triton, for what a mask leaves out.
@@ -72,7 +73,7 @@ def test_the_least_buffer_cuts_a_small_problem_into_few_tiles(
     weight = torch.randn(vocabulary, 16).to(dtype).requires_grad_(trained)
     target = torch.randint(0, vocabulary, (rows,))
     products = []
-    multiply = LinearHead._product_
+    multiply = ChunkedHead._product_
 
     def counted(*arguments: Any, **options: Any) -> None:
         products.append(1)
@@ -81,7 +82,7 @@ def test_the_least_buffer_cuts_a_small_problem_into_few_tiles(
     def call(limit: int) -> None:
         linear_logprob(hidden, weight, target, backend=backend, max_buffer_bytes=limit).sum().backward()
 
-    monkeypatch.setattr(LinearHead, "_product_", counted)
+    monkeypatch.setattr(ChunkedHead, "_product_", counted)
     with pytest.raises(ValueError, match="max_buffer_bytes must be at least") as error:
         call(1)
     call(int(str(error.value).split("at least ")[1].split()[0]))

@@ -28,10 +28,11 @@ from bench.device.children import report
 from bench.device.record import Section
 from bench.device.timing import CACHE_BYTES, Shape, make_inputs, on_host, packed_beforehand, synchronize, take_turns
 from mopo_kernels import backends, linear_mopo_loss
-from mopo_kernels.backends import Head
-from mopo_kernels.head import layout_of, torch_product_
+from mopo_kernels.arguments import LogitTransform
+from mopo_kernels.fused.buffer_plan import layout_of
+from mopo_kernels.fused.chunked_head import torch_product_
 
-HEAD = Head(None, 1.0, 1.0)
+HEAD = LogitTransform()
 BUFFERS_MIB = (256, 512, 1024)
 # Sums of exponentials that were rounded to bf16 differ from those in fp32 by less.
 LSE_ERROR = 1e-2
@@ -79,7 +80,7 @@ def chunk_rows(vocabulary: int, hidden: int, mib: int) -> int:
     """Rows of a trained head's chunk that a buffer has room for, in whole blocks of 128."""
     weight = torch.empty(vocabulary, hidden, dtype=torch.bfloat16, device="meta")
     limit = mib << 20
-    rows = layout_of(weight, backends.tile_backend("triton"), limit).whole_rows(limit)
+    rows = layout_of(weight, backends.tile_backend("triton"), limit).full_vocab_rows(limit)
     return max(128, rows // 128 * 128)
 
 
@@ -187,8 +188,8 @@ class Probe:
         calls: dict[str, Callable[[], Any]] = {
             "product": lambda: torch.mm(hidden, weight.T, out=tile),
             "row_offset": lambda: backend.row_offset(*at),
-            "linear_fold, stored": lambda: backend.linear_fold(*at, offset, row.zero_(), row, tile),
-            "linear_fold": lambda: backend.linear_fold(*at, offset, row.zero_(), row),
+            "linear_fold, stored": lambda: backend.linear_lse_fwd(*at, offset, row.zero_(), row, tile),
+            "linear_fold": lambda: backend.linear_lse_fwd(*at, offset, row.zero_(), row),
             "mark_target": lambda: backend.mark_target_(*marked),
             "scale hidden": lambda: backend.scaled(hidden, scale[:, None], hidden.dtype),
         }

@@ -19,8 +19,8 @@ from torch import Tensor
 from bench.device import children
 from bench.device.record import NotHere, Section
 from mopo_kernels import backends
-from mopo_kernels.backends import Head, TileBackend
-from mopo_kernels.coefficients import PairData
+from mopo_kernels.arguments import LogitTransform, LossOptions, PairBatch
+from mopo_kernels.backends import TileBackend
 
 TOOL = "compute-sanitizer"
 # What it exits with where it found an error.
@@ -35,7 +35,7 @@ RUNS = (("control", "memcheck"), ("cuda", "memcheck"), ("cuda", "racecheck"), ("
 # Rows and columns: a scalar, less than a vector, ragged beyond one block in each direction.
 SHAPES = ((1, 1), (3, 7), (5, 4099), (2, 9001), (130, 263))
 # With a bias, without one.
-HEADS = ((Head(None, 1.0, 1.0), False), (Head(5.0, 0.7, 1.3), True))
+HEADS = ((LogitTransform(), False), (LogitTransform(5.0, 0.7, 1.3), True))
 
 
 def _there(tensor: Tensor, device: str) -> Tensor:
@@ -53,29 +53,29 @@ def _close(what: str, got: Tensor, expected: Tensor, tolerance: float = 1e-4) ->
 def tiles(backend: TileBackend, device: str) -> None:
     """fold and gradient_ of tiles that lie in larger blocks."""
     plain = backends.tile_backend("torch")
-    for (rows, columns), dtype, (head, biased) in itertools.product(SHAPES, (torch.float32, torch.float64), HEADS):
+    for (rows, columns), dtype, (transform, biased) in itertools.product(SHAPES, (torch.float32, torch.float64), HEADS):
         g = torch.Generator().manual_seed(rows + columns)
         tile = torch.randn(rows + 1, columns + 3, generator=g).to(dtype)[1:, 2 : columns + 2]
         bias = torch.randn(columns, generator=g).to(dtype) if biased else None
         target = torch.randint(-1, columns, (rows,), generator=g)
-        coefficient = torch.randn(rows, generator=g).to(dtype)
+        grad_logprob = torch.randn(rows, generator=g).to(dtype)
         statistics = [torch.full((rows,), value, dtype=dtype) for value in (-torch.inf, 0.0, 0.0)]
-        moved = [_there(t, device) for t in (tile, target, coefficient, *statistics)]
+        moved = [_there(t, device) for t in (tile, target, grad_logprob, *statistics)]
         moved_bias = None if bias is None else _there(bias, device)
-        backend.fold(moved[0], moved_bias, moved[1], 0, head, *moved[3:])
-        plain.fold(tile, bias, target, 0, head, *statistics)
+        backend.lse_fwd(moved[0], moved_bias, moved[1], 0, transform, *moved[3:])
+        plain.lse_fwd(tile, bias, target, 0, transform, *statistics)
         scored = target >= 0
-        for name, got, expected in zip(("maximum", "total", "picked"), moved[3:], statistics, strict=True):
+        for name, got, expected in zip(("row_max", "sum_exp", "target_logit"), moved[3:], statistics, strict=True):
             _close(name, got.cpu()[scored], expected[scored])
         logsumexp = statistics[0].double() + statistics[1].double().log()
-        backend.gradient_(moved[0], moved_bias, moved[1], 0, head, _there(logsumexp, device), moved[2])
-        plain.gradient_(tile, bias, target, 0, head, logsumexp, coefficient)
-        _close("gradient_", moved[0], tile)
+        backend.logits_bwd_(moved[0], moved_bias, moved[1], 0, transform, _there(logsumexp, device), moved[2])
+        plain.logits_bwd_(tile, bias, target, 0, transform, logsumexp, grad_logprob)
+        _close("logits_bwd_", moved[0], tile)
 
 
 def fused(backend: TileBackend, device: str) -> None:
     """linear_fold, and what turns its exponentials into the gradient."""
-    head = Head(None, 1.0, 1.0)
+    transform = LogitTransform()
     for (rows, columns, hidden), dtype in itertools.product(
         ((1, 1, 8), (130, 263, 40), (33, 520, 64)), (torch.bfloat16, torch.float16)
     ):
@@ -85,26 +85,26 @@ def fused(backend: TileBackend, device: str) -> None:
         target[1::7] = -1
         blocks = backend.offset_blocks(columns)
         statistics = [torch.full((rows,), -torch.inf), torch.zeros(rows), torch.zeros(rows)]
-        maximum, total, picked = (_there(t, device) for t in statistics)
-        exponentials = torch.empty(rows, columns + 5, dtype=dtype, device=device)[:, :columns]
-        factors = (_there(h, device), _there(w, device), None, _there(target, device), 0, head)
+        row_max, sum_exp, target_logit = (_there(t, device) for t in statistics)
+        exp_logits = torch.empty(rows, columns + 5, dtype=dtype, device=device)[:, :columns]
+        factors = (_there(h, device), _there(w, device), None, _there(target, device), 0, transform)
         at = factors[3:]
         if backend.row_offsets(dtype):
-            maximum = backend.row_offset(*factors)
-            backend.linear_fold(*factors, maximum, total, picked, exponentials)
-            logsumexp = maximum.double() + total.double().log()
+            row_max = backend.row_offset(*factors)
+            backend.linear_lse_fwd(*factors, row_max, sum_exp, target_logit, exp_logits)
+            logsumexp = row_max.double() + sum_exp.double().log()
             scale = torch.empty(rows, device=device)
-            backend.mark_target_(exponentials, *at, maximum, logsumexp, (picked - logsumexp).float(), scale)
-            exponentials = backend.scaled(exponentials, scale[:, None], torch.float32)
+            backend.mark_target_(exp_logits, *at, row_max, logsumexp, (target_logit - logsumexp).float(), scale)
+            exp_logits = backend.scaled(exp_logits, scale[:, None], torch.float32)
         else:
             offsets = torch.empty(blocks, rows, device=device)
-            backend.linear_fold(*factors, maximum, total, picked, exponentials, offsets)
-            logsumexp = maximum.double() + total.double().log()
-            backend.exponential_gradient_(exponentials, offsets, *at, logsumexp, (picked - logsumexp).float(), None)
+            backend.linear_lse_fwd(*factors, row_max, sum_exp, target_logit, exp_logits, offsets)
+            logsumexp = row_max.double() + sum_exp.double().log()
+            backend.exp_logits_bwd_(exp_logits, offsets, *at, logsumexp, (target_logit - logsumexp).float(), None)
         z = (h.float() @ w.float().T).log_softmax(dim=1)
         onehot = torch.zeros_like(z).scatter_(1, target.clamp(min=0)[:, None], 1.0)
         expected = (onehot - z.exp()).masked_fill((target < 0)[:, None], 0.0)
-        _close("gradient", exponentials, expected, 0.02)
+        _close("gradient", exp_logits, expected, 0.02)
 
 
 def sequences(backend: TileBackend, device: str) -> None:
@@ -119,25 +119,16 @@ def sequences(backend: TileBackend, device: str) -> None:
     preference[::5, 1] = torch.nan
     logprob, reference = torch.randn(20, generator=g), torch.randn(20, generator=g)
 
-    def data(device: str) -> PairData:
-        return PairData(
+    def batch(device: str) -> PairBatch:
+        return PairBatch(
             pairs=_there(pairs, device),
             preference=_there(preference, device),
             objective_weight=torch.ones(3).to(device),
-            tau=0.1,
-            loss_type="sigmoid",
-            pair_weight=None,
-            label_rate=None,
-            margin=None,
-            length=None,
-            prompt_index=None,
-            max_ratio=None,
-            estimator="pair",
-            normalizer=None,
+            options=LossOptions(loss_type="sigmoid"),
         )
 
-    got = backend.pair_coefficient(_there(logprob, device), _there(reference, device), data(device))
-    _close("pair_coefficient", got, backends.tile_backend("torch").pair_coefficient(logprob, reference, data("cpu")))
+    got = backend.pair_loss_bwd(_there(logprob, device), _there(reference, device), batch(device))
+    _close("pair_loss_bwd", got, backends.tile_backend("torch").pair_loss_bwd(logprob, reference, batch("cpu")))
 
 
 def write_outside(device: str) -> None:

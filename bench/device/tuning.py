@@ -22,9 +22,9 @@ from torch import Tensor
 from bench.device import children
 from bench.device.children import report
 from bench.device.record import Section, first_line
-from mopo_kernels.backends import Head
+from mopo_kernels.arguments import LogitTransform
 
-HEAD = Head(None, 1.0, 1.0)
+HEAD = LogitTransform()
 # Rows, vocabulary, hidden size, with exponentials stored: what the default buffer holds of a policy's rows, and a
 # reference's rows, of which nothing is kept.
 SIZES = ((4096, 51200, 2048, True), (4096, 128256, 2048, True), (8192, 51200, 2048, False))
@@ -53,8 +53,8 @@ FIELDS = ("block_r", "block_v", "block_h", "num_warps", "num_stages")
 @contextmanager
 def configured(candidate: dict[str, int]) -> Iterator[None]:
     """linear_fold as launched with the candidate's fields."""
-    from mopo_kernels.kernels import linear_fold as module
-    from mopo_kernels.kernels.common import architecture
+    from mopo_kernels.backends.triton import linear_lse_fwd as module
+    from mopo_kernels.backends.triton.math import architecture
 
     at, before = architecture(), module.configuration()
     known = at in module.CONFIGURATIONS
@@ -70,7 +70,7 @@ def configured(candidate: dict[str, int]) -> Iterator[None]:
 
 def current() -> dict[str, int]:
     """The configuration in use."""
-    from mopo_kernels.kernels.linear_fold import configuration
+    from mopo_kernels.backends.triton.linear_lse_fwd import configuration
 
     return dict(configuration()._asdict())
 
@@ -99,21 +99,21 @@ class Case:
         self.hidden, self.weight = normal(rows, hidden), normal(self.columns, hidden)
         self.target = torch.randint(0, self.columns, (rows,), generator=g, device=device)
         self.tile = torch.empty(rows, self.columns, dtype=torch.bfloat16, device=device)
-        from mopo_kernels.kernels.row_offset import row_offset
+        from mopo_kernels.backends.triton.row_offset import row_offset
 
         self.offset = row_offset(self.hidden, self.weight, None, self.target, 0, HEAD)
 
     def product(self) -> Tensor:
         return torch.mm(self.hidden, self.weight.T, out=self.tile)
 
-    def fold(self) -> tuple[Tensor, Tensor, Tensor]:
+    def lse_fwd(self) -> tuple[Tensor, Tensor, Tensor]:
         """linear_fold under the configuration of the moment."""
-        from mopo_kernels.kernels.linear_fold import linear_fold
+        from mopo_kernels.backends.triton.linear_lse_fwd import linear_lse_fwd
 
-        total, picked = torch.zeros_like(self.offset), torch.zeros_like(self.offset)
-        at = (self.hidden, self.weight, None, self.target, 0, HEAD, self.offset, total, picked)
-        linear_fold(*at, self.tile if self.store else None)
-        return self.offset, total, picked
+        sum_exp, target_logit = torch.zeros_like(self.offset), torch.zeros_like(self.offset)
+        at = (self.hidden, self.weight, None, self.target, 0, HEAD, self.offset, sum_exp, target_logit)
+        linear_lse_fwd(*at, self.tile if self.store else None)
+        return self.offset, sum_exp, target_logit
 
 
 def milliseconds(call: Callable[[], Any], device: str, repeats: int = 5) -> float:
@@ -141,7 +141,7 @@ def compile_share(plan: dict[str, Any]) -> None:
         try:
             with configured(candidate):
                 for case in cases:
-                    case.fold()
+                    case.lse_fwd()
         except Exception as error:
             report(candidate=candidate, failed=first_line(error))
     if plan["device"] == "cuda":
@@ -153,7 +153,7 @@ def compete(plan: dict[str, Any]) -> None:
     device, deadline = plan["device"], time.monotonic() + plan["seconds"]
     cases = [Case(tuple(size), device) for size in plan["sizes"]]
     with configured(current()):
-        expected = [case.fold() for case in cases]
+        expected = [case.lse_fwd() for case in cases]
     runs: list[dict[str, int]] = []
     failed = [json.loads(text) for text in plan["failed"]]
     for candidate in candidates(plan["most"]):
@@ -163,7 +163,7 @@ def compete(plan: dict[str, Any]) -> None:
         try:
             with configured(candidate):
                 for case, wanted in zip(cases, expected, strict=True):
-                    for got, value in zip(case.fold(), wanted, strict=True):
+                    for got, value in zip(case.lse_fwd(), wanted, strict=True):
                         torch.testing.assert_close(got, value, rtol=1e-3, atol=1e-3)
             runs.append(candidate)
         except Exception as error:
@@ -176,7 +176,7 @@ def compete(plan: dict[str, Any]) -> None:
             products[i].append(milliseconds(case.product, device))
             for candidate, taken in zip(runs, times, strict=True):
                 with configured(candidate):
-                    taken[i].append(milliseconds(case.fold, device))
+                    taken[i].append(milliseconds(case.lse_fwd, device))
         rounds += 1
         report(round=rounds)
     rows: list[dict[str, Any]] = []

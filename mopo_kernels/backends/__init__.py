@@ -1,19 +1,20 @@
-"""Backends: who does the tile work of a head, and whether they can here."""
+"""Backends: who does the tile work of a transform, and whether they can here."""
 
 from __future__ import annotations
+
+from importlib import import_module
 
 import torch
 
 from mopo_kernels.backends import cpp, cuda, torch_ops, triton
-from mopo_kernels.backends.tile import Head, TileBackend
+from mopo_kernels.backends.base import TileBackend
 
-__all__ = ["NAMES", "BackendUnavailableError", "Head", "TileBackend", "availability", "resolve", "tile_backend"]
+__all__ = ["NAMES", "BackendUnavailableError", "TileBackend", "availability", "resolve", "tile_backend"]
 
 _BACKENDS: dict[str, TileBackend] = {
     "cpp": cpp.BACKEND,
     "cuda": cuda.BACKEND,
     "torch": torch_ops.BACKEND,
-    "triton": triton.BACKEND,
 }
 _REASONS: dict[str, str | None] = {
     "reference": None,
@@ -61,4 +62,7 @@ def resolve(name: str, device: torch.device) -> str:
 
 def tile_backend(name: str) -> TileBackend:
     """The tile work behind a resolved name."""
+    if name not in _BACKENDS:
+        # The one that imports more than torch.
+        _BACKENDS[name] = import_module(f"mopo_kernels.backends.{name}.backend").BACKEND
     return _BACKENDS[name]

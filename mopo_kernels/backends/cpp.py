@@ -10,8 +10,9 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from mopo_kernels.arguments import LogitTransform
 from mopo_kernels.backends import extension
-from mopo_kernels.backends.tile import Head, TileBackend
+from mopo_kernels.backends.base import TileBackend
 
 # What a thread of product_ packs its factors into: blocks of up to 1026 x 1024, 384 deep, in bf16; at least of 6 x 64.
 PRODUCT_SCRATCH_BYTES = (1026 + 1024) * 384 * 2
@@ -32,33 +33,50 @@ def has_native_products(dtype: torch.dtype) -> bool:
 
 
 class CppBackend(TileBackend):
-    def fold(
+    def lse_fwd(
         self,
         tile: Tensor,
         bias: Tensor | None,
         target: Tensor,
         start: int,
-        head: Head,
-        maximum: Tensor,
-        total: Tensor,
-        picked: Tensor,
+        transform: LogitTransform,
+        row_max: Tensor,
+        sum_exp: Tensor,
+        target_logit: Tensor,
     ) -> None:
         torch.ops.mopo_tile.fold(
-            tile, bias, target, start, head.softcap, head.logit_scale, head.temperature, maximum, total, picked
+            tile,
+            bias,
+            target,
+            start,
+            transform.softcap,
+            transform.logit_scale,
+            transform.temperature,
+            row_max,
+            sum_exp,
+            target_logit,
         )
 
-    def gradient_(
+    def logits_bwd_(
         self,
         tile: Tensor,
         bias: Tensor | None,
         target: Tensor,
         start: int,
-        head: Head,
+        transform: LogitTransform,
         logsumexp: Tensor,
-        coefficient: Tensor | None,
+        grad_logprob: Tensor | None,
     ) -> None:
         torch.ops.mopo_tile.gradient_(
-            tile, bias, target, start, head.softcap, head.logit_scale, head.temperature, logsumexp, coefficient
+            tile,
+            bias,
+            target,
+            start,
+            transform.softcap,
+            transform.logit_scale,
+            transform.temperature,
+            logsumexp,
+            grad_logprob,
         )
 
     def mark_columns_(
@@ -68,11 +86,11 @@ class CppBackend(TileBackend):
         bias: Tensor | None,
         target: Tensor,
         start: int,
-        head: Head,
+        transform: LogitTransform,
         least: Tensor,
     ) -> None:
         torch.ops.mopo_tile.mark_columns_(
-            marked, tile, bias, target, start, head.softcap, head.logit_scale, head.temperature, least
+            marked, tile, bias, target, start, transform.softcap, transform.logit_scale, transform.temperature, least
         )
 
     def product_scratch(self, dtype: torch.dtype, available: int) -> int:

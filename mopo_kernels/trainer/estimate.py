@@ -39,8 +39,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from mopo_kernels import backends
-from mopo_kernels.functional import default_buffer_bytes
-from mopo_kernels.head import accumulation_dtype, layout_of
+from mopo_kernels.fused.buffer_plan import accumulation_dtype, default_buffer_bytes, layout_of
 from mopo_kernels.trainer.config import MOPOConfig
 from mopo_kernels.trainer.head import is_peft, last_hidden_state, output_head
 from mopo_kernels.trainer.layout import PaddedRows, take_layout
@@ -119,7 +118,7 @@ def loss_buffer_bytes(rows: int, weight: Tensor, args: MOPOConfig, frozen: bool)
     if name == "reference":
         return rows * weight.shape[0] * 4
     filtered = args.gradient_filter is not None
-    layout = layout_of(weight, backends.tile_backend(name), limit, streamed=frozen, filtered=filtered)
+    layout = layout_of(weight, backends.tile_backend(name), limit, grad_hidden_only=frozen, filtered=filtered)
     plan = layout.plan(rows, limit)
     columns = (
         plan.columns * layout.column_bytes() + layout.filter_bytes(limit) + plan.weight_columns * layout.hidden_size * 4

@@ -17,7 +17,6 @@ import torch
 from torch import Tensor, nn
 
 from mopo_kernels import reference
-from mopo_kernels.driver import to_device
 from mopo_kernels.functional import MOPOLossOutput, linear_mopo_loss, linear_sequence_logprob
 from mopo_kernels.reference import MAX_LOG_IMPORTANCE
 from mopo_kernels.trainer.experts import LoadBalancing
@@ -31,6 +30,7 @@ from mopo_kernels.trainer.statistics import (
     preferred_sums,
     satisfaction_moments,
 )
+from mopo_kernels.transfer import to_device
 
 
 @dataclass

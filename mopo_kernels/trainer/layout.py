@@ -8,10 +8,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from mopo_kernels.driver import to_device
 from mopo_kernels.functional import pack_responses
 from mopo_kernels.trainer.attention import attention_arguments
 from mopo_kernels.trainer.head import causal_lm, last_hidden_state
+from mopo_kernels.transfer import to_device
 
 
 class Scored(NamedTuple):

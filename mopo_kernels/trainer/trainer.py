@@ -34,7 +34,6 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, Tr
 
 from mopo_kernels.data import DataError, PreferenceData, load_preferences, win_rates
 from mopo_kernels.data.dataset import prompt_key
-from mopo_kernels.driver import to_device
 from mopo_kernels.dual import DualAscent, LabelSolution, ThresholdError, Unmet, solve_labels
 from mopo_kernels.evaluation import Judge, sample_responses
 from mopo_kernels.trainer.adapters import StackedAdapters, adapters_add_nothing, turn_off_adapter_dropout
@@ -98,6 +97,7 @@ from mopo_kernels.trainer.resume import (
 from mopo_kernels.trainer.rows import make_collator, prepare_rows
 from mopo_kernels.trainer.sampler import TokenBudgetLoader, TokenBudgetSampler
 from mopo_kernels.trainer.statistics import RunningMean, Statistics
+from mopo_kernels.transfer import to_device
 
 logger = logging.getLogger(__name__)
 

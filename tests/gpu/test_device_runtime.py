@@ -285,7 +285,7 @@ def test_a_captured_call_replays_with_changed_values(
 
 def compiled_variants() -> dict[str, int]:
     """How many variants each Triton kernel of this library was compiled to in this process."""
-    package = import_module("mopo_kernels.kernels")
+    package = import_module("mopo_kernels.backends.triton")
     counts = {}
     for module in pkgutil.iter_modules(package.__path__):
         for name, value in vars(import_module(f"{package.__name__}.{module.name}")).items():

@@ -1,4 +1,4 @@
-"""What several kernels share: device functions, the arguments of the head, and what kernels are launched on.
+"""What several kernels share: device functions, the transform's arguments, and what kernels are launched on.
 
 The maths of csrc/mopo_math.h, for blocks of fp32 or fp64 numbers.
 """
@@ -11,8 +11,8 @@ import triton
 import triton.language as tl
 from triton.runtime.interpreter import InterpretedFunction
 
-from mopo_kernels.backends.tile import Head
-from mopo_kernels.kernels import interpreter
+from mopo_kernels.arguments import LogitTransform
+from mopo_kernels.backends.triton import interpreter
 
 # Triton 3.9 warns where this is left to its default, and 3.10 changes the default.
 OPTIONS = {"enable_fp_fusion": True}
@@ -32,12 +32,12 @@ def architecture() -> int:
     return 0 if interpreted() else int(triton.runtime.driver.active.get_current_target().arch)
 
 
-def head_arguments(head: Head) -> dict[str, Any]:
+def transform_arguments(transform: LogitTransform) -> dict[str, Any]:
     """A kernel's arguments for ``z = outer * tanh(inner * x)`` with a softcap, or ``z = slope * x`` without one."""
-    slope = head.logit_scale / head.temperature
-    if head.softcap is None:
+    slope = transform.logit_scale / transform.temperature
+    if transform.softcap is None:
         return {"inner": 0.0, "outer": 0.0, "slope": slope, "CAPPED": False, "SCALED": slope != 1.0}
-    inner, outer = head.logit_scale / head.softcap, head.softcap / head.temperature
+    inner, outer = transform.logit_scale / transform.softcap, transform.softcap / transform.temperature
     return {"inner": inner, "outer": outer, "slope": slope, "CAPPED": True, "SCALED": True}
 
 
@@ -116,19 +116,19 @@ def lowest(shape: tl.constexpr, dtype: tl.constexpr) -> tl.tensor:
 
 @triton.jit
 def accumulate(
-    maximum: tl.tensor, total: tl.tensor, value: tl.tensor, weight: tl.tensor
+    row_max: tl.tensor, sum_exp: tl.tensor, value: tl.tensor, weight: tl.tensor
 ) -> tuple[tl.tensor, tl.tensor]:
-    """Element by element, the running maximum and ``total = sum weight * exp(value - maximum)``, ``value`` included. A
-    NaN is kept in the total."""
-    difference = value - maximum
-    # One of the two factors, exp(maximum - new) and exp(value - new), is always 1.
+    """Element by element, the running maximum and ``sum_exp = sum weight * exp(value - row_max)``, ``value`` included.
+    A NaN is kept in the sum."""
+    difference = value - row_max
+    # One of the two factors, exp(row_max - new) and exp(value - new), is always 1.
     smaller = tl.exp(-tl.abs(difference))
-    total = tl.where(difference > 0, total * smaller + weight, total + smaller * weight)
-    return tl.maximum(maximum, value), total
+    sum_exp = tl.where(difference > 0, sum_exp * smaller + weight, sum_exp + smaller * weight)
+    return tl.maximum(row_max, value), sum_exp
 
 
 @triton.jit
-def reduce(maximum: tl.tensor, total: tl.tensor, axis: tl.constexpr) -> tuple[tl.tensor, tl.tensor]:
+def reduce(row_max: tl.tensor, sum_exp: tl.tensor, axis: tl.constexpr) -> tuple[tl.tensor, tl.tensor]:
     """Of running maxima and totals along an axis, those of all."""
-    top = tl.max(maximum, axis=axis)
-    return top, tl.sum(total * tl.exp(maximum - tl.expand_dims(top, axis)), axis=axis)
+    top = tl.max(row_max, axis=axis)
+    return top, tl.sum(sum_exp * tl.exp(row_max - tl.expand_dims(top, axis)), axis=axis)

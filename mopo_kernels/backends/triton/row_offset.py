@@ -8,8 +8,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mopo_kernels.backends.tile import Head
-from mopo_kernels.kernels.common import OPTIONS, head_arguments, interpreted, logit
+from mopo_kernels.arguments import LogitTransform
+from mopo_kernels.backends.triton.math import OPTIONS, interpreted, logit, transform_arguments
 
 # Rows of a program, and the components of hidden that it takes at a time; fewer in the interpreter, where small tests
 # cross their edges.
@@ -59,29 +59,32 @@ def row_offset_kernel(
     tl.store(offset + r, z, mask=r < rows)
 
 
-def row_offset(hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, start: int, head: Head) -> Tensor:
-    """:meth:`mopo_kernels.backends.tile.TileBackend.row_offset`: (R,) fp32."""
+def row_offset(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, start: int, transform: LogitTransform
+) -> Tensor:
+    """:meth:`mopo_kernels.backends.base.TileBackend.row_offset`: (R,) fp32."""
     rows, hidden_size = hidden.shape
     offset = hidden.new_empty(rows, dtype=torch.float32)
     if rows == 0 or weight.shape[0] == 0:
         return offset.zero_()
-    row_offset_kernel[(triton.cdiv(rows, BLOCK_R),)](
-        hidden,
-        weight,
-        bias,
-        target,
-        offset,
-        rows,
-        weight.shape[0],
-        hidden_size,
-        start,
-        hidden.stride(0),
-        weight.stride(0),
-        HAS_BIAS=bias is not None,
-        BLOCK_R=BLOCK_R,
-        BLOCK_H=BLOCK_H,
-        num_warps=4,
-        **head_arguments(head),
-        **OPTIONS,
-    )
+    with torch.cuda.device_of(hidden):
+        row_offset_kernel[(triton.cdiv(rows, BLOCK_R),)](
+            hidden,
+            weight,
+            bias,
+            target,
+            offset,
+            rows,
+            weight.shape[0],
+            hidden_size,
+            start,
+            hidden.stride(0),
+            weight.stride(0),
+            HAS_BIAS=bias is not None,
+            BLOCK_R=BLOCK_R,
+            BLOCK_H=BLOCK_H,
+            num_warps=4,
+            **transform_arguments(transform),
+            **OPTIONS,
+        )
     return offset

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mopo_kernels.kernels.common import OPTIONS
+from mopo_kernels.backends.triton.math import OPTIONS
 
 BLOCK = 2048
 
@@ -31,20 +31,21 @@ def scale_rows_kernel(
 
 
 def scale_rows(x: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
-    """:meth:`mopo_kernels.backends.tile.TileBackend.scaled`: x (R, C) with unit stride in C, factor () or (R,)."""
+    """:meth:`mopo_kernels.backends.base.TileBackend.scaled`: x (R, C) with unit stride in C, factor () or (R,)."""
     rows, columns = x.shape
     out = x.new_empty(rows, columns, dtype=dtype)
-    if x.numel():
-        scale_rows_kernel[(rows, triton.cdiv(columns, BLOCK))](
-            x,
-            factor,
-            out,
-            columns,
-            x.stride(0),
-            out.stride(0),
-            factor.stride(0) if factor.dim() else 0,
-            BLOCK=BLOCK,
-            num_warps=4,
-            **OPTIONS,
-        )
+    with torch.cuda.device_of(x):
+        if x.numel():
+            scale_rows_kernel[(rows, triton.cdiv(columns, BLOCK))](
+                x,
+                factor,
+                out,
+                columns,
+                x.stride(0),
+                out.stride(0),
+                factor.stride(0) if factor.dim() else 0,
+                BLOCK=BLOCK,
+                num_warps=4,
+                **OPTIONS,
+            )
     return out

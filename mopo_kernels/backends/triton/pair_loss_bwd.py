@@ -1,17 +1,19 @@
 """``g = d loss / d logprob`` of every sequence, for "regression" and "sigmoid".
 
-``slope_kernel``: the derivative of every pair's loss by its margin. ``coefficient_kernel``: one program a block of
-sequences, which looks through all pairs for its own, so that the order is fixed; there are thousands of pairs at most.
+``pair_slope_kernel``: the derivative of every pair's loss by its margin. ``pair_loss_bwd_kernel``: one program a block
+of sequences, which looks through all pairs for its own, so that the order is fixed; there are thousands of pairs at
+most.
 """
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from mopo_kernels.coefficients import PairData
-from mopo_kernels.kernels.common import OPTIONS
+from mopo_kernels.arguments import PairBatch
+from mopo_kernels.backends.triton.math import OPTIONS
 
 # Pairs that a program takes at a time, and sequences.
 BLOCK_P, BLOCK_S = 128, 16
@@ -47,7 +49,7 @@ def _log_ratio(
         "objectives",
     ]
 )
-def slope_kernel(
+def pair_slope_kernel(
     logprob: tl.tensor,
     ref_logprob: tl.tensor,
     pairs: tl.tensor,
@@ -93,7 +95,7 @@ def slope_kernel(
 
 
 @triton.jit(do_not_specialize=["slope", "pairs", "pair_weight", "length", "normalizer", "g", "sequences", "pair_count"])
-def coefficient_kernel(
+def pair_loss_bwd_kernel(
     slope: tl.tensor,
     pairs: tl.tensor,
     pair_weight: tl.tensor,
@@ -134,53 +136,54 @@ def coefficient_kernel(
     tl.store(g + s, result, mask=s < sequences)
 
 
-def pair_coefficient(logprob: Tensor, ref_logprob: Tensor, data: PairData) -> Tensor:
-    """:meth:`mopo_kernels.backends.tile.TileBackend.pair_coefficient` in fp32 or fp64, (S,) -> (S,); not for
+def pair_loss_bwd(logprob: Tensor, ref_logprob: Tensor, batch: PairBatch) -> Tensor:
+    """:meth:`mopo_kernels.backends.base.TileBackend.pair_loss_bwd` in fp32 or fp64, (S,) -> (S,); not for
     "cloning", whose g does not depend on the log-probabilities."""
-    pair_count, objectives = data.preference.shape
+    pair_count, objectives = batch.preference.shape
     sequences = logprob.shape[0]
-    objective_weight = data.objective_weight if data.label_rate is None else data.objective_weight / data.label_rate
-    pairs, slope, g = data.pairs.contiguous(), logprob.new_empty(pair_count), logprob.new_empty(sequences)
-    if pair_count > 0:
-        slope_kernel[(triton.cdiv(pair_count, BLOCK_P),)](
-            logprob.contiguous(),
-            ref_logprob.contiguous(),
-            pairs,
-            data.preference.contiguous(),
-            objective_weight.contiguous(),
-            _contiguous(data.pair_weight),
-            _contiguous(data.margin),
-            _contiguous(data.length),
-            slope,
-            pair_count,
-            objectives,
-            data.tau,
-            SIGMOID=data.loss_type == "sigmoid",
-            HAS_PAIR_WEIGHT=data.pair_weight is not None,
-            HAS_MARGIN=data.margin is not None,
-            HAS_LENGTH=data.length is not None,
-            BLOCK_P=BLOCK_P,
-            num_warps=4,
-            **OPTIONS,
-        )
-    if sequences > 0:
-        coefficient_kernel[(triton.cdiv(sequences, BLOCK_S),)](
-            slope,
-            pairs,
-            _contiguous(data.pair_weight),
-            _contiguous(data.length),
-            data.normalizer,
-            g,
-            sequences,
-            pair_count,
-            HAS_PAIR_WEIGHT=data.pair_weight is not None,
-            HAS_LENGTH=data.length is not None,
-            HAS_NORMALIZER=data.normalizer is not None,
-            BLOCK_P=BLOCK_P,
-            BLOCK_S=BLOCK_S,
-            num_warps=4,
-            **OPTIONS,
-        )
+    objective_weight = batch.objective_weight if batch.label_rate is None else batch.objective_weight / batch.label_rate
+    pairs, slope, g = batch.pairs.contiguous(), logprob.new_empty(pair_count), logprob.new_empty(sequences)
+    with torch.cuda.device_of(logprob):
+        if pair_count > 0:
+            pair_slope_kernel[(triton.cdiv(pair_count, BLOCK_P),)](
+                logprob.contiguous(),
+                ref_logprob.contiguous(),
+                pairs,
+                batch.preference.contiguous(),
+                objective_weight.contiguous(),
+                _contiguous(batch.pair_weight),
+                _contiguous(batch.margin),
+                _contiguous(batch.length),
+                slope,
+                pair_count,
+                objectives,
+                batch.options.tau,
+                SIGMOID=batch.options.loss_type == "sigmoid",
+                HAS_PAIR_WEIGHT=batch.pair_weight is not None,
+                HAS_MARGIN=batch.margin is not None,
+                HAS_LENGTH=batch.length is not None,
+                BLOCK_P=BLOCK_P,
+                num_warps=4,
+                **OPTIONS,
+            )
+        if sequences > 0:
+            pair_loss_bwd_kernel[(triton.cdiv(sequences, BLOCK_S),)](
+                slope,
+                pairs,
+                _contiguous(batch.pair_weight),
+                _contiguous(batch.length),
+                batch.normalizer,
+                g,
+                sequences,
+                pair_count,
+                HAS_PAIR_WEIGHT=batch.pair_weight is not None,
+                HAS_LENGTH=batch.length is not None,
+                HAS_NORMALIZER=batch.normalizer is not None,
+                BLOCK_P=BLOCK_P,
+                BLOCK_S=BLOCK_S,
+                num_warps=4,
+                **OPTIONS,
+            )
     return g
 
 

@@ -1,12 +1,12 @@
 """Multiplies hidden and weight and folds the product's logits without storing them.
 
-``linear_fold_kernel``: one program a block of rows and a block of the vocabulary. It leaves the sum of each row's
+``linear_lse_fwd_kernel``: one program a block of rows and a block of the vocabulary. It leaves the sum of each row's
 exponentials over its block, the target's logit and, if asked to, the exponentials themselves, all relative to an offset
 of the row:
 
 * bf16, with the exponents of fp32: any number within some tens of nats of the log-sum-exp, so that it is chosen before
-  the product (:mod:`mopo_kernels.kernels.row_offset`) and is the same for every block. ``merge_sums_kernel`` adds the
-  blocks' sums up in a fixed order, and computes again the rows whose offset turns out to lie too far away.
+  the product (:mod:`mopo_kernels.backends.triton.row_offset`) and is the same for every block. ``merge_sums_kernel``
+  adds the blocks' sums up in a fixed order, and computes again the rows whose offset turns out to lie too far away.
 * fp16: the maximum of the block. ``merge_kernel`` folds maxima and sums into the rows' running ones, in a fixed order.
 """
 
@@ -20,8 +20,8 @@ import triton.language as tl
 from torch import Tensor
 
 from mopo_kernels import checks
-from mopo_kernels.backends.tile import Head
-from mopo_kernels.kernels.common import OPTIONS, accumulate, architecture, head_arguments, lowest, reduce
+from mopo_kernels.arguments import LogitTransform
+from mopo_kernels.backends.triton.math import OPTIONS, accumulate, architecture, lowest, reduce, transform_arguments
 
 
 class Configuration(NamedTuple):
@@ -131,16 +131,16 @@ def _logit(
     return z
 
 
-@triton.jit(do_not_specialize=["bias", "target", "offsets", "sums", "picked", "rows", "start", "first_block"])
-def linear_fold_kernel(
+@triton.jit(do_not_specialize=["bias", "target", "offsets", "sums", "target_logit", "rows", "start", "first_block"])
+def linear_lse_fwd_kernel(
     hidden: tl.tensor,
     weight: tl.tensor,
     bias: tl.tensor,
     target: tl.tensor,
-    exponentials: tl.tensor,
+    exp_logits: tl.tensor,
     offsets: tl.tensor,
     sums: tl.tensor,
-    picked: tl.tensor,
+    target_logit: tl.tensor,
     rows: tl.int32,
     columns: tl.int32,
     hidden_size: tl.int32,
@@ -149,7 +149,7 @@ def linear_fold_kernel(
     blocks: tl.int32,
     hidden_stride: tl.int64,
     weight_stride: tl.int64,
-    exponentials_stride: tl.int64,
+    exp_logits_stride: tl.int64,
     inner: tl.float64,
     outer: tl.float64,
     slope: tl.float64,
@@ -176,8 +176,8 @@ def linear_fold_kernel(
     statistic = v_block.to(tl.int64) * rows + r
     width = BLOCK_V if EVEN_V else tl.minimum(columns - v_block * BLOCK_V, BLOCK_V)
     if STORE:
-        corner = exponentials + r_block.to(tl.int64) * BLOCK_R * exponentials_stride + v_block * BLOCK_V
-        at = tl.arange(0, BLOCK_R)[:, None] * exponentials_stride.to(tl.int32) + tl.arange(0, BLOCK_V)[None, :]
+        corner = exp_logits + r_block.to(tl.int64) * BLOCK_R * exp_logits_stride + v_block * BLOCK_V
+        at = tl.arange(0, BLOCK_R)[:, None] * exp_logits_stride.to(tl.int32) + tl.arange(0, BLOCK_V)[None, :]
         inside = r[:, None] < rows
         if not EVEN_V:
             inside &= v[None, :] < columns
@@ -187,7 +187,7 @@ def linear_fold_kernel(
         if not ROW_OFFSETS:
             tl.store(offsets + statistic, tl.zeros((BLOCK_R,), tl.float32), mask=r < rows)
         elif STORE:
-            tl.store(corner + at, tl.zeros((BLOCK_R, BLOCK_V), exponentials.dtype.element_ty), mask=inside)
+            tl.store(corner + at, tl.zeros((BLOCK_R, BLOCK_V), exp_logits.dtype.element_ty), mask=inside)
         return
     column = wanted - start - v_block * BLOCK_V
     here = (column >= 0) & (column < width)
@@ -217,7 +217,7 @@ def linear_fold_kernel(
 
     if tl.max(column, axis=0) >= 0:
         hit = column[:, None] == tl.arange(0, BLOCK_V)[None, :]
-        tl.store(picked + r, tl.sum(tl.where(hit, z, 0.0), axis=1), mask=column >= 0)
+        tl.store(target_logit + r, tl.sum(tl.where(hit, z, 0.0), axis=1), mask=column >= 0)
 
     if not EVEN_V:
         z = tl.where(v[None, :] < columns, z, -float("inf"))
@@ -225,14 +225,14 @@ def linear_fold_kernel(
         offset = tl.load(offsets + r, mask=r < rows, other=0.0) * LOG2_E
         e = tl.where(scored[:, None], tl.exp2(z * LOG2_E - offset[:, None]), 0.0)
     else:
-        maximum = tl.max(z, axis=1)
+        row_max = tl.max(z, axis=1)
         # While every logit is -inf, exp(z - 0) = 0 where exp(z - maximum) would be NaN.
-        e = tl.exp(z - tl.where(maximum == -float("inf"), 0.0, maximum)[:, None])
-        tl.store(offsets + statistic, tl.where(scored, maximum, 0.0), mask=r < rows)
+        e = tl.exp(z - tl.where(row_max == -float("inf"), 0.0, row_max)[:, None])
+        tl.store(offsets + statistic, tl.where(scored, row_max, 0.0), mask=r < rows)
     # What a row that is not scored leaves does not depend on the rows beside it.
     tl.store(sums + statistic, tl.where(scored, tl.sum(e, axis=1), 1.0), mask=r < rows)
     if STORE:
-        tl.store(corner + at, e.to(exponentials.dtype.element_ty), mask=inside)
+        tl.store(corner + at, e.to(exp_logits.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -264,23 +264,23 @@ def _products(
     return z
 
 
-@triton.jit(do_not_specialize=["bias", "target", "sums", "maximum", "total", "rows", "blocks"])
+@triton.jit(do_not_specialize=["bias", "target", "sums", "row_max", "sum_exp", "rows", "blocks"])
 def merge_sums_kernel(
     hidden: tl.tensor,
     weight: tl.tensor,
     bias: tl.tensor,
     target: tl.tensor,
-    exponentials: tl.tensor,
+    exp_logits: tl.tensor,
     sums: tl.tensor,
-    maximum: tl.tensor,
-    total: tl.tensor,
+    row_max: tl.tensor,
+    sum_exp: tl.tensor,
     rows: tl.int32,
     columns: tl.int32,
     hidden_size: tl.int32,
     blocks: tl.int32,
     hidden_stride: tl.int64,
     weight_stride: tl.int64,
-    exponentials_stride: tl.int64,
+    exp_logits_stride: tl.int64,
     inner: tl.float64,
     outer: tl.float64,
     slope: tl.float64,
@@ -297,8 +297,8 @@ def merge_sums_kernel(
     its products, relative to their maximum, which becomes its offset."""
     r = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     scored = tl.load(target + r, mask=r < rows, other=-1) >= 0
-    offset = tl.load(maximum + r, mask=r < rows, other=0.0)
-    before = tl.load(total + r, mask=r < rows, other=0.0)
+    offset = tl.load(row_max + r, mask=r < rows, other=0.0)
+    before = tl.load(sum_exp + r, mask=r < rows, other=0.0)
     b = tl.arange(0, BLOCK_B)
     summed = before
     for first in range(0, blocks, BLOCK_B):
@@ -331,20 +331,20 @@ def merge_sums_kernel(
             e = tl.exp2(z * LOG2_E - (shift * LOG2_E)[:, None])
             again += tl.sum(e, axis=1)
             if STORE:
-                into = exponentials + r.to(tl.int64)[:, None] * exponentials_stride + (first + v)[None, :]
+                into = exp_logits + r.to(tl.int64)[:, None] * exp_logits_stride + (first + v)[None, :]
                 inside = (r < rows)[:, None] & ((first + v)[None, :] < columns) & (good == 0)[:, None]
-                tl.store(into, e.to(exponentials.dtype.element_ty), mask=inside)
+                tl.store(into, e.to(exp_logits.dtype.element_ty), mask=inside)
         summed = tl.where(good, summed, again)
-        tl.store(maximum + r, top, mask=(r < rows) & (good == 0))
-    tl.store(total + r, tl.where(scored, summed, 1.0), mask=r < rows)
+        tl.store(row_max + r, top, mask=(r < rows) & (good == 0))
+    tl.store(sum_exp + r, tl.where(scored, summed, 1.0), mask=r < rows)
 
 
-@triton.jit(do_not_specialize=["offsets", "sums", "maximum", "total", "rows"])
+@triton.jit(do_not_specialize=["offsets", "sums", "row_max", "sum_exp", "rows"])
 def merge_kernel(
     offsets: tl.tensor,
     sums: tl.tensor,
-    maximum: tl.tensor,
-    total: tl.tensor,
+    row_max: tl.tensor,
+    sum_exp: tl.tensor,
     rows: tl.int32,
     blocks: tl.int32,
     BLOCK_B: tl.constexpr,
@@ -360,27 +360,27 @@ def merge_kernel(
         block_maximum = tl.load(offsets + at, mask=inside, other=-float("inf"))
         top, summed = accumulate(top, summed, block_maximum, tl.load(sums + at, mask=inside, other=0.0))
     top, summed = reduce(top, summed, 0)
-    old_maximum = tl.load(maximum + r, mask=r < rows, other=0.0)
-    top, summed = accumulate(top, summed, old_maximum, tl.load(total + r, mask=r < rows, other=0.0))
-    tl.store(maximum + r, tl.where(summed == 0, -float("inf"), top), mask=r < rows)
-    tl.store(total + r, summed, mask=r < rows)
+    old_row_max = tl.load(row_max + r, mask=r < rows, other=0.0)
+    top, summed = accumulate(top, summed, old_row_max, tl.load(sum_exp + r, mask=r < rows, other=0.0))
+    tl.store(row_max + r, tl.where(summed == 0, -float("inf"), top), mask=r < rows)
+    tl.store(sum_exp + r, summed, mask=r < rows)
 
 
-def linear_fold(
+def linear_lse_fwd(
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
     target: Tensor,
     start: int,
-    head: Head,
-    maximum: Tensor,
-    total: Tensor,
-    picked: Tensor,
-    exponentials: Tensor | None = None,
+    transform: LogitTransform,
+    row_max: Tensor,
+    sum_exp: Tensor,
+    target_logit: Tensor,
+    exp_logits: Tensor | None = None,
     offsets: Tensor | None = None,
 ) -> None:
-    """:meth:`mopo_kernels.backends.tile.TileBackend.linear_fold` for bf16 or fp16: hidden (R, H), weight (W, H). Takes
-    4 bytes a row and block of the vocabulary for the sums, and in fp16 as many for the offsets if they are not
+    """:meth:`mopo_kernels.backends.base.TileBackend.linear_lse_fwd` for bf16 or fp16: hidden (R, H), weight (W, H).
+    Takes 4 bytes a row and block of the vocabulary for the sums, and in fp16 as many for the offsets if they are not
     given."""
     (rows, hidden_size), columns = hidden.shape, weight.shape[0]
     if rows == 0:
@@ -388,85 +388,86 @@ def linear_fold(
     blocks = offset_blocks(columns)
     by_row = row_offsets(hidden.dtype)
     if not by_row:
-        checks.expect((exponentials is None) == (offsets is None), "offsets", "come with exponentials", offsets)
+        checks.expect((exp_logits is None) == (offsets is None), "offsets", "come with exponentials", offsets)
         if offsets is None:
-            offsets = maximum.new_empty(blocks, rows)
+            offsets = row_max.new_empty(blocks, rows)
         checks.shape("offsets", offsets, (blocks, rows), "(blocks, R)")
-    sums = maximum.new_empty(blocks, rows)
-    for launch in _launches(columns, (hidden, weight, exponentials)):
-        c = launch.configuration
-        linear_fold_kernel[(triton.cdiv(rows, c.block_r) * launch.blocks,)](
+    sums = row_max.new_empty(blocks, rows)
+    with torch.cuda.device_of(hidden):
+        for launch in _launches(columns, (hidden, weight, exp_logits)):
+            c = launch.configuration
+            linear_lse_fwd_kernel[(triton.cdiv(rows, c.block_r) * launch.blocks,)](
+                hidden,
+                weight,
+                bias,
+                target,
+                exp_logits,
+                row_max if by_row else offsets,
+                sums,
+                target_logit,
+                rows,
+                columns,
+                hidden_size,
+                start,
+                launch.first,
+                launch.blocks,
+                hidden.stride(0),
+                weight.stride(0),
+                0 if exp_logits is None else exp_logits.stride(0),
+                HAS_BIAS=bias is not None,
+                STORE=exp_logits is not None,
+                ROW_OFFSETS=by_row,
+                EVEN_H=hidden_size % c.block_h == 0,
+                EVEN_V=launch.even,
+                BLOCK_R=c.block_r,
+                BLOCK_V=c.block_v,
+                BLOCK_H=c.block_h,
+                GROUP_R=c.group_r,
+                num_warps=c.num_warps,
+                num_stages=c.num_stages,
+                **transform_arguments(transform),
+                **OPTIONS,
+            )
+        if not by_row:
+            merge_kernel[(triton.cdiv(rows, MERGE_ROWS),)](
+                offsets,
+                sums,
+                row_max,
+                sum_exp,
+                rows,
+                blocks,
+                BLOCK_B=MERGE_BLOCKS,
+                BLOCK_R=MERGE_ROWS,
+                num_warps=4,
+                **OPTIONS,
+            )
+            return
+        merge_sums_kernel[(triton.cdiv(rows, SUMS_ROWS),)](
             hidden,
             weight,
             bias,
             target,
-            exponentials,
-            maximum if by_row else offsets,
+            exp_logits,
             sums,
-            picked,
+            row_max,
+            sum_exp,
             rows,
             columns,
             hidden_size,
-            start,
-            launch.first,
-            launch.blocks,
+            blocks,
             hidden.stride(0),
             weight.stride(0),
-            0 if exponentials is None else exponentials.stride(0),
+            0 if exp_logits is None else exp_logits.stride(0),
             HAS_BIAS=bias is not None,
-            STORE=exponentials is not None,
-            ROW_OFFSETS=by_row,
-            EVEN_H=hidden_size % c.block_h == 0,
-            EVEN_V=launch.even,
-            BLOCK_R=c.block_r,
-            BLOCK_V=c.block_v,
-            BLOCK_H=c.block_h,
-            GROUP_R=c.group_r,
-            num_warps=c.num_warps,
-            num_stages=c.num_stages,
-            **head_arguments(head),
-            **OPTIONS,
-        )
-    if not by_row:
-        merge_kernel[(triton.cdiv(rows, MERGE_ROWS),)](
-            offsets,
-            sums,
-            maximum,
-            total,
-            rows,
-            blocks,
-            BLOCK_B=MERGE_BLOCKS,
-            BLOCK_R=MERGE_ROWS,
+            STORE=exp_logits is not None,
+            BLOCK_B=SUMS_BLOCKS,
+            BLOCK_R=SUMS_ROWS,
+            BLOCK_V=AGAIN_V,
+            BLOCK_H=AGAIN_H,
             num_warps=4,
+            num_stages=2,
+            # Left to itself ptxas takes fewer, to run more programs at a time than there are, and spills.
+            maxnreg=128,
+            **transform_arguments(transform),
             **OPTIONS,
         )
-        return
-    merge_sums_kernel[(triton.cdiv(rows, SUMS_ROWS),)](
-        hidden,
-        weight,
-        bias,
-        target,
-        exponentials,
-        sums,
-        maximum,
-        total,
-        rows,
-        columns,
-        hidden_size,
-        blocks,
-        hidden.stride(0),
-        weight.stride(0),
-        0 if exponentials is None else exponentials.stride(0),
-        HAS_BIAS=bias is not None,
-        STORE=exponentials is not None,
-        BLOCK_B=SUMS_BLOCKS,
-        BLOCK_R=SUMS_ROWS,
-        BLOCK_V=AGAIN_V,
-        BLOCK_H=AGAIN_H,
-        num_warps=4,
-        num_stages=2,
-        # Left to itself ptxas takes fewer, to run more programs at a time than there are, and spills.
-        maxnreg=128,
-        **head_arguments(head),
-        **OPTIONS,
-    )

@@ -9,8 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mopo_kernels.backends.tile import Head
-from mopo_kernels.kernels.common import OPTIONS, accumulate, head_arguments, logit, lowest, reduce
+from mopo_kernels.arguments import LogitTransform
+from mopo_kernels.backends.triton.math import OPTIONS, accumulate, logit, lowest, reduce, transform_arguments
 
 
 class Configuration(NamedTuple):
@@ -23,14 +23,14 @@ class Configuration(NamedTuple):
 CONFIGURATIONS = {torch.float32: Configuration(4096, 8), torch.float64: Configuration(1024, 8)}
 
 
-@triton.jit(do_not_specialize=["bias", "target", "start", "maximum", "total", "picked"])
-def fold_kernel(
+@triton.jit(do_not_specialize=["bias", "target", "start", "row_max", "sum_exp", "target_logit"])
+def lse_fwd_kernel(
     tile: tl.tensor,
     bias: tl.tensor,
     target: tl.tensor,
-    maximum: tl.tensor,
-    total: tl.tensor,
-    picked: tl.tensor,
+    row_max: tl.tensor,
+    sum_exp: tl.tensor,
+    target_logit: tl.tensor,
     start: tl.int32,
     columns: tl.int32,
     stride: tl.int64,
@@ -56,9 +56,9 @@ def fold_kernel(
         z, _ = logit(x, inner, outer, slope, CAPPED, SCALED)
         top, summed = accumulate(top, summed, tl.where(v < columns, z, -float("inf")), 1.0)
     top, summed = reduce(top, summed, 0)
-    top, summed = accumulate(top, summed, tl.load(maximum + row), tl.load(total + row))
-    tl.store(maximum + row, tl.where(summed == 0, -float("inf"), top))
-    tl.store(total + row, summed)
+    top, summed = accumulate(top, summed, tl.load(row_max + row), tl.load(sum_exp + row))
+    tl.store(row_max + row, tl.where(summed == 0, -float("inf"), top))
+    tl.store(sum_exp + row, summed)
 
     column = tl.load(target + row) - start
     if (column >= 0) & (column < columns):
@@ -66,37 +66,38 @@ def fold_kernel(
         if HAS_BIAS:
             x += tl.load(bias + column)
         z, _ = logit(x, inner, outer, slope, CAPPED, SCALED)
-        tl.store(picked + row, z)
+        tl.store(target_logit + row, z)
 
 
-def fold(
+def lse_fwd(
     tile: Tensor,
     bias: Tensor | None,
     target: Tensor,
     start: int,
-    head: Head,
-    maximum: Tensor,
-    total: Tensor,
-    picked: Tensor,
+    transform: LogitTransform,
+    row_max: Tensor,
+    sum_exp: Tensor,
+    target_logit: Tensor,
 ) -> None:
-    """:meth:`mopo_kernels.backends.tile.TileBackend.fold` for a tile (R, W) in fp32 or fp64."""
+    """:meth:`mopo_kernels.backends.base.TileBackend.lse_fwd` for a tile (R, W) in fp32 or fp64."""
     rows, columns = tile.shape
     if rows == 0:
         return
     configuration = CONFIGURATIONS[tile.dtype]
-    fold_kernel[(rows,)](
-        tile,
-        bias,
-        target,
-        maximum,
-        total,
-        picked,
-        start,
-        columns,
-        tile.stride(0),
-        HAS_BIAS=bias is not None,
-        BLOCK=configuration.block,
-        num_warps=configuration.num_warps,
-        **head_arguments(head),
-        **OPTIONS,
-    )
+    with torch.cuda.device_of(tile):
+        lse_fwd_kernel[(rows,)](
+            tile,
+            bias,
+            target,
+            row_max,
+            sum_exp,
+            target_logit,
+            start,
+            columns,
+            tile.stride(0),
+            HAS_BIAS=bias is not None,
+            BLOCK=configuration.block,
+            num_warps=configuration.num_warps,
+            **transform_arguments(transform),
+            **OPTIONS,
+        )

@@ -9,8 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mopo_kernels.backends.tile import Head
-from mopo_kernels.kernels.common import OPTIONS, expm1, head_arguments, logit, split, times
+from mopo_kernels.arguments import LogitTransform
+from mopo_kernels.backends.triton.math import OPTIONS, expm1, logit, split, times, transform_arguments
 
 
 class Configuration(NamedTuple):
@@ -23,13 +23,13 @@ class Configuration(NamedTuple):
 CONFIGURATIONS = {torch.float32: Configuration(4096, 8), torch.float64: Configuration(1024, 8)}
 
 
-@triton.jit(do_not_specialize=["bias", "target", "start", "logsumexp", "coefficient"])
-def gradient_kernel(
+@triton.jit(do_not_specialize=["bias", "target", "start", "logsumexp", "grad_logprob"])
+def logits_bwd_kernel(
     tile: tl.tensor,
     bias: tl.tensor,
     target: tl.tensor,
     logsumexp: tl.tensor,
-    coefficient: tl.tensor,
+    grad_logprob: tl.tensor,
     start: tl.int32,
     columns: tl.int32,
     stride: tl.int64,
@@ -37,7 +37,7 @@ def gradient_kernel(
     outer: tl.float64,
     slope: tl.float64,
     HAS_BIAS: tl.constexpr,
-    HAS_COEFFICIENT: tl.constexpr,
+    HAS_GRAD_LOGPROB: tl.constexpr,
     CAPPED: tl.constexpr,
     SCALED: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -56,8 +56,8 @@ def gradient_kernel(
             x += tl.load(bias + v, mask=v < columns, other=0.0)
         z, bend = logit(x, inner, outer, slope, CAPPED, SCALED)
         factor = times(tl.full((), -1.0, dtype), slope)
-        if HAS_COEFFICIENT:
-            factor = times(-tl.load(coefficient + row), slope)
+        if HAS_GRAD_LOGPROB:
+            factor = times(-tl.load(grad_logprob + row), slope)
         # Two numbers stand for the log-sum-exp: rounding it to one would tilt the whole row's gradient.
         high, low = split(tl.load(logsumexp + row), dtype)
         difference = z - high
@@ -69,33 +69,34 @@ def gradient_kernel(
         tl.store(tile + v, gradient * bend, mask=v < columns)
 
 
-def gradient_(
+def logits_bwd_(
     tile: Tensor,
     bias: Tensor | None,
     target: Tensor,
     start: int,
-    head: Head,
+    transform: LogitTransform,
     logsumexp: Tensor,
-    coefficient: Tensor | None,
+    grad_logprob: Tensor | None,
 ) -> None:
-    """:meth:`mopo_kernels.backends.tile.TileBackend.gradient_` for a tile (R, W) in fp32 or fp64."""
+    """:meth:`mopo_kernels.backends.base.TileBackend.logits_bwd_` for a tile (R, W) in fp32 or fp64."""
     rows, columns = tile.shape
     if rows == 0:
         return
     configuration = CONFIGURATIONS[tile.dtype]
-    gradient_kernel[(rows, triton.cdiv(columns, configuration.block))](
-        tile,
-        bias,
-        target,
-        logsumexp,
-        coefficient,
-        start,
-        columns,
-        tile.stride(0),
-        HAS_BIAS=bias is not None,
-        HAS_COEFFICIENT=coefficient is not None,
-        BLOCK=configuration.block,
-        num_warps=configuration.num_warps,
-        **head_arguments(head),
-        **OPTIONS,
-    )
+    with torch.cuda.device_of(tile):
+        logits_bwd_kernel[(rows, triton.cdiv(columns, configuration.block))](
+            tile,
+            bias,
+            target,
+            logsumexp,
+            grad_logprob,
+            start,
+            columns,
+            tile.stride(0),
+            HAS_BIAS=bias is not None,
+            HAS_GRAD_LOGPROB=grad_logprob is not None,
+            BLOCK=configuration.block,
+            num_warps=configuration.num_warps,
+            **transform_arguments(transform),
+            **OPTIONS,
+        )

@@ -1,10 +1,10 @@
-"""What a tile backend is, :class:`TileBackend`, and the map from products to logits, :class:`Head`.
+"""What a tile backend is: :class:`TileBackend`.
 
 A *tile* is an (R, W) block of ``hidden @ weight.T`` (rows: scored tokens, columns: vocabulary entries ``start`` to
 ``start + W``). Every backend folds a tile of products, in the accumulation dtype (fp32, or fp64 for fp64 input), into
 running statistics and turns it into its gradient in place. A backend that *fuses* computes the products itself, for
-half precision input, and keeps a tile of exponentials instead; see :meth:`TileBackend.linear_fold`. Chunking, the other
-products and the order of accumulation belong to :mod:`mopo_kernels.head` and :mod:`mopo_kernels.driver`.
+half precision input, and keeps a tile of exponentials instead; see :meth:`TileBackend.linear_lse_fwd`. Chunking, the
+other products and the order of accumulation belong to :mod:`mopo_kernels.fused`.
 """
 
 from __future__ import annotations
@@ -15,62 +15,56 @@ import torch
 from torch import Tensor
 
 from mopo_kernels import coefficients, reference
-from mopo_kernels.coefficients import PairData
+from mopo_kernels.arguments import LogitTransform, PairBatch
 
 # A target that no tile holds: the token is not scored. Its statistics mean nothing and its gradient is exactly 0.
 NOT_SCORED = -1
 
 
-class Head(NamedTuple):
-    """From products to logits: ``z = softcap * tanh(logit_scale * (product + bias) / softcap) / temperature``."""
+class RowStats(NamedTuple):
+    """Running statistics of rows, (R,) each: the largest logit, or an offset near it, ``sum exp(z - row_max)``, and the
+    logit of the target."""
 
-    softcap: float | None
-    logit_scale: float
-    temperature: float
-
-    def slope(self, logit: Tensor) -> Tensor:
-        """``dz/dproduct`` at logits z, in eq. (33) of docs/method.md."""
-        slope = torch.full_like(logit, self.logit_scale / self.temperature)
-        if self.softcap is not None:
-            slope *= 1 - (logit * (self.temperature / self.softcap)) ** 2
-        return slope
+    row_max: Tensor
+    sum_exp: Tensor
+    target_logit: Tensor
 
 
 class TileBackend:
     """Tile work. ``tile`` (R, W), ``bias`` (W,) or None, ``target`` (R,) int64 in 0 .. V - 1 or ``NOT_SCORED``; the
     rest (R,)."""
 
-    # Temporaries beside a tile, as a share of it; the driver counts them against the buffer. One row always may be.
+    # Temporaries beside a tile, as a share of it; they count against the buffer. One row always may be.
     temporary_share: float = 0.0
 
-    def fold(
+    def lse_fwd(
         self,
         tile: Tensor,
         bias: Tensor | None,
         target: Tensor,
         start: int,
-        head: Head,
-        maximum: Tensor,
-        total: Tensor,
-        picked: Tensor,
+        transform: LogitTransform,
+        row_max: Tensor,
+        sum_exp: Tensor,
+        target_logit: Tensor,
     ) -> None:
-        """Fold the tile's logits z into ``maximum``, ``total = sum exp(z - maximum)`` and, where the target lies in the
-        tile, ``picked = z[target]``. The tile is left as it was. First call: maximum -inf, total 0."""
+        """Fold the tile's logits z into ``row_max``, ``sum_exp = sum exp(z - row_max)`` and, where the target lies in
+        the tile, ``target_logit = z[target]``. The tile is left as it was. First call: row_max -inf, sum_exp 0."""
         raise NotImplementedError
 
-    def gradient_(
+    def logits_bwd_(
         self,
         tile: Tensor,
         bias: Tensor | None,
         target: Tensor,
         start: int,
-        head: Head,
+        transform: LogitTransform,
         logsumexp: Tensor,
-        coefficient: Tensor | None,
+        grad_logprob: Tensor | None,
     ) -> None:
-        """Overwrite the tile with ``coefficient * d logprob / d product``, i.e. with
-        ``coefficient * (onehot(target) - exp(z - logsumexp)) * dz/dproduct``; ``logsumexp`` is in fp64, and
-        ``coefficient`` None stands for 1. Zeros where the token is not scored. See eq. (33) of docs/method.md."""
+        """Overwrite the tile with ``grad_logprob * d logprob / d product``, i.e. with
+        ``grad_logprob * (onehot(target) - exp(z - logsumexp)) * dz/dproduct``; ``logsumexp`` is in fp64, and
+        ``grad_logprob`` None stands for 1. Zeros where the token is not scored. See eq. (33) of docs/method.md."""
         raise NotImplementedError
 
     def mark_columns_(
@@ -80,7 +74,7 @@ class TileBackend:
         bias: Tensor | None,
         target: Tensor,
         start: int,
-        head: Head,
+        transform: LogitTransform,
         least: Tensor,
     ) -> None:
         """``marked`` (W,) bool: the columns of products in which a row's logit is not below its ``least`` (R,), in the
@@ -99,13 +93,13 @@ class TileBackend:
         raise NotImplementedError
 
     def fuses(self, dtype: torch.dtype) -> bool:
-        """Whether :meth:`linear_fold` and :meth:`exponential_gradient_` take input of this dtype."""
+        """Whether :meth:`linear_lse_fwd` and :meth:`exp_logits_bwd_` take input of this dtype."""
         return False
 
     def row_offsets(self, dtype: torch.dtype) -> bool:
         """Whether a fused tile of this dtype has one offset a row, which :meth:`row_offset` chooses, and is turned into
         its gradient by :meth:`mark_target_`; otherwise each block of it has its own, and
-        :meth:`exponential_gradient_` follows."""
+        :meth:`exp_logits_bwd_` follows."""
         return False
 
     def offset_blocks(self, columns: int) -> int:
@@ -113,71 +107,71 @@ class TileBackend:
         raise NotImplementedError
 
     def row_offset(
-        self, hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, start: int, head: Head
+        self, hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, start: int, transform: LogitTransform
     ) -> Tensor:
         """(R,) fp32, finite, and near the log-sum-exp of each row of ``hidden (R, H) @ weight (W, H).T``: the target's
         logit, or that of a row of the weight where the target lies elsewhere."""
         raise NotImplementedError
 
-    def linear_fold(
+    def linear_lse_fwd(
         self,
         hidden: Tensor,
         weight: Tensor,
         bias: Tensor | None,
         target: Tensor,
         start: int,
-        head: Head,
-        maximum: Tensor,
-        total: Tensor,
-        picked: Tensor,
-        exponentials: Tensor | None = None,
+        transform: LogitTransform,
+        row_max: Tensor,
+        sum_exp: Tensor,
+        target_logit: Tensor,
+        exp_logits: Tensor | None = None,
         offsets: Tensor | None = None,
     ) -> None:
-        """:meth:`fold` of ``hidden (R, H) @ weight (W, H).T`` without the products ever being stored. With
-        ``exponentials`` (R, W) in the input's dtype ``exp(z - offset)`` is left in them: a logit rounded to bf16 is off
+        """:meth:`lse_fwd` of ``hidden (R, H) @ weight (W, H).T`` without the products ever being stored. With
+        ``exp_logits`` (R, W) in the input's dtype ``exp(z - offset)`` is left in them: a logit rounded to bf16 is off
         by up to 1/256 of itself, its exponential so stored by 1/256 of itself.
 
-        With :meth:`row_offsets` the offsets are ``maximum``, from :meth:`row_offset` before the first call, and no
+        With :meth:`row_offsets` the offsets are ``row_max``, from :meth:`row_offset` before the first call, and no
         maxima: only where a total would be too large or too small for them, a row takes the maximum after all.
         Exponentials are then 0 where the token is not scored. Otherwise they are ``offsets`` (blocks, R) fp32,
         written."""
         raise NotImplementedError
 
-    def row_statistics(self, maximum: Tensor, total: Tensor, picked: Tensor) -> tuple[Tensor, Tensor]:
+    def row_statistics(self, row_max: Tensor, sum_exp: Tensor, target_logit: Tensor) -> tuple[Tensor, Tensor]:
         """(R,) each: the targets' log-probabilities, and the log-sum-exp in fp64, since its rounding would tilt the
         gradient of the whole row."""
         # Not picked - logsumexp: the difference to the maximum is small, so it rounds less.
-        return (picked - maximum) - torch.log(total), maximum.double() + torch.log(total.double())
+        return (target_logit - row_max) - torch.log(sum_exp), row_max.double() + torch.log(sum_exp.double())
 
     def mark_target_(
         self,
-        exponentials: Tensor,
+        exp_logits: Tensor,
         target: Tensor,
         start: int,
-        head: Head,
+        transform: LogitTransform,
         offset: Tensor,
         logsumexp: Tensor,
         logprob: Tensor,
         scale: Tensor,
     ) -> None:
-        """Write to what :meth:`linear_fold` left relative to offsets (R,) the elements at the targets, and ``scale``
-        (R,), so that ``scale * exponentials`` is ``d logprob / d product``; with a softcap every element changes. See
+        """Write to what :meth:`linear_lse_fwd` left relative to offsets (R,) the elements at the targets, and ``scale``
+        (R,), so that ``scale * exp_logits`` is ``d logprob / d product``; with a softcap every element changes. See
         eq. (38) of docs/method.md."""
         raise NotImplementedError
 
-    def exponential_gradient_(
+    def exp_logits_bwd_(
         self,
-        exponentials: Tensor,
+        exp_logits: Tensor,
         offsets: Tensor,
         target: Tensor,
         start: int,
-        head: Head,
+        transform: LogitTransform,
         logsumexp: Tensor,
         logprob: Tensor,
-        coefficient: Tensor | None,
+        grad_logprob: Tensor | None,
     ) -> None:
-        """:meth:`gradient_` of what :meth:`linear_fold` left relative to ``offsets`` (blocks, R), in place; ``logprob``
-        is the target's, in fp32. See eq. (38) of docs/method.md."""
+        """:meth:`logits_bwd_` of what :meth:`linear_lse_fwd` left relative to ``offsets`` (blocks, R), in place;
+        ``logprob`` is the target's, in fp32. See eq. (38) of docs/method.md."""
         raise NotImplementedError
 
     def scaled(self, x: Tensor, factor: Tensor, dtype: torch.dtype, overwrite: bool = False) -> Tensor:
@@ -189,6 +183,6 @@ class TileBackend:
         """Sums over packed sequences, in a fixed order: (N,), (S + 1,) -> (S,)."""
         return reference.segment_sum(value, cu_seqlens)
 
-    def pair_coefficient(self, logprob: Tensor, ref_logprob: Tensor, data: PairData) -> Tensor:
+    def pair_loss_bwd(self, logprob: Tensor, ref_logprob: Tensor, batch: PairBatch) -> Tensor:
         """``g = d loss / d logprob``, (S,), in a fixed order: :func:`mopo_kernels.coefficients.coefficient`."""
-        return coefficients.coefficient(logprob, ref_logprob, data)
+        return coefficients.coefficient(logprob, ref_logprob, batch)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from mopo_kernels.kernels.common import OPTIONS
+from mopo_kernels.backends.triton.math import OPTIONS
 
 BLOCK = 1024
 
@@ -23,11 +24,12 @@ def segment_sum_kernel(value: tl.tensor, cu_seqlens: tl.tensor, total: tl.tensor
 
 
 def segment_sum(value: Tensor, cu_seqlens: Tensor) -> Tensor:
-    """:meth:`mopo_kernels.backends.tile.TileBackend.segment_sum`: (N,) in fp32 or fp64, (S + 1,) -> (S,)."""
+    """:meth:`mopo_kernels.backends.base.TileBackend.segment_sum`: (N,) in fp32 or fp64, (S + 1,) -> (S,)."""
     sequences = cu_seqlens.shape[0] - 1
     total = value.new_empty(sequences)
-    if sequences > 0:
-        segment_sum_kernel[(sequences,)](
-            value.contiguous(), cu_seqlens.contiguous(), total, BLOCK=BLOCK, num_warps=4, **OPTIONS
-        )
+    with torch.cuda.device_of(value):
+        if sequences > 0:
+            segment_sum_kernel[(sequences,)](
+                value.contiguous(), cu_seqlens.contiguous(), total, BLOCK=BLOCK, num_warps=4, **OPTIONS
+            )
     return total

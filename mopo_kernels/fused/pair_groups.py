@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 @dataclass
 class Group:
-    """Sequences all of whose pairs lie among them. ``held``: their rows fit one chunk."""
+    """Sequences all of whose pairs lie among them. ``one_chunk``: their rows fit one chunk."""
 
     sequences: list[int]
-    held: bool
+    one_chunk: bool
 
     def row_ranges(self, first: list[int]) -> list[tuple[int, int]]:
         """Their rows, as few ranges as possible; sequence s has rows ``first[s] .. first[s + 1]``."""
@@ -38,24 +38,24 @@ def _components(pairs: list[list[int]], sequences: int) -> list[Group]:
         parent[max(a, b)] = min(a, b)
     components: dict[int, Group] = {}
     for s in range(sequences):
-        components.setdefault(find(s), Group([], held=False)).sequences.append(s)
+        components.setdefault(find(s), Group([], one_chunk=False)).sequences.append(s)
     return list(components.values())
 
 
 def closed_groups(pairs: list[list[int]], lengths: list[int], largest: int) -> list[Group]:
     """Sequences of ``lengths`` rows in groups that no pair leaves: components packed greedily, in order, into chunks of
-    at most ``largest`` rows; a component longer than that stands alone, not held."""
+    at most ``largest`` rows; a component longer than that stands alone, in no one chunk."""
     groups: list[Group] = []
     open_rows = 0
     for component in _components(pairs, len(lengths)):
         rows = sum(lengths[s] for s in component.sequences)
         if rows > largest:
             groups.append(component)
-        elif groups and groups[-1].held and open_rows + rows <= largest:
+        elif groups and groups[-1].one_chunk and open_rows + rows <= largest:
             groups[-1].sequences += component.sequences
             open_rows += rows
         else:
-            component.held = True
+            component.one_chunk = True
             groups.append(component)
             open_rows = rows
     return groups

@@ -1,0 +1,57 @@
+"""The Triton kernels as a tile backend. For bf16 and fp16 input it fuses: products are folded in registers, and a tile
+holds exponentials in the input's dtype."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from mopo_kernels.arguments import PairBatch
+from mopo_kernels.backends.base import TileBackend
+from mopo_kernels.backends.triton.exp_logits_bwd import exp_logits_bwd_
+from mopo_kernels.backends.triton.linear_lse_fwd import linear_lse_fwd, offset_blocks, row_offsets
+from mopo_kernels.backends.triton.logits_bwd import logits_bwd_
+from mopo_kernels.backends.triton.lse_fwd import lse_fwd
+from mopo_kernels.backends.triton.mark_target import mark_target_
+from mopo_kernels.backends.triton.pair_loss_bwd import pair_loss_bwd
+from mopo_kernels.backends.triton.row_offset import row_offset
+from mopo_kernels.backends.triton.row_statistics import row_statistics
+from mopo_kernels.backends.triton.scale_rows import scale_rows
+from mopo_kernels.backends.triton.segment_sum import segment_sum
+
+
+class TritonBackend(TileBackend):
+    # Maxima and sums of the blocks of a product.
+    temporary_share = 1 / 16
+
+    lse_fwd = staticmethod(lse_fwd)
+    logits_bwd_ = staticmethod(logits_bwd_)
+    row_offsets = staticmethod(row_offsets)
+    offset_blocks = staticmethod(offset_blocks)
+    row_offset = staticmethod(row_offset)
+    linear_lse_fwd = staticmethod(linear_lse_fwd)
+    mark_target_ = staticmethod(mark_target_)
+    exp_logits_bwd_ = staticmethod(exp_logits_bwd_)
+    segment_sum = staticmethod(segment_sum)
+
+    def fuses(self, dtype: torch.dtype) -> bool:
+        return dtype in (torch.bfloat16, torch.float16)
+
+    def row_statistics(self, row_max: Tensor, sum_exp: Tensor, target_logit: Tensor) -> tuple[Tensor, Tensor]:
+        if row_max.dtype != torch.float32:
+            return super().row_statistics(row_max, sum_exp, target_logit)
+        return row_statistics(row_max, sum_exp, target_logit)
+
+    def scaled(self, x: Tensor, factor: Tensor, dtype: torch.dtype, overwrite: bool = False) -> Tensor:
+        rows = x if x.dim() == 2 else x[None]
+        if rows.stride(1) != 1 or (overwrite and dtype == x.dtype):
+            return super().scaled(x, factor, dtype, overwrite)
+        return scale_rows(rows, factor.reshape(-1).squeeze(0), dtype).view(x.shape)
+
+    def pair_loss_bwd(self, logprob: Tensor, ref_logprob: Tensor, batch: PairBatch) -> Tensor:
+        if batch.options.loss_type == "cloning":
+            return super().pair_loss_bwd(logprob, ref_logprob, batch)
+        return pair_loss_bwd(logprob, ref_logprob, batch)
+
+
+BACKEND = TritonBackend()

@@ -1,0 +1,1 @@
+"""The fused path: custom ops, the schedule of chunks, and one pass over a head."""
