@@ -88,6 +88,7 @@ from mopo_kernels.trainer.reference_model import (
 from mopo_kernels.trainer.resume import (
     adapter_config,
     differences,
+    free_settings,
     may_change,
     optimizer_options,
     row_hint,
@@ -722,8 +723,9 @@ class MOPOTrainer(Trainer):
 
         A checkpoint is resumed from under the same problem and the same rows in the same order only; with
         ``ignore_data_skip`` the rows may change, and an epoch begins anew. Thresholds, the length of training, the
-        learning rate and other numbers of the optimiser, and how the prompts of a step are laid out over micro-batches
-        and processes, may change, which one line says.
+        learning rate with its schedule and other numbers of the optimiser, precision, dropout, what moves the
+        multipliers, and how the prompts of a step are laid out over micro-batches and processes, may change, which a
+        line says.
 
         Raises:
             ValueError: nothing complete to resume from, a checkpoint of another reference, another problem or other
@@ -1298,6 +1300,7 @@ class MOPOTrainer(Trainer):
             "objectives": list(self.objectives),
             "primary": self.primary,
             **{name: getattr(value, "value", value) for name, value in problem.items()},
+            **free_settings(self.args),
             **adapter_config(self.model),
             **row_settings(self.args, self.accelerator.num_processes // self.get_tp_size(), self._train_data),
             "dual_data": "none" if self._controller is None else self._controller.fingerprint(),
