@@ -86,8 +86,8 @@ def check_adapters_act(model: nn.Module) -> None:
     for name, layer in _tuner_layers(model):
         if layer.merged:
             raise ValueError(
-                f"model: expected adapters beside the weights; got {', '.join(layer.merged_adapters)} merged into {name} "
-                "(model.unmerge_adapter() takes them out)"
+                f"model: expected adapters beside the weights; got {', '.join(layer.merged_adapters)} merged into "
+                f"{name} (model.unmerge_adapter() takes them out)"
             )
         if layer.disable_adapters:
             raise ValueError(

@@ -230,8 +230,8 @@ def find_transform(model: nn.Module) -> Transform:
         )
     if bool(logits.isnan().any()):
         raise ValueError(
-            f"model: expected numbers for logits of {type(base).__name__}; got NaN on a few tokens, as weights that are "
-            "not finite give"
+            f"model: expected numbers for logits of {type(base).__name__}; got NaN on a few tokens, as weights that "
+            "are not finite give"
         )
     expected = torch.log_softmax(logits.to(torch.float64), dim=-1)
     # The model rounds its logits to its own dtype, which moves a log-probability by about eps * |logit|.
