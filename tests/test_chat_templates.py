@@ -592,6 +592,13 @@ class TestBeforeTraining:
             self.trainer(tmp_path, [*self.rows, example("The sky is", (" blue", ""), id="late")])
         self.trainer(tmp_path, [*self.rows, example("Why?", ("yes", ""))])
 
+    def test_weights_whose_sum_is_too_large_for_a_step(self, tmp_path: Any) -> None:
+        rows = [example(f"What is {index}?", ("yes", "no"), weight=9e9) for index in range(2)]
+        with pytest.raises(
+            ValueError, match=r"^train: expected weights of all pairs that sum to 1e\+10.*; got 1\.8e\+10"
+        ):
+            self.trainer(tmp_path, rows)
+
     def test_an_over_long_row(self, tmp_path: Any) -> None:
         rows = [*self.rows, example("Why?", ("yes", "no " * 40), id="late")]
         with pytest.raises(DataError, match=r"^train:5: responses\[1\]: example late: \d+ tokens, more than"):

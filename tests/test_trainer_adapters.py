@@ -160,7 +160,7 @@ def test_a_model_whose_weights_are_not_finite_is_refused_as_such(tmp_path):
     model = make_model()
     with torch.no_grad():
         model.model.layers[0].mlp.down_proj.weight[0, 0] = torch.nan
-    for start in (model, lora(model)):
+    for start in (model, lora(copy.deepcopy(model))):
         with pytest.raises(ValueError, match="model: expected numbers for logits of LlamaForCausalLM; got NaN"):
             make_trainer(tmp_path, start)
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from numbers import Real
 from typing import Any
 
+from mopo_kernels.checks import LARGEST, SMALLEST
 from mopo_kernels.data.transcripts import is_transcript, template_header
 from mopo_kernels.text import one_line
 
@@ -34,9 +35,6 @@ _TEMPLATE_ARGUMENTS = frozenset(
 _MESSAGE_TEXTS = ("name", "tool_call_id", "reasoning_content")
 # Of an assistant's message beside its content, where it is a response.
 RESPONSE_PARTS = ("reasoning_content", "tool_calls")
-# The pairs' weights, margins and reference log-probabilities are computed with in fp32.
-_FP32_MAX = 3.4028234663852886e38
-_FP32_TINY = 1.1754943508222875e-38
 # Of the one message that a table whose other prompts are lists of messages holds in place of a string.
 TEXT_ROLE = "text"
 
@@ -102,12 +100,12 @@ def is_number(value: object) -> bool:
         return False
 
 
-def _check_fp32(value: Any, field: str, expected: str) -> None:
-    """DataError unless ``value`` is a number that fp32 holds as a finite one."""
+def _check_size(value: Any, field: str, expected: str) -> None:
+    """DataError unless ``value`` is a number that the losses compute with."""
     if not is_number(value):
         raise DataError(f"expected {expected}, got {shown(value)}", field=field)
-    if abs(value) > _FP32_MAX:
-        raise DataError(f"expected {expected} that fp32 holds, got {shown(value)}", field=field)
+    if abs(value) > LARGEST:
+        raise DataError(f"expected {expected}, of a size up to {LARGEST:g}, got {shown(value)}", field=field)
 
 
 def check_unicode(value: str, field: str) -> str:
@@ -404,7 +402,7 @@ class PreferencePair:
             if not 0 <= value <= 1:
                 raise DataError(f"expected a number in [0, 1], got {shown(value)}", field=here)
         if self.margin is not None:
-            _check_fp32(self.margin, "margin", "a finite number of nats")
+            _check_size(self.margin, "margin", "a finite number of nats")
 
     @classmethod
     def from_dict(cls, record: Mapping[str, Any]) -> PreferencePair:
@@ -445,7 +443,7 @@ class PreferenceExample:
             texts are allowed: samples of a language model do repeat.
         pairs: at least one judged pair of ``responses``.
         id: a name for error messages.
-        weight: positive weight of each of the pairs in the loss.
+        weight: positive weight of each of the pairs in the loss, from 1e-10 to 1e10.
         ref_logprob: summed log-probability of each response under the reference (nats), when precomputed.
         tools: JSON schemas that the chat template writes into the prompt.
         chat_template_kwargs: further variables of the chat template, such as ``enable_thinking``.
@@ -483,10 +481,10 @@ class PreferenceExample:
             if not isinstance(self.id, str):
                 raise DataError(f"expected a string, got {shown(self.id)}", field="id")
             check_unicode(self.id, "id")
-        _check_fp32(self.weight, "weight", "a positive number")
-        if self.weight < _FP32_TINY:
-            held = " that fp32 holds" if self.weight > 0 else ""
-            raise DataError(f"expected a positive number{held}, got {shown(self.weight)}", field="weight")
+        _check_size(self.weight, "weight", "a positive number")
+        if self.weight < SMALLEST:
+            least = f", at least {SMALLEST:g}" if self.weight > 0 else ""
+            raise DataError(f"expected a positive number{least}, got {shown(self.weight)}", field="weight")
         if self.ref_logprob is not None:
             if len(self.ref_logprob) != len(self.responses):
                 raise DataError(
@@ -494,7 +492,7 @@ class PreferenceExample:
                     field="ref_logprob",
                 )
             for index, value in enumerate(self.ref_logprob):
-                _check_fp32(value, f"ref_logprob[{index}]", "a finite number of nats")
+                _check_size(value, f"ref_logprob[{index}]", "a finite number of nats")
         check_tools(self.tools)
         check_template_kwargs(self.chat_template_kwargs)
 

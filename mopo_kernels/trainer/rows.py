@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from mopo_kernels.checks import LARGEST
 from mopo_kernels.data import DataError, PreferenceCollator, PreferenceData
 from mopo_kernels.mappings import parse_json
 from mopo_kernels.text import one_line
@@ -57,8 +58,11 @@ def prepare_rows(
 
     Raises:
         DataError: an example that the chat template refuses, that the length limits refuse, or that is longer than the
-            model's positions. ValueError: a token that the model's embedding has no row for.
+            model's positions. ValueError: a token that the model's embedding has no row for, or weights whose sum is
+            too large.
     """
+    for argument, data in parts.items():
+        _check_weights(argument, data)
     if not isinstance(collator, PreferenceCollator):
         return
     _check_padding(model, collator.tokenizer)
@@ -72,6 +76,17 @@ def prepare_rows(
         _check_positions(model, collator, argument, data, table)
         for note in () if quiet else _notes(collator, table):
             logger.warning("%s: %s", argument, note)
+
+
+def _check_weights(argument: str, data: PreferenceData) -> None:
+    """The loss is divided by the pairs' weights of a step: all of them together must not be too many for it."""
+    rows = data.dataset.select_columns(["weight", "pairs"])
+    total = sum(row["weight"] * len(row["pairs"]) for row in rows)
+    if total > LARGEST:
+        raise ValueError(
+            f"{argument}: expected weights of all pairs that sum to {LARGEST:g} at most (only their ratios count); got "
+            f"{total:g}"
+        )
 
 
 def _embedding_rows(model: nn.Module) -> int:
