@@ -134,7 +134,7 @@ def _array_rows(text: str, source: str) -> Iterator[Row]:
         yield _placed(DataError("not valid JSON: Extra data after the array"), source, number + 1)
 
 
-def _read_text(path: Path) -> Iterator[Row]:
+def read_text_rows(path: Path) -> Iterator[Row]:
     """JSON Lines, plain or gzipped, or one JSON array; read line by line, so that a bad line is named by its number."""
     opener: Callable[..., Any] = gzip.open if path.suffix == ".gz" else open
     number, decoder = 0, _Decoder()
@@ -441,5 +441,7 @@ def open_rows(
         files = [path]
     else:
         raise DataError("no such file or folder", str(source))
-    rows = itertools.chain.from_iterable(_read_text(file) if _is_text(file) else _parquet_rows(file) for file in files)
+    rows = itertools.chain.from_iterable(
+        read_text_rows(file) if _is_text(file) else _parquet_rows(file) for file in files
+    )
     return str(path), itertools.islice(rows, max_rows)
