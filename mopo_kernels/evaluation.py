@@ -17,6 +17,7 @@ import functools
 import importlib
 import importlib.util
 import json
+import math
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -688,7 +689,8 @@ def draw_responses(
     seed: the draws depend on it, the prompts and batch_size, on no other use of the random state, which is left as it
         was. Two policies that are compared need different seeds, or their samples are not independent.
     Returns [prompt][sample] in the order of `prompts`, special tokens removed.
-    Raises ValueError for an empty prompt or one that leaves no room for max_new_tokens in the model's context.
+    Raises ValueError for an empty prompt, one with a token that the model has no embedding of, or one that leaves no
+        room for max_new_tokens in the model's context.
     """
     for name, value in (
         ("samples_per_prompt", samples_per_prompt),
@@ -697,12 +699,13 @@ def draw_responses(
     ):
         if value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
-    if temperature < 0.0:
-        raise ValueError(f"temperature must be at least 0, got {temperature}")
+    if not 0.0 <= temperature < math.inf:
+        raise ValueError(f"temperature must be at least 0 and finite, got {temperature}")
     if not 0.0 < top_p <= 1.0:
         raise ValueError(f"top_p must be in (0, 1], got {top_p}")
 
     context = getattr(model.config, "max_position_embeddings", None)
+    rows = model.get_input_embeddings().weight.shape[0]
     renderer = renderer or Renderer(tokenizer)
     encoded = [
         prompt if isinstance(prompt, list) and isinstance(prompt[0], int) else renderer.prompt_ids(prompt)
@@ -711,6 +714,11 @@ def draw_responses(
     for index, ids in enumerate(encoded):
         if not ids:
             raise ValueError(f"prompts[{index}] must have at least one token, got {prompts[index]!r}")
+        if (largest := max(ids)) >= rows:
+            raise ValueError(
+                f"prompts[{index}] has token {largest} ({tokenizer.convert_ids_to_tokens(largest)!r}), and the model's "
+                f"embedding {rows} rows"
+            )
         if context is not None and len(ids) + max_new_tokens > context:
             raise ValueError(
                 f"prompts[{index}] has {len(ids)} tokens: with max_new_tokens {max_new_tokens} that exceeds the "

@@ -290,7 +290,8 @@ def test_prompts_are_encoded_as_the_collator_encodes_them_for_training(tmp_path,
         ({"samples_per_prompt": 0}, "samples_per_prompt must be at least 1, got 0"),
         ({"max_new_tokens": 0}, "max_new_tokens must be at least 1, got 0"),
         ({"batch_size": -1}, "batch_size must be at least 1, got -1"),
-        ({"temperature": -1.0}, r"temperature must be at least 0, got -1\.0"),
+        ({"temperature": -1.0}, r"temperature must be at least 0 and finite, got -1\.0"),
+        ({"temperature": math.nan}, "temperature must be at least 0 and finite, got nan"),
         ({"top_p": 0.0}, r"top_p must be in \(0, 1\], got 0\.0"),
         ({"max_new_tokens": 60}, r"prompts\[0\] has 5 tokens.*context of 64"),
     ],
@@ -303,6 +304,11 @@ def test_bad_sampling_options_are_named(policy, options, message):
 def test_an_empty_prompt_is_refused_by_index(policy):
     with pytest.raises(ValueError, match=r"prompts\[1\] must have at least one token"):
         draw(policy, ["w1", ""])
+
+
+def test_a_token_beyond_the_embedding_is_refused_by_index(policy):
+    with pytest.raises(ValueError, match=r"prompts\[1\] has token 10000 .*, and the model's embedding \d+ rows"):
+        draw(policy, ["w1", [5, 10_000]])
 
 
 # Policies

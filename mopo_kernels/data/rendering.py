@@ -175,11 +175,12 @@ class Renderer:
             for name in ("content", "tool_calls")
             if message.get(name) and (name != "content" or message["role"] not in ("user", "assistant"))
         ]
-        kind = json.dumps([[message["role"] for message in messages], parts, sorted(options)])
-        if parts and kind not in self._complete:
-            for index, name in parts:
-                self._check_written(messages, index, name, options, text, f"prompt[{index}]")
-            self._complete.add(kind)
+        if parts:
+            kind = json.dumps([[message["role"] for message in messages], parts, sorted(options)])
+            if kind not in self._complete:
+                for index, name in parts:
+                    self._check_written(messages, index, name, options, text, f"prompt[{index}]")
+                self._complete.add(kind)
         return messages, text
 
     def _check_written(

@@ -96,7 +96,7 @@ from mopo_kernels.trainer.resume import (
     rows_fingerprint,
     set_optimizer_options,
 )
-from mopo_kernels.trainer.rows import make_collator, prepare_rows
+from mopo_kernels.trainer.rows import check_labels, make_collator, prepare_rows
 from mopo_kernels.trainer.sampler import TokenBudgetLoader, TokenBudgetSampler
 from mopo_kernels.trainer.statistics import RunningMean, Statistics
 
@@ -324,7 +324,10 @@ class MOPOTrainer(Trainer):
         self.dual = self._new_dual(args)
         self.given_dataset = train_dataset
         train_dataset = self._split(args, train_dataset, dual_dataset, judges)
-        prepare_rows(model, data_collator, self._given_parts(eval_dataset), args, quiet=args.process_index != 0)
+        parts, quiet = self._given_parts(eval_dataset), args.process_index != 0
+        best = args.metric_for_best_model
+        check_labels(args, self.objectives, self.primary, parts, best=best, judged=judges is not None, quiet=quiet)
+        prepare_rows(model, data_collator, parts, args, quiet=quiet)
         if eval_dataset is None and args.eval_strategy != "no":
             eval_dataset = self.dual_dataset
         super().__init__(
@@ -1112,10 +1115,16 @@ class MOPOTrainer(Trainer):
         Of several data sets, ``feasible_primary`` is the least of theirs: no threshold is missed on any of them.
         """
         self._prepare_references()
+        given: dict[str, PreferenceData] = {}
         if isinstance(eval_dataset, dict):
             eval_dataset = {name: as_preference_data(part, "eval_dataset") for name, part in eval_dataset.items()}
+            given = {f"eval_{name}": part for name, part in eval_dataset.items()}
         elif eval_dataset is not None and not isinstance(eval_dataset, str):
             eval_dataset = as_preference_data(eval_dataset, "eval_dataset")
+            given = {"eval": eval_dataset}
+        if given:
+            check_labels(self.args, self.objectives, self.primary, given, quiet=True)
+            prepare_rows(self.model, self.data_collator, given, self.args, quiet=True)
         result: dict[str, float] = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
         parts = self.eval_dataset if eval_dataset is None else eval_dataset
         if isinstance(parts, dict):
