@@ -211,6 +211,28 @@ class TestPrompt:
         assert only(load_preferences([row])).prompt == "Which gas?"
 
 
+class TestTextOfMessages:
+    """An export to a table may leave the text of a list in its place: no one asks or answers that."""
+
+    @pytest.mark.parametrize(
+        "text", [json.dumps([ASK]), str([ASK]), f" {json.dumps([{'from': 'human', 'value': 'x'}])}\n"]
+    )
+    def test_it_is_refused(self, text: str) -> None:
+        for row in (answers(prompt=text), canonical(prompt=text), answers(question=text)):
+            with pytest.raises(
+                DataError, match=r"rows:1: (prompt|question): expected text or messages, got the text of"
+            ):
+                load_preferences([row])
+        with pytest.raises(DataError, match="rows:1: rejected: expected text or messages, got the text of"):
+            load_preferences([answers(prompt="p", rejected=text)])
+
+    @pytest.mark.parametrize(
+        "text", [f"What does {json.dumps([ASK])} mean?", '[{"name": "x"}]', "[{x}]", "[{'name': 1}]"]
+    )
+    def test_other_text_is_text(self, text: str) -> None:
+        assert only(load_preferences([canonical(prompt=text)])).prompt == text
+
+
 class TestMapping:
     @pytest.mark.parametrize(
         "columns", [{"prompt": "q", "chosen": "good"}, "prompt=q,chosen=good", '{"prompt": "q", "chosen": "good"}']

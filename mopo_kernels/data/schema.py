@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import re
@@ -33,6 +34,8 @@ _TEMPLATE_ARGUMENTS = frozenset(
     )
 )
 _MESSAGE_TEXTS = ("name", "tool_call_id", "reasoning_content")
+# By which messages are told from other objects.
+_TURN_KEYS = frozenset(("role", "content", "from", "value"))
 # Of an assistant's message beside its content, where it is a response.
 RESPONSE_PARTS = ("reasoning_content", "tool_calls")
 # Of the one message that a table whose other prompts are lists of messages holds in place of a string.
@@ -125,6 +128,22 @@ def check_text(value: object, field: str, max_chars: int | None = None) -> str:
         raise DataError("is empty", field=field)
     _check_length(len(value), field, max_chars)
     return check_unicode(value, field)
+
+
+def _check_words(value: object, field: str, max_chars: int | None) -> str:
+    """As :func:`check_text`; and no text of a list of messages, as an export to a table may leave in their place."""
+    text = check_text(value, field, max_chars)
+    bare = text.strip()
+    if bare.startswith("[{") and bare.endswith("}]"):
+        found = None
+        with contextlib.suppress(ValueError, RecursionError):
+            found = json.loads(bare)
+        turns = isinstance(found, list) and all(isinstance(item, dict) and _TURN_KEYS & set(item) for item in found)
+        if turns or bare.startswith(tuple(f"[{{'{key}'" for key in _TURN_KEYS)):
+            raise DataError(
+                "expected text or messages, got the text of a list of messages (json.loads reads one)", field=field
+            )
+    return text
 
 
 def _check_length(length: int, field: str, max_chars: int | None) -> None:
@@ -223,7 +242,7 @@ def check_prompt(value: object, field: str = "prompt", max_chars: int | None = N
             if message["role"] == "assistant" and not message["content"] and "tool_calls" not in message:
                 raise DataError("is empty", field=f"{field}[{index}].content")
         return messages
-    return check_text(value, field, max_chars)
+    return _check_words(value, field, max_chars)
 
 
 def check_response(value: object, field: str, max_chars: int | None = None) -> Text:
@@ -246,7 +265,7 @@ def check_response(value: object, field: str, max_chars: int | None = None) -> T
                 f"expected content, {' and '.join(RESPONSE_PARTS)} only, got {', '.join(extra)}", field=field
             )
         return messages
-    return "" if value == "" else check_text(value, field, max_chars)
+    return "" if value == "" else _check_words(value, field, max_chars)
 
 
 def response_text(response: Text) -> str:
