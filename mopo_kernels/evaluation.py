@@ -17,6 +17,7 @@ import functools
 import importlib
 import importlib.util
 import json
+import math
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -28,7 +29,16 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from mopo_kernels.data.columns import Columns
 from mopo_kernels.data.rendering import Renderer
+from mopo_kernels.data.schema import (
+    TEMPLATE_COLUMNS,
+    DataError,
+    check_media,
+    check_prompt,
+    is_given,
+    join_context,
+)
 from mopo_kernels.text import one_line
 
 Prompt = str | list[dict[str, str]]
@@ -679,7 +689,8 @@ def draw_responses(
     seed: the draws depend on it, the prompts and batch_size, on no other use of the random state, which is left as it
         was. Two policies that are compared need different seeds, or their samples are not independent.
     Returns [prompt][sample] in the order of `prompts`, special tokens removed.
-    Raises ValueError for an empty prompt or one that leaves no room for max_new_tokens in the model's context.
+    Raises ValueError for an empty prompt, one with a token that the model has no embedding of, or one that leaves no
+        room for max_new_tokens in the model's context.
     """
     for name, value in (
         ("samples_per_prompt", samples_per_prompt),
@@ -688,12 +699,13 @@ def draw_responses(
     ):
         if value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
-    if temperature < 0.0:
-        raise ValueError(f"temperature must be at least 0, got {temperature}")
+    if not 0.0 <= temperature < math.inf:
+        raise ValueError(f"temperature must be at least 0 and finite, got {temperature}")
     if not 0.0 < top_p <= 1.0:
         raise ValueError(f"top_p must be in (0, 1], got {top_p}")
 
     context = getattr(model.config, "max_position_embeddings", None)
+    rows = model.get_input_embeddings().weight.shape[0]
     renderer = renderer or Renderer(tokenizer)
     encoded = [
         prompt if isinstance(prompt, list) and isinstance(prompt[0], int) else renderer.prompt_ids(prompt)
@@ -702,6 +714,11 @@ def draw_responses(
     for index, ids in enumerate(encoded):
         if not ids:
             raise ValueError(f"prompts[{index}] must have at least one token, got {prompts[index]!r}")
+        if (largest := max(ids)) >= rows:
+            raise ValueError(
+                f"prompts[{index}] has token {largest} ({tokenizer.convert_ids_to_tokens(largest)!r}), and the model's "
+                f"embedding {rows} rows"
+            )
         if context is not None and len(ids) + max_new_tokens > context:
             raise ValueError(
                 f"prompts[{index}] has {len(ids)} tokens: with max_new_tokens {max_new_tokens} that exceeds the "
@@ -736,50 +753,50 @@ def draw_responses(
 
 
 def load_prompts(path: str | Path) -> list[Prompt]:
-    """Prompts from a .jsonl file (one object a line, its "prompt" a str or messages) or a .txt file (one a line).
+    """Prompts from a .jsonl file (one object a line, its prompt a str or messages) or a .txt file (one a line).
 
-    "system" and "history" of an object become messages of its prompt; tools and images are refused. Blank lines are
-    passed over. Raises ValueError with file and line for anything else, or for a file with no prompt.
+    The prompt of an object may have the other names that ``load_preferences`` finds; "system" and "history" become
+    messages of it, tools and images are refused, and other columns are named in the log. Blank lines are passed over.
+    Raises ValueError with file and line for anything else, or for a file with no prompt.
     """
+    from mopo_kernels.data.sources import read_text_rows
+
     path = Path(path)
     if path.suffix not in (".jsonl", ".txt"):
         raise ValueError(f"prompts must be a .jsonl or .txt file, got {path}")
-    prompts: list[Prompt] = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-        if line.strip():
-            prompts.append(line.strip() if path.suffix == ".txt" else _json_prompt(line, f"{path}:{number}"))
+    if path.suffix == ".jsonl":
+        names = Columns({})
+        prompts = [_row_prompt(row.record, f"{path}:{row.line}", names) for row in read_text_rows(path)]
+        names.report(str(path))
+    else:
+        try:
+            # Not splitlines, which takes characters inside a text for ends of lines, too.
+            lines = path.read_text(encoding="utf-8-sig").split("\n")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path}: not valid UTF-8: {error.reason} at byte {error.start + 1}") from None
+        prompts = [line.strip() for line in lines if line.strip()]
     if not prompts:
         raise ValueError(f"{path}: expected at least one prompt, got none")
     return prompts
 
 
-def _json_prompt(line: str, where: str) -> Prompt:
+def _row_prompt(record: Any, where: str, names: Columns) -> Prompt:
+    """The prompt of a row with what else it has of the conversation."""
     try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{where}: not JSON ({error.msg} at column {error.colno})") from error
-    prompt = row.get("prompt") if isinstance(row, dict) else None
-    turns = prompt if isinstance(prompt, list) else []
-    is_text = isinstance(prompt, str) and prompt
-    if is_text or (
-        turns and all(isinstance(t, dict) and isinstance(t.get("role"), str) and "content" in t for t in turns)
-    ):
-        return _with_context(prompt, row, where)
-    raise ValueError(f'{where}: field "prompt" must be a non-empty str or a list of messages, got {prompt!r}')
-
-
-def _with_context(prompt: Any, row: Mapping[str, Any], where: str) -> Prompt:
-    """The prompt with what else its row has of the conversation."""
-    from mopo_kernels.data.schema import TEMPLATE_COLUMNS, check_media, is_given, join_context
-
-    for name in TEMPLATE_COLUMNS:
-        if is_given(row.get(name)):
-            raise ValueError(f"{where}: {name}: expected none, as sampling does not use it; got some")
-    try:
-        check_media(row)
-        return join_context(prompt, row)
-    except ValueError as error:
-        raise ValueError(f"{where}: {error}") from None
+        if isinstance(record, DataError):
+            raise DataError(record.problem, field=record.field)
+        if not isinstance(record, Mapping):
+            raise DataError(f"expected an object, got {type(record).__name__}")
+        check_media(record)
+        for name in TEMPLATE_COLUMNS:
+            if is_given(record.get(name)):
+                raise DataError("expected none, as sampling does not use it; got some", field=name)
+        row, _ = names.find_prompt(names.standard(record)[0])
+        names.count_unused(row, ("prompt",))
+        return join_context(check_prompt(row.get("prompt")), row)
+    except DataError as error:
+        # A file of prompts has no mapping of columns.
+        raise ValueError(f"{where}: {str(error).partition(': pass columns=')[0]}") from None
 
 
 def load_judges(spec: str) -> dict[str, Judge]:

@@ -10,7 +10,16 @@ import torch
 from chat_samples import TEMPLATES, chat_tokenizer
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from mopo_kernels.data import DataError, PreferenceCollator, PreferenceData, PreferenceExample, PreferencePair
+from mopo_kernels.data import (
+    DataError,
+    PreferenceCollator,
+    PreferenceData,
+    PreferenceExample,
+    PreferencePair,
+    load_preferences,
+    merge_preferences,
+    summarize,
+)
 from mopo_kernels.data import tokenized as tokenized_module
 from mopo_kernels.data.rendering import Renderer
 from mopo_kernels.data.tokenized import text_digest, text_key, tokenize_data
@@ -146,6 +155,7 @@ TRANSCRIPT = "\n\nHuman: Why is the sky blue?\n\nAssistant:"
         ("The sky is", (" blue", " green"), "completion"),
         (TRANSCRIPT, (" It is.", " No."), "completion"),
         ("### Instruction:\nName a fruit.\n\n### Response:\n", ("An apple.", "A pear."), "completion"),
+        ("A chat. USER: Name a fruit. ASSISTANT:", ("An apple.", "A pear."), "completion"),
     ],
 )
 def test_a_string_is_taken_as_what_it_is(prompt: str, responses: tuple[str, ...], form: str) -> None:
@@ -160,6 +170,148 @@ def test_a_string_is_taken_as_what_it_is(prompt: str, responses: tuple[str, ...]
     ]
     item = Renderer(tokenizer, "never").tokenize([example(prompt, responses)])[0]
     assert tokenizer.decode(item.prompt + item.responses[0]).startswith(prompt + responses[0].rstrip())
+
+
+def test_text_of_the_template_is_known_without_the_system_prompt_that_it_would_write() -> None:
+    tokenizer = chat_tokenizer("chatml")
+    default = "{% if messages[0].role != 'system' %}<|im_start|>system\nBe brief.<|im_end|>\n{% endif %}"
+    tokenizer.chat_template = default + tokenizer.chat_template
+    renderer = Renderer(tokenizer)
+    for prompt in (RENDERED, f"<|im_start|>system\nBe long.<|im_end|>\n{RENDERED}"):
+        assert renderer.render(example(prompt)).form == "rendered"
+    assert renderer.render(example("Why?")).prompt.startswith("<|im_start|>system\nBe brief.")
+
+
+@every_template
+def test_text_of_another_template_is_refused(name: str) -> None:
+    """It would get two templates; and has no token of this tokenizer for its own."""
+    prompt = [USER, {"role": "assistant", "content": "Paris."}, USER]
+    text = chat_tokenizer(name).apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
+    other = chat_tokenizer("gemma" if name == "llama3" else "llama3")
+    if name == "deepseek":
+        text = text.removesuffix("<think>\n")
+    with pytest.raises(DataError, match=r"^prompt: example .*: expected a question, or text that the tokenizer's own"):
+        Renderer(other).render(example(text))
+    with pytest.raises(DataError, match="expected a question, or text that"):
+        Renderer(other).prompt_ids(text)
+    for chat, form in (("always", "turns"), ("never", "text")):
+        assert Renderer(other, chat).render(example(text)).form == form
+    assert Renderer(other).render(example(f"What does {text} mean?")).form == "turns"
+
+
+def test_an_empty_response_is_the_end_of_a_turn_or_refused() -> None:
+    tokenizer = chat_tokenizer("chatml")
+    renderer = Renderer(tokenizer)
+    end = [tokenizer.convert_tokens_to_ids("<|im_end|>")]
+    for prompt in ("Why?", RENDERED, [USER]):
+        item = renderer.tokenize([example(prompt, ("yes", ""))])[0]
+        assert item.responses[1] == end
+        assert item == renderer.tokenize([example(prompt, ("yes", [{"role": "assistant", "content": ""}]))])[0]
+    for prompt in ("The river", TRANSCRIPT):
+        with pytest.raises(DataError, match=r"^responses\[1\]: example .*: is empty"):
+            renderer.tokenize([example(prompt, (" flows", ""))])
+        ended = renderer.tokenize([example(prompt, (" flows", "<|im_end|>"))])[0]
+        assert ended.responses[1] == end
+    assert Renderer(tokenizer, "always").tokenize([example(TRANSCRIPT, ("flows", ""))])[0].responses[1] == end
+    with pytest.raises(DataError, match=r"^responses\[0\]: example .*: is empty"):
+        Renderer(tokenizer, "never").tokenize([example("Why?", ("", "yes"))])
+
+
+CALL = {"type": "function", "function": {"name": "look", "arguments": {"at": "sky"}}}
+ASKS = {"role": "assistant", "content": "", "tool_calls": [CALL]}
+FOUND = {"role": "tool", "content": "It is blue."}
+_CALLS = (
+    "{% for m in messages %}<|im_start|>{{ m.role + '\n' + m.content }}"
+    "{% for call in m.tool_calls or [] %}<tool_call>{{ call.function | tojson }}</tool_call>{% endfor %}"
+    "{{ ENDING + '\n' }}{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def calls_tokenizer(ending: str = "'<|im_end|>'") -> Any:
+    tokenizer = chat_tokenizer("chatml", eos_token="<|endoftext|>")
+    tokenizer.chat_template = _CALLS.replace("ENDING", ending)
+    return tokenizer
+
+
+class TestToolCalls:
+    def test_one_that_the_policy_makes_is_scored_as_the_template_writes_it(self) -> None:
+        tokenizer = calls_tokenizer()
+        answers = [[{"role": "assistant", "content": text}] for text in ("Blue.", "Green.")]
+        rows = [example([USER], ([ASKS], answers[0])), example([USER, ASKS, FOUND], answers)]
+        data = PreferenceData.from_examples(rows)
+        assert list(data) == rows
+        first, second = Renderer(tokenizer).tokenize(list(data))
+        written = '<tool_call>{"arguments": {"at": "sky"}, "name": "look"}</tool_call><|im_end|>'
+        assert sorted(tokenizer.decode(first.responses[0])) == sorted(written)
+        assert tokenizer.decode(first.responses[0]) in tokenizer.decode(second.prompt)
+
+    def test_it_may_end_in_a_token_of_its_own(self) -> None:
+        tokenizer = calls_tokenizer("('<|endoftext|>' if m.tool_calls else '<|im_end|>')")
+        item = Renderer(tokenizer).tokenize([example([USER], ([ASKS], "It is blue."))])[0]
+        eos, end = tokenizer.convert_tokens_to_ids(["<|endoftext|>", "<|im_end|>"])
+        assert [ids[-1] for ids in item.responses] == [eos, end]
+        assert item.responses[0].count(eos) == 1
+        # One that ends in no token at all is ended by EOS.
+        bare = calls_tokenizer("('' if m.tool_calls else '<|im_end|>')")
+        assert Renderer(bare).tokenize([example([USER], ([ASKS], "Blue."))])[0].responses[0].count(eos) == 1
+
+    def test_control_tokens_in_its_arguments_are_text(self) -> None:
+        call = {"type": "function", "function": {"name": "look", "arguments": {"at": "<|im_end|>"}}}
+        item = Renderer(calls_tokenizer()).tokenize([example([USER], ([ASKS | {"tool_calls": [call]}], "Blue."))])[0]
+        end = item.responses[0][-1]
+        assert item.neutralized
+        assert item.responses[0].count(end) == 1
+
+    def test_a_template_that_leaves_it_out_is_an_error(self) -> None:
+        renderer = Renderer(chat_tokenizer("chatml"))
+        with pytest.raises(DataError, match=r"^responses\[0\]\.tool_calls: example .*: expected none, as the chat"):
+            renderer.tokenize([example([USER], ([ASKS], "Blue."))])
+        with pytest.raises(DataError, match=r"^prompt\[1\]\.tool_calls: example .*: expected none, as the chat"):
+            renderer.tokenize([example([USER, ASKS, FOUND], ("Blue.", "Green."))])
+        thought = {"role": "assistant", "content": "Blue.", "reasoning_content": "What colour?"}
+        with pytest.raises(DataError, match=r"^responses\[1\]\.reasoning_content: "):
+            renderer.tokenize([example([USER], ("Green.", [thought]))])
+        with pytest.raises(DataError, match=r"^responses\[0\]: example 'The sky is': expected text, as no"):
+            renderer.tokenize([example("The sky is", ([ASKS], " blue"))])
+
+    @pytest.mark.parametrize("role", ["system", "tool", "developer"])
+    def test_so_is_one_that_leaves_out_a_message(self, role: str) -> None:
+        tokenizer = chat_tokenizer("chatml")
+        tokenizer.chat_template = (
+            "{% for m in messages if m.role in ('user', 'assistant') %}"
+            "<|im_start|>{{ m.role + '\n' + m.content }}<|im_end|>\n{% endfor %}"
+            "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+        )
+        renderer = Renderer(tokenizer)
+        prompt = [{"role": role, "content": "Be brief."}, USER]
+        for refused in (lambda: renderer.tokenize([example(prompt)]), lambda: renderer.prompt_ids(prompt)):
+            with pytest.raises(DataError, match=rf"^prompt\[0\]\.content: .*not write it in a message of '{role}'"):
+                refused()
+        assert Renderer(chat_tokenizer("chatml")).tokenize([example(prompt)])
+
+    @pytest.mark.parametrize("answers", [[ASKS, FOUND, {"role": "assistant", "content": "Blue."}], [ASKS, FOUND]])
+    def test_what_a_tool_returns_is_no_response(self, answers: Any) -> None:
+        with pytest.raises(DataError, match="what tools return is not the policy's"):
+            example([USER], (answers, "Blue."))
+        row = {"prompt": [USER], "chosen": answers, "rejected": [{"role": "assistant", "content": "Green."}]}
+        with pytest.raises(DataError, match=r"rows:1: chosen: .*what tools return is not the policy's"):
+            load_preferences([row])
+
+    def test_rows_with_chosen_and_rejected_calls_are_read(self) -> None:
+        other = {"type": "function", "function": {"name": "listen", "arguments": {}}}
+        row = {
+            "conversations": [{"from": "human", "value": "Sky?"}],
+            "chosen": {"from": "function_call", "value": '{"name": "look", "arguments": {"at": "sky"}}'},
+            "rejected": [ASKS | {"tool_calls": [other]}],
+        }
+        (found,) = load_preferences([row])
+        assert [response[0]["tool_calls"] for response in found.responses] == [[CALL], [other]]
+        # Responses without a word are equal only if their calls are.
+        merged = merge_preferences([load_preferences([row]), load_preferences([row])])
+        assert len(merged[0].responses) == 2
+        assert summarize(merged).equal_text_pairs == summarize(merged).empty_responses == 0
+        with pytest.raises(DataError, match="rows:1: rejected: is the same text as chosen"):
+            load_preferences([row | {"rejected": row["chosen"]}])
 
 
 def test_strings_beside_messages_stay_what_they_are_in_a_table() -> None:
@@ -434,6 +586,18 @@ class TestBeforeTraining:
     def test_a_row_that_the_template_refuses(self, tmp_path: Any) -> None:
         with pytest.raises(DataError, match=r"^train:5: prompt: example late: the chat template refuses it"):
             self.trainer(tmp_path, [*self.rows, example(SYSTEM, ("yes", "no"), id="late")])
+
+    def test_an_empty_response_where_no_turn_ends(self, tmp_path: Any) -> None:
+        with pytest.raises(DataError, match=r"^train:5: responses\[1\]: example late: is empty, and the text before"):
+            self.trainer(tmp_path, [*self.rows, example("The sky is", (" blue", ""), id="late")])
+        self.trainer(tmp_path, [*self.rows, example("Why?", ("yes", ""))])
+
+    def test_weights_whose_sum_is_too_large_for_a_step(self, tmp_path: Any) -> None:
+        rows = [example(f"What is {index}?", ("yes", "no"), weight=9e9) for index in range(2)]
+        with pytest.raises(
+            ValueError, match=r"^train: expected weights of all pairs that sum to 1e\+10.*; got 1\.8e\+10"
+        ):
+            self.trainer(tmp_path, rows)
 
     def test_an_over_long_row(self, tmp_path: Any) -> None:
         rows = [*self.rows, example("Why?", ("yes", "no " * 40), id="late")]

@@ -111,6 +111,20 @@ class TestPrompt:
         assert only(load_preferences([row], columns={"prompt": "problem"})).prompt == "Which gas?"
         assert only(load_preferences([row], columns="prompt=")).prompt == "The right letter is"
 
+    @pytest.mark.parametrize(
+        "other",
+        [
+            {"source_text": "Which gas?"},
+            {"model_input": "Which gas?"},
+            {"turns": ["Which gas?"]},
+            {"question_id": {"text": "Which gas?"}},
+        ],
+        ids=lambda other: str(*other),
+    )
+    def test_a_text_is_one_whatever_its_column_is_called(self, other: dict[str, Any]) -> None:
+        with pytest.raises(DataError, match=f"there may be text in {next(iter(other))}"):
+            load_preferences([answers(**other)])
+
     def test_a_null_prompt_is_not_the_common_beginning(self) -> None:
         with pytest.raises(DataError, match="rows:2: prompt: is null, and the answers share no beginning"):
             load_preferences([answers(prompt="Which gas?"), answers(prompt=None)])
@@ -197,6 +211,28 @@ class TestPrompt:
         assert only(load_preferences([row])).prompt == "Which gas?"
 
 
+class TestTextOfMessages:
+    """An export to a table may leave the text of a list in its place: no one asks or answers that."""
+
+    @pytest.mark.parametrize(
+        "text", [json.dumps([ASK]), str([ASK]), f" {json.dumps([{'from': 'human', 'value': 'x'}])}\n"]
+    )
+    def test_it_is_refused(self, text: str) -> None:
+        for row in (answers(prompt=text), canonical(prompt=text), answers(question=text)):
+            with pytest.raises(
+                DataError, match=r"rows:1: (prompt|question): expected text or messages, got the text of"
+            ):
+                load_preferences([row])
+        with pytest.raises(DataError, match="rows:1: rejected: expected text or messages, got the text of"):
+            load_preferences([answers(prompt="p", rejected=text)])
+
+    @pytest.mark.parametrize(
+        "text", [f"What does {json.dumps([ASK])} mean?", '[{"name": "x"}]', "[{x}]", "[{'name': 1}]"]
+    )
+    def test_other_text_is_text(self, text: str) -> None:
+        assert only(load_preferences([canonical(prompt=text)])).prompt == text
+
+
 class TestMapping:
     @pytest.mark.parametrize(
         "columns", [{"prompt": "q", "chosen": "good"}, "prompt=q,chosen=good", '{"prompt": "q", "chosen": "good"}']
@@ -220,6 +256,10 @@ class TestMapping:
     def test_a_column_that_no_row_has_is_refused(self) -> None:
         with pytest.raises(ValueError, match="columns: expected names of columns; got persona, in no row"):
             load_preferences([answers(prompt="p")], columns={"system": "persona"})
+
+    def test_a_name_that_nothing_would_read_is_refused(self) -> None:
+        with pytest.raises(ValueError, match=r"columns: expected names out of chosen, prompt, .*; got sytem"):
+            load_preferences([answers(prompt="p", persona="Be brief.")], columns={"sytem": "persona"})
 
     @pytest.mark.parametrize("value", ["prompt", {"prompt": 3}, ["prompt"], "prompt=a,prompt=b", "{broken"])
     def test_what_is_no_mapping_is_refused(self, value: Any) -> None:
@@ -342,6 +382,51 @@ class TestContext:
             load_prompts(path)
 
 
+class TestContextOfTranscripts:
+    """Text whose turns are written out has room for no message: the context is in it already, or refused."""
+
+    @pytest.mark.parametrize(
+        "prompt",
+        [
+            "Be brief.\n\nHuman: Hi.\n\nAssistant: Hello.\n\nHuman: Sky?\n\nAssistant:",
+            "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nHi.<|im_end|>\n<|im_start|>assistant\nHello."
+            "<|im_end|>\n<|im_start|>user\nSky?<|im_end|>\n<|im_start|>assistant\n",
+        ],
+        ids=["words", "template"],
+    )
+    def test_it_is_there_or_refused(self, prompt: str) -> None:
+        context = {"system": "Be brief.", "history": [["Hi.", "Hello."]]}
+        assert only(load_preferences([canonical(prompt=prompt, **context)])).prompt == prompt
+        assert only(load_preferences([answers(prompt=prompt, system="Be brief.")], columns="system=")).prompt == prompt
+        for name, other in (("system", "Be long."), ("history", [["Hi.", "Bye."]])):
+            with pytest.raises(DataError, match=f"rows:1: {name}: expected none beside a prompt whose turns"):
+                load_preferences([canonical(prompt=prompt, **{**context, name: other})])
+
+    def test_so_with_transcripts_of_hh_rlhf(self) -> None:
+        row = {name: f"\n\nHuman: Sky?\n\nAssistant: {name}" for name in ("chosen", "rejected")}
+        row["system"] = "Be brief."
+        assert only(load_preferences([row], objective="k")).prompt == [SYSTEM, turn("user", "Sky?")]
+        with pytest.raises(DataError, match="rows:1: system: expected none beside a prompt whose turns"):
+            load_preferences([row], objective="k", conversational=False)
+
+    def test_a_prompt_that_a_transcript_does_not_hold_is_refused(self, caplog: pytest.LogCaptureFixture) -> None:
+        row = {name: f"\n\nHuman: Sky?\n\nAssistant: {name}" for name in ("chosen", "rejected")}
+        with pytest.raises(DataError, match="rows:1: prompt: expected what both transcripts hold"):
+            load_preferences([row | {"prompt": "Be brief."}], objective="k")
+        for prompt in ("Sky?", "\n\nHuman: Sky?\n\nAssistant:", ""):
+            assert only(load_preferences([row | {"prompt": prompt}], objective="k")).prompt == [turn("user", "Sky?")]
+        assert not caplog.records
+
+
+class TestMedia:
+    @pytest.mark.parametrize("name", ["images", "Image", "image_url", "image_path", "prompt_image", "audio_file"])
+    def test_what_no_text_model_reads_is_refused(self, name: str) -> None:
+        for row in (canonical(), answers(prompt="p")):
+            with pytest.raises(DataError, match=f"rows:1: {name}: expected none, as only text is read"):
+                load_preferences([row | {name: "sky.png"}])
+            assert len(load_preferences([row | {name: None}])) == 1
+
+
 class TestTemplate:
     TEMPLATE = (
         "{% if tools %}[{{ tools | length }} tools]{% endif %}{% if quick %}[quick]{% endif %}"
@@ -421,6 +506,10 @@ class TestUnused:
         }
         load_preferences([row | silent])
         assert not caplog.records
+
+    def test_a_text_is_no_score_or_source_whatever_its_column_is_called(self, caplog: pytest.LogCaptureFixture) -> None:
+        load_preferences([answers(prompt="p", source="It was a dark night, and the gas lamps were out.")])
+        assert "source (1)" in caplog.text
 
     def test_a_column_that_a_mapping_hides_is_named(self, caplog: pytest.LogCaptureFixture) -> None:
         assert only(load_preferences([answers(prompt="old", q="new")], columns="prompt=q")).prompt == "new"

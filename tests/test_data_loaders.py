@@ -334,7 +334,7 @@ class TestHHRLHF:
         ("row", "field", "problem"),
         [
             (hh(" Same.", " Same."), "rejected", "same text as chosen"),
-            (hh(" Yes.", ""), "rejected", "is empty"),
+            (hh("", " Yes."), "chosen", "is empty"),
             (hh(" A.\n\nHuman: B?\n\nAssistant: C."), "chosen", "before their last assistant turn"),
             (
                 {"chosen": "\n\nHuman: A\n\nAssistant: b", "rejected": "\n\nHuman: B\n\nAssistant: b"},
@@ -495,7 +495,7 @@ class TestTRL:
 
 class TestSources:
     def test_a_bad_line_is_named_by_file_line_and_field(self, tmp_path: Path) -> None:
-        path = write(tmp_path / "data.jsonl", [canonical(), "", canonical(responses=["a", ""])])
+        path = write(tmp_path / "data.jsonl", [canonical(), "", canonical(responses=["a", " "])])
         with pytest.raises(DataError) as caught:
             load_preferences(path)
         assert str(caught.value) == f"{path}:3: responses[1]: is empty"

@@ -90,7 +90,7 @@ BAD = {
     "responses-not-list": (record(responses="abc"), "responses", "expected a list"),
     "one-response": (record(responses=["a"]), "responses", "at least 2 responses, got 1"),
     "zero-responses": (record(responses=[]), "responses", "at least 2 responses, got 0"),
-    "empty-response": (record(responses=["a", ""]), "responses[1]", "is empty"),
+    "blank-response": (record(responses=["a", " "]), "responses[1]", "is empty"),
     "response-type": (record(responses=["a", 3]), "responses[1]", "expected a string, got 3"),
     "response-roles": (record(responses=["a", [{"role": "user", "content": "b"}]]), "responses[1]", "one assistant"),
     "response-two-messages": (

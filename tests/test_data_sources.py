@@ -11,9 +11,11 @@ from typing import Any
 
 import datasets
 import pandas
+import pyarrow
+import pyarrow.parquet
 import pytest
 
-from mopo_kernels.data import DataError, PreferenceData, load_preferences
+from mopo_kernels.data import DataError, PreferenceData, load_preferences, summarize
 from mopo_kernels.data.loaders import detect_format
 
 PAIR: dict[str, Any] = {"i": 0, "j": 1, "preference": {"k": 1.0}}
@@ -87,6 +89,19 @@ class TestSplits:
         write(tmp_path / "shards" / "train-1.jsonl", row("2"))
         assert len(load_preferences(tmp_path / "shards")) == 2
         assert not caplog.messages
+
+    @pytest.mark.parametrize("other", ["train.parquet", "train.jsonl.gz", "train.ndjson"])
+    def test_one_file_in_two_forms_is_refused(self, tmp_path: Path, other: str) -> None:
+        write(tmp_path / "train.jsonl", row())
+        (tmp_path / other).write_bytes(b"")
+        with pytest.raises(DataError, match=f"expected every row once; got one file in several forms: .*{other}"):
+            load_preferences(tmp_path)
+
+    def test_patterns_of_a_card_that_overlap_read_a_file_once(self, tmp_path: Path) -> None:
+        write(tmp_path / "a1.jsonl", row())
+        text = "---\nconfigs:\n- config_name: default\n  data_files:\n  - split: train\n    path: [a*, a1*]\n---\n"
+        (tmp_path / "README.md").write_text(text, encoding="utf-8")
+        assert len(load_preferences(tmp_path)) == 1
 
     def test_a_data_set_card_says_what_they_are(self, tmp_path: Path) -> None:
         for name in ("good", "better", "best"):
@@ -184,10 +199,10 @@ class TestBadRows:
             (json.dumps(row(pairs=[PAIR | {"preference": {"\ud800": 1}}])), "pairs[0].preference", "surrogate"),
             (json.dumps(row(system="\udfff")), "system", "half of a surrogate pair"),
             (json.dumps(row(tools=[{"name": "\ud800"}])), "tools", "half of a surrogate pair"),
-            (json.dumps(row(weight=1e39)), "weight", "a positive number that fp32 holds, got 1e+39"),
-            (json.dumps(row(weight=1e-46)), "weight", "a positive number that fp32 holds, got 1e-46"),
-            (json.dumps(row(ref_logprob=[-1e39, 0.0])), "ref_logprob[0]", "that fp32 holds"),
-            (json.dumps(row(pairs=[PAIR | {"margin": 1e39}])), "pairs[0].margin", "that fp32 holds, got 1e+39"),
+            (json.dumps(row(weight=1e39)), "weight", "a positive number, of a size up to 1e+10, got 1e+39"),
+            (json.dumps(row(weight=1e-46)), "weight", "a positive number, at least 1e-10, got 1e-46"),
+            (json.dumps(row(ref_logprob=[-1e39, 0.0])), "ref_logprob[0]", "of a size up to 1e+10"),
+            (json.dumps(row(pairs=[PAIR | {"margin": 1e39}])), "pairs[0].margin", "of a size up to 1e+10, got 1e+39"),
             ("{}", "prompt", "expected a string, got None"),
             ("[]", None, "expected an object, got list"),
             ("null", None, "expected an object, got NoneType"),
@@ -323,23 +338,47 @@ class TestBadRows:
             load_preferences(source)
 
 
+def test_columns_of_one_name_are_refused(tmp_path: Path) -> None:
+    frame = pandas.DataFrame([["p", "a", "b", "q"]], columns=["prompt", "chosen", "rejected", "prompt"])
+    with pytest.raises(ValueError, match="expected columns of different names; got prompt, chosen, rejected, prompt"):
+        load_preferences(frame)
+    path = tmp_path / "rows.parquet"
+    pyarrow.parquet.write_table(pyarrow.table([["p"], ["a"], ["b"], ["q"]], names=list(frame)), path)
+    with pytest.raises(DataError, match="cannot be read: expected columns of different names, got prompt"):
+        load_preferences(path)
+
+
 class TestEmptyResponses:
     CHAT: tuple[dict[str, Any], ...] = (
         {"prompt": [{"role": "user", "content": "p"}], "chosen": "a", "rejected": ""},
         {"prompt": "p", "system": "s", "chosen": "a", "rejected": ""},
         {"prompt": [{"role": "user", "content": "p"}]}
         | {name: [{"role": "assistant", "content": text}] for name, text in (("chosen", "a"), ("rejected", ""))},
+        {"prompt": "p", "chosen": "a", "rejected": ""},
+        {name: f"USER: p\nASSISTANT:{text}" for name, text in (("chosen", " a"), ("rejected", ""))},
     )
 
-    @pytest.mark.parametrize("source", CHAT, ids=["messages", "system", "all-messages"])
-    def test_a_rejected_turn_of_a_chat_may_be_empty(self, tmp_path: Path, source: dict[str, Any]) -> None:
+    @pytest.mark.parametrize("source", CHAT, ids=["messages", "system", "all-messages", "text", "implicit"])
+    def test_a_rejected_turn_may_be_empty_and_a_chosen_one_not(self, tmp_path: Path, source: dict[str, Any]) -> None:
         data = load_preferences([source])
-        assert data[0].responses[1] == [{"role": "assistant", "content": ""}]
+        assert data[0].responses[1] == ""
         data.save(tmp_path / "rows.parquet")
         assert list(load_preferences(tmp_path / "rows.parquet")) == list(data)
         with pytest.raises(DataError, match="rows:1: chosen: is empty"):
             load_preferences([source | {"chosen": source["rejected"], "rejected": source["chosen"]}])
 
-    def test_a_plain_text_may_not(self) -> None:
-        data = load_preferences([trl(rejected=""), trl()], on_error="skip")
-        assert [str(error) for error in data.skipped] == ["rows:1: rejected: is empty"]
+    def test_a_transcript_may_end_with_one_where_it_becomes_turns(self) -> None:
+        row = {name: f"\n\nHuman: p\n\nAssistant:{text}" for name, text in (("chosen", " a"), ("rejected", " "))}
+        assert load_preferences([row], objective="k")[0].responses == ("a", "")
+        with pytest.raises(DataError, match="rows:1: rejected: the last assistant turn is empty"):
+            load_preferences([row], objective="k", conversational=False)
+
+    def test_a_report_counts_them(self) -> None:
+        found = summarize(load_preferences([trl(rejected="")]))
+        assert found.empty_responses == 1
+        assert any(message.startswith("1 responses are empty") for message in found.messages)
+
+    @pytest.mark.parametrize("blank", [" ", "\n", None])
+    def test_white_space_is_no_answer(self, blank: Any) -> None:
+        data = load_preferences([trl(rejected=blank), trl()], on_error="skip")
+        assert [(error.line, error.field) for error in data.skipped] == [(1, "rejected")]

@@ -290,7 +290,8 @@ def test_prompts_are_encoded_as_the_collator_encodes_them_for_training(tmp_path,
         ({"samples_per_prompt": 0}, "samples_per_prompt must be at least 1, got 0"),
         ({"max_new_tokens": 0}, "max_new_tokens must be at least 1, got 0"),
         ({"batch_size": -1}, "batch_size must be at least 1, got -1"),
-        ({"temperature": -1.0}, r"temperature must be at least 0, got -1\.0"),
+        ({"temperature": -1.0}, r"temperature must be at least 0 and finite, got -1\.0"),
+        ({"temperature": math.nan}, "temperature must be at least 0 and finite, got nan"),
         ({"top_p": 0.0}, r"top_p must be in \(0, 1\], got 0\.0"),
         ({"max_new_tokens": 60}, r"prompts\[0\] has 5 tokens.*context of 64"),
     ],
@@ -303,6 +304,11 @@ def test_bad_sampling_options_are_named(policy, options, message):
 def test_an_empty_prompt_is_refused_by_index(policy):
     with pytest.raises(ValueError, match=r"prompts\[1\] must have at least one token"):
         draw(policy, ["w1", ""])
+
+
+def test_a_token_beyond_the_embedding_is_refused_by_index(policy):
+    with pytest.raises(ValueError, match=r"prompts\[1\] has token 10000 .*, and the model's embedding \d+ rows"):
+        draw(policy, ["w1", [5, 10_000]])
 
 
 # Policies
@@ -501,16 +507,37 @@ def test_prompts_load_from_text_and_json_lines(tmp_path):
     lines = tmp_path / "prompts.jsonl"
     lines.write_text(json.dumps({"prompt": "a", "id": 1}) + "\n\n" + json.dumps({"prompt": turns}), encoding="utf-8")
     assert evaluation.load_prompts(lines) == ["a", turns]
+    text.write_bytes("\ufefffirst\u2028line\r\nsecond\n".encode())
+    assert evaluation.load_prompts(text) == ["first\u2028line", "second"]
+    rows = [{"prompt": "a\u2028b"}, {"instruction": "Choose.", "input": "Which gas?"}, {"question": "Which gas?"}]
+    lines.write_text("\ufeff" + "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    assert evaluation.load_prompts(lines) == ["a\u2028b", "Choose.\nWhich gas?", "Which gas?"]
+
+
+def test_columns_of_prompts_that_nothing_reads_are_named(tmp_path, caplog):
+    path = tmp_path / "prompts.jsonl"
+    path.write_text(json.dumps({"prompt": "a", "notes": "x", "id": 1}) + "\n", encoding="utf-8")
+    assert evaluation.load_prompts(path) == ["a"]
+    assert caplog.messages == [f"{path}: columns that are not used (rows that have them): notes (1)"]
 
 
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("p.jsonl", '{"prompt": "a"}\n{"prompt": 3}\n', r'p\.jsonl:2: field "prompt" must be .* got 3'),
-        ("p.jsonl", '{"text": "a"}\n', r'p\.jsonl:1: field "prompt" must be .* got None'),
-        ("p.jsonl", '{"prompt": [{"content": "a"}]}\n', r"p\.jsonl:1: field"),
-        ("p.jsonl", "[1]\n", r"p\.jsonl:1: field"),
-        ("p.jsonl", '{"prompt": "a"\n', r"p\.jsonl:1: not JSON"),
+        ("p.jsonl", '{"prompt": "a"}\n{"prompt": 3}\n', r"p\.jsonl:2: prompt: expected a string, got 3"),
+        ("p.jsonl", '{"text": "a"}\n', r"p\.jsonl:1: prompt: expected a string, got None"),
+        ("p.jsonl", '{"prompt": " "}\n', r"p\.jsonl:1: prompt: is empty"),
+        ("p.jsonl", '{"prompt": [{"content": "a"}]}\n', r"p\.jsonl:1: prompt\[0\]\.role: expected a string"),
+        (
+            "p.jsonl",
+            '{"prompt": [{"role": "assistant", "content": "a"}]}\n',
+            r"p\.jsonl:1: prompt: ends with an assistant",
+        ),
+        ("p.jsonl", '{"prompt": "a", "prompt": "b"}\n', r"p\.jsonl:1: prompt: is given twice"),
+        ("p.jsonl", '{"prompt": "a", "input": "b"}\n', r"p\.jsonl:1: input: expected one column with .*does not hold$"),
+        ("p.jsonl", "[1]\n", r"p\.jsonl:1: expected an object, got int"),
+        ("p.jsonl", "[" * 100_000, r"p\.jsonl:1: not usable: JSON that is nested too deeply"),
+        ("p.jsonl", '{"prompt": "a"\n', r"p\.jsonl:1: not valid JSON"),
         ("p.txt", "\n\n", "expected at least one prompt, got none"),
         ("p.csv", "a\n", r"prompts must be a \.jsonl or \.txt file"),
     ],

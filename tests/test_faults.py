@@ -213,7 +213,28 @@ def test_other_rows_are_taken_and_named_where_an_epoch_is_begun_anew(run, caplog
     trainer.train(resume_from_checkpoint=True)
     assert trainer.state.global_step == 5
     told = [line for line in caplog.messages if line.startswith(f"resuming from {run / 'checkpoint-4'} with ")]
-    assert sorted(line.split(" with ")[1].split()[0] for line in told) == ["data_seed", "seed", "train_data"]
+    assert sorted(line.split(" with ")[1].split()[0] for line in told) == [
+        "data_seed",
+        "max_steps",
+        "seed",
+        "train_data",
+    ]
+
+
+def test_what_else_takes_effect_on_a_run_that_goes_on_is_named(run, caplog):
+    settings = {**EVERY_STEP, "max_steps": 4, "reference": "model"}
+    changes = {"max_steps": (5, 4), "lr_scheduler_type": ("cosine", "linear"), "warmup_steps": (2, 0)}
+    changes |= {
+        "max_grad_norm": (0.5, 1.0),
+        "disable_dropout": (False, True),
+        "dual_max": (3.0, 10.0),
+        "bf16": (True, False),
+    }
+    trainer = make_trainer(run, lora(make_model()), **settings | {name: value for name, (value, _) in changes.items()})
+    trainer.train(resume_from_checkpoint=str(run / "checkpoint-2"))
+    at = run / "checkpoint-2"
+    told = {line.removeprefix(f"resuming from {at} with ") for line in caplog.messages if line.startswith("resuming")}
+    assert told == {f"{name} {value} (was {before})" for name, (value, before) in changes.items()}
 
 
 def test_a_changed_learning_rate_takes_effect_on_resume_and_is_named(run, caplog):

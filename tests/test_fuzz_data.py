@@ -230,7 +230,7 @@ def examples(draw: st.DrawFn) -> PreferenceExample:
         responses=tuple([turn("assistant", text)] for text in responses),
         pairs=tuple(pairs),
         id=draw(st.none() | TEXT),
-        weight=draw(st.floats(2.0**-60, 2.0**60)),
+        weight=draw(st.floats(2.0**-33, 2.0**33)),
         tools=draw(st.none() | st.lists(st.dictionaries(TEXT, JSON, max_size=3), min_size=1, max_size=2)),
         chat_template_kwargs=draw(st.none() | st.dictionaries(TEXT.map(lambda text: f"x{text}"), JSON, min_size=1)),
     )

@@ -143,6 +143,28 @@ def test_a_policy_of_several_adapters_is_saved_as_one_and_resumed_bit_for_bit(tm
     assert (logits(saved) - logits(lora(make_model()))).abs().max() > 1e-2
 
 
+def test_adapters_that_do_not_act_are_refused(tmp_path):
+    merged = lora(make_model())
+    merged.merge_adapter()
+    with pytest.raises(ValueError, match="model: expected adapters beside the weights; got default merged into"):
+        make_trainer(tmp_path, merged)
+    off = lora(make_model())
+    off.base_model.disable_adapter_layers()
+    for parameter in (value for name, value in off.named_parameters() if "lora" in name):
+        parameter.requires_grad_(True)
+    with pytest.raises(ValueError, match="model: expected adapters that are switched on; got them off in"):
+        make_trainer(tmp_path, off)
+
+
+def test_a_model_whose_weights_are_not_finite_is_refused_as_such(tmp_path):
+    model = make_model()
+    with torch.no_grad():
+        model.model.layers[0].mlp.down_proj.weight[0, 0] = torch.nan
+    for start in (model, lora(copy.deepcopy(model))):
+        with pytest.raises(ValueError, match="model: expected numbers for logits of LlamaForCausalLM; got NaN"):
+            make_trainer(tmp_path, start)
+
+
 def test_adapters_that_cannot_be_saved_as_one_are_refused(tmp_path):
     with pytest.raises(ValueError, match=r"expected plain LoRA adapters where several are active.*use_dora"):
         make_trainer(tmp_path, over_frozen(dora(make_model())))

@@ -7,6 +7,8 @@ import torch
 from safetensors.torch import load_file
 from trainer_samples import lora, make_config, make_data, make_dual_data, make_model, make_trainer
 
+from mopo_kernels.data import DataError, PreferenceData, PreferenceExample, PreferencePair
+
 
 def drifting(folder, **changes):
     """Evaluates and saves after each of 8 steps in which nothing holds ``brief`` up, on the data it is trained on."""
@@ -179,3 +181,66 @@ def test_one_of_several_evaluation_sets_can_decide_and_a_metric_of_none_is_refus
         ValueError, match=r"metric_for_best_model: expected feasible_primary or .* as own_loss; got 'loss'"
     ):
         drifting(tmp_path, eval_dataset=sets, metric_for_best_model="loss")
+
+
+# ----------------------------------------------------------------------------------------------- labels to measure with
+
+
+def labelled(**preference):
+    pair = PreferencePair(0, 1, preference)
+    return PreferenceData.from_examples([PreferenceExample(f"w{i}", (" w2", " w3"), (pair,)) for i in range(3)])
+
+
+OTHER, PART = labelled(kind=1.0), labelled(helpful=1.0, brief=None)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"eval_dataset": OTHER, "load_best_model_at_end": False},
+            "^eval_dataset: expected labels of helpful, brief; got",
+        ),
+        (
+            {"eval_dataset": PART},
+            "^eval_dataset: expected .* by which the best checkpoint is chosen; got none of brief",
+        ),
+        (
+            {"eval_dataset": {"own": make_data(), "part": PART}},
+            r"^eval_dataset\['part'\]: expected .* is chosen; got none of brief, but those of helpful",
+        ),
+        (
+            {"dual_dataset": PART, "eval_dataset": make_data()},
+            "^dual_dataset: expected .* they move; got none of brief",
+        ),
+        (
+            {"dual_dataset": OTHER, "eval_dataset": None},
+            "^dual_dataset: expected .* got none of brief, but those of kind",
+        ),
+    ],
+)
+def test_data_without_the_labels_that_are_measured_on_them_are_refused(changes, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        drifting(tmp_path, **changes)
+
+
+def test_what_cannot_be_measured_and_decides_nothing_is_named(tmp_path, caplog):
+    sets = {"own": make_data(), "part": PART}
+    drifting(tmp_path, eval_dataset=sets, metric_for_best_model="own_feasible_primary")
+    assert "eval_part: brief cannot be measured, as no pair has a label of it" in caplog.messages
+    assert not any(line.startswith("eval_own: ") for line in caplog.messages)
+
+
+def test_data_of_a_later_evaluation_are_looked_at_before_it(tmp_path):
+    trainer = make_trainer(tmp_path, make_model("gpt2"), reference="model", load_best_model_at_end=False)
+    with pytest.raises(ValueError, match="eval_dataset: expected labels of helpful, brief; got those of kind"):
+        trainer.evaluate(OTHER)
+    pair = PreferencePair(0, 1, {"helpful": 1.0})
+    long = PreferenceExample("w1 " * 70, (" w2", " w3"), (pair,), id="long")
+    with pytest.raises(DataError, match="eval:1: example long: 72 tokens, more than the model's 64 positions"):
+        trainer.evaluate([long])
+    trainer.processing_class.add_tokens(["<new>", "<newer>"])
+    beyond = PreferenceExample("w1 <newer>", (" w2", " w3"), (pair,), id="new")
+    with pytest.raises(ValueError, match=r"expected token ids below 64.*'<newer>'.* in example new, row 1 of eval"):
+        trainer.evaluate({"a": [beyond], "b": PART})
+    assert trainer.evaluate(PART)["eval_kl"] == pytest.approx(0, abs=1e-6)

@@ -389,6 +389,14 @@ def test_judges_that_cannot_work_are_refused(changes, message, tmp_path):
         make_trainer(tmp_path, dual_dataset=make_dual_data(), **{"estimator": "snis", **changes})
 
 
+def test_responses_that_judges_would_not_be_shown_whole_are_refused(tmp_path):
+    call = {"type": "function", "function": {"name": "look", "arguments": {}}}
+    asks = [{"role": "assistant", "content": "", "tool_calls": [call]}]
+    rows = [*make_dual_data(), dataclasses.replace(make_dual_data()[0], responses=("w1", asks, "w2"), id="late")]
+    with pytest.raises(ValueError, match=r"responses\[1\]: example late: expected text, as judges .*; got tool"):
+        make_trainer(tmp_path, dual_dataset=rows, judges={"brief": brevity}, estimator="snis")
+
+
 # ------------------------------------------------------------------------------------------------------------- the step
 
 

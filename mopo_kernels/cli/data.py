@@ -20,7 +20,7 @@ from mopo_kernels.data.converters import CONVERTERS
 from mopo_kernels.data.dataset import PreferenceData
 from mopo_kernels.data.loaders import load_preferences
 from mopo_kernels.data.report import PreferenceReport, summarize
-from mopo_kernels.data.schema import DataError, response_text
+from mopo_kernels.data.schema import DataError, judged_text
 from mopo_kernels.evaluation import Prompt, load_judges, load_policy, load_prompts
 from mopo_kernels.mappings import parse_mapping
 from mopo_kernels.text import one_line
@@ -375,7 +375,10 @@ def label(
                 )
             examples = list(data)[:limit]
             prompts = [example.prompt for example in examples]
-            texts = [[response_text(response) for response in example.responses] for example in examples]
+            texts = [
+                [judged_text(response, f"responses[{place}]") for place, response in enumerate(example.responses)]
+                for example in examples
+            ]
 
             def stored(first: int, part: Sequence[Prompt]) -> list[list[str]]:
                 return texts[first : first + len(part)]

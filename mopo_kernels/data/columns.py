@@ -19,7 +19,7 @@ _PROMPTS = ("question", "instruction", "query", "input", "conversations", "messa
 _ALIASES = {
     "chosen": ("chosen_response", "response_chosen"),
     "rejected": ("rejected_response", "response_rejected"),
-    "system": ("system_prompt",),
+    "system": ("system_prompt", "system_message"),
 }
 # Scores, ids, models and where a row comes from: nothing that a policy could be trained on.
 _SILENT = re.compile(
@@ -27,6 +27,8 @@ _SILENT = re.compile(
     r"|model|models|source|sources|dataset|datasets|origin|url|license|lang|language|category|date|time|timestamp|split"
     r"|num|n|count|len|length|tokens|turns|annotator|worker)([_\W]|$)"
 )
+# The longest name of a model, a source or a category.
+_LABEL_WORDS = 6
 _JOIN = "+"
 
 
@@ -166,7 +168,7 @@ class Columns:
 
     def count_unused(self, record: Mapping[str, Any], known: Collection[str]) -> None:
         """Count the columns of the row with something in them that nothing reads."""
-        self._unused.update(str(name) for name in _unread(record, known) if is_given(record[name]))
+        self._unused.update(str(name) for name in _unread(record, known, _LABEL_WORDS) if is_given(record[name]))
 
     def check_no_other_text(self, record: Mapping[str, Any], known: Collection[str]) -> None:
         """DataError where a row of two plain answers has other text, which may be what its prompt is."""
@@ -175,13 +177,21 @@ class Columns:
         if "prompt" in record:
             raise DataError("is null, and the answers share no beginning up to a turn marker", field="prompt")
         # A blank or null is of a column that has text in other rows.
-        texts = [name for name in _unread(record, known) if not isinstance(record[name], (bool, int, float))]
+        texts = [name for name in _unread(record, known, 1) if not isinstance(record[name], (bool, int, float))]
         texts += [name for name in ("system", "history") if is_given(record.get(name))]
         if texts:
             raise DataError(
                 "expected a prompt, or answers that share one up to a turn marker; there may be text in "
                 f"{', '.join(map(str, texts))}: {_hint('prompt', str(texts[0]))}, or prompt= for what answers share",
                 field="prompt",
+            )
+
+    def check_names(self, known: Collection[str]) -> None:
+        """ValueError for a mapped name that nothing would read."""
+        if unknown := [name for name in self.mapping if name not in known and name not in CONTEXT_COLUMNS]:
+            raise ValueError(
+                f"columns: expected names out of {', '.join(sorted(known))}, {', '.join(CONTEXT_COLUMNS)}; "
+                f"got {', '.join(unknown)}"
             )
 
     def check(self) -> None:
@@ -206,8 +216,18 @@ def _joined(record: Mapping[str, Any], parts: list[str]) -> str:
     return "\n".join(str(value) for value in values if is_given(value))
 
 
-def _unread(record: Mapping[str, Any], known: Collection[str]) -> list[str]:
-    """Columns that neither ``known`` names nor a name explains, and that are no copy of what is read."""
+def _most_words(value: object) -> int:
+    """Of any text inside a value."""
+    if isinstance(value, Mapping):
+        value = list(value.values())
+    if isinstance(value, (list, tuple)):
+        return max(map(_most_words, value), default=0)
+    return sum(any(map(str.isalpha, word)) for word in value.split()) if isinstance(value, str) else 0
+
+
+def _unread(record: Mapping[str, Any], known: Collection[str], words: int) -> list[str]:
+    """Columns that neither ``known`` names nor a name explains, and that are no copy of what is read. No name explains
+    a text of more than ``words`` words."""
     read = [value for name, value in record.items() if name in known]
     return [
         name
@@ -215,8 +235,8 @@ def _unread(record: Mapping[str, Any], known: Collection[str]) -> list[str]:
         if not (
             name in known
             or name in CONTEXT_COLUMNS
-            or name in MEDIA_COLUMNS
-            or _SILENT.search(str(name).lower())
+            or MEDIA_COLUMNS.fullmatch(str(name))
+            or (_SILENT.search(str(name).lower()) and _most_words(record[name]) <= words)
             or any(_equal(value, other) for other in read)
         )
     ]

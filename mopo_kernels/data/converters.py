@@ -27,9 +27,12 @@ from mopo_kernels.data.schema import (
     is_given,
     is_number,
     renamed,
+    response_key,
+    response_parts,
     response_text,
     shown,
 )
+from mopo_kernels.data.transcripts import ASSISTANT
 
 
 class Row(NamedTuple):
@@ -426,6 +429,7 @@ class HHRLHF(ChosenRejected):
     """
 
     name: ClassVar[str] = "hh-rlhf"
+    known: ClassVar[frozenset[str]] = frozenset(("prompt", "chosen", "rejected"))
     conversational: bool = True
 
     @classmethod
@@ -446,6 +450,11 @@ class HHRLHF(ChosenRejected):
         chosen, rejected = (check_text(record.get(name), name) for name in ("chosen", "rejected"))
         _check_different(rejected, chosen, "rejected", "chosen")
         shared = chosen[: _common_prefix(chosen, rejected)]
+        prompt = record.get("prompt")
+        if is_given(prompt) and not (isinstance(prompt, str) and prompt.strip() in shared):
+            raise DataError(
+                "expected what both transcripts hold: pass columns= (--columns) prompt= to leave it out", field="prompt"
+            )
         marker = "\n\nAssistant:"
         cut = shared.rfind(marker)
         if cut < 0:
@@ -454,7 +463,8 @@ class HHRLHF(ChosenRejected):
         for name, text in (("chosen", chosen), ("rejected", rejected)):
             if _TURN.search(text, cut):
                 raise DataError("the transcripts differ before their last assistant turn", field=name)
-            if not text[cut:].strip():
+            # A chat template ends the turn that is rejected for saying nothing.
+            if not text[cut:].strip() and (name == "chosen" or not self.conversational):
                 raise DataError("the last assistant turn is empty", field=name)
         if not self.conversational:
             return self._example(chosen[:cut], chosen[cut:], rejected[cut:]), self.fields
@@ -479,13 +489,6 @@ class HHRLHF(ChosenRejected):
         return messages
 
 
-# What chat templates and transcripts write before the assistant's turn; the group "word" may also stand in an answer.
-_ASSISTANT = re.compile(
-    r"(?:<\|im_start\|>assistant(?:<\|im_sep\|>)?|<\|start_header_id\|>assistant<\|end_header_id\|>|<\|assistant\|>"
-    r"|<start_of_turn>model|<\|Assistant\|>|<\uff5cAssistant\uff5c>|<\|CHATBOT_TOKEN\|>|\[/INST\]"
-    r"|### (?:Assistant|Response):?|\b(?:ASSISTANT|GPT4 Correct Assistant):|\nAssistant:"
-    r"|(?P<word>TL;DR:|### (?:Answer|Output):?|(?:^|\n)(?:AI|Bot|Response|Answer|A):))\n*"
-)
 _ROLES = {
     "human": "user",
     "user": "user",
@@ -537,12 +540,14 @@ def _turns(value: object, here: str) -> object:
     return value
 
 
+def _check_answer(value: object, name: str) -> str:
+    """A text that may be empty: whether a turn of chat ends there the renderer sees."""
+    return "" if value == "" else check_text(value, name)
+
+
 def _answer(value: object, name: str) -> list[Any]:
-    """An answer as messages. A text may be empty: this is a row of chat, whose template ends the turn."""
-    if isinstance(value, list):
-        return value
-    text = "" if value == "" else check_text(value, name)
-    return [{"role": "assistant", "content": text}]
+    """An answer as messages."""
+    return value if isinstance(value, list) else [{"role": "assistant", "content": _check_answer(value, name)}]
 
 
 def _continued(prompt: list[Message], shared: list[Message]) -> list[Message]:
@@ -592,7 +597,7 @@ class TRL(ChosenRejected):
             prompt is not None and _context(record)
         ):
             return self._from_messages(prompt, _answer(chosen, "chosen"), _answer(rejected, "rejected")), self.fields
-        chosen, rejected = check_text(chosen, "chosen"), check_text(rejected, "rejected")
+        chosen, rejected = check_text(chosen, "chosen"), _check_answer(rejected, "rejected")
         if prompt is None:
             prompt, chosen, rejected = self._split(record, chosen, rejected)
         return self._example(prompt, chosen, rejected), self.fields
@@ -610,18 +615,18 @@ class TRL(ChosenRejected):
             questions = [message["content"].strip() for message in shared if message["role"] == "user"]
             repeated = isinstance(given, str) and given.strip() in questions
             prompt = shared if repeated else _continued(as_messages(given), shared)
-        texts = [
-            response_text(check_response(value[split:], name))
-            for name, value in (("chosen", chosen), ("rejected", rejected))
-        ]
-        if not texts[0]:
+        answers = [check_response(value[split:], name) for name, value in (("chosen", chosen), ("rejected", rejected))]
+        if not response_key(answers[0]):
             raise DataError("is empty", field="chosen")
-        return self._example(prompt, texts[0], texts[1] or [{"role": "assistant", "content": ""}])
+        # A message of nothing but text is that text.
+        return self._example(
+            prompt, *(answer if response_parts(answer) else response_text(answer) for answer in answers)
+        )
 
     def _split(self, record: Mapping[str, Any], chosen: str, rejected: str) -> tuple[str, str, str]:
         """(prompt, chosen, rejected) of two texts that begin alike."""
         beginning = chosen[: _common_prefix(chosen, rejected)]
-        last = next(reversed(list(_ASSISTANT.finditer(beginning))), None)
+        last = next(reversed(list(ASSISTANT.finditer(beginning))), None)
         if last is None or last["word"]:
             self.names.check_no_other_text(record, self.known)
         if last is not None:
@@ -634,7 +639,7 @@ class TRL(ChosenRejected):
             before = cut = space + 1 if space >= 0 and beginning[space] == "\n" else max(space, 0)
         if not beginning[:before].strip():
             raise DataError("shares no beginning with chosen, so there is no prompt", field="rejected")
-        return beginning[:cut], check_text(chosen[cut:], "chosen"), check_text(rejected[cut:], "rejected")
+        return beginning[:cut], check_text(chosen[cut:], "chosen"), _check_answer(rejected[cut:], "rejected")
 
 
 @dataclass

@@ -17,8 +17,9 @@ from mopo_kernels.data.schema import (
     Message,
     PreferenceExample,
     PreferencePair,
+    Text,
     as_messages,
-    response_text,
+    response_key,
 )
 
 if TYPE_CHECKING:
@@ -58,9 +59,14 @@ def _to_table(examples: Sequence[PreferenceExample], objectives: Sequence[str]) 
     """An Arrow table with one type per column, every pair carrying every objective (null = unlabelled)."""
     datasets = import_datasets()
     text = datasets.Value("string")
-    message = [{"role": text, "content": text}]
-    turns = [turn for example in examples if not isinstance(example.prompt, str) for turn in example.prompt]
-    keys = list(dict.fromkeys(["role", "content", *(key for turn in turns for key in turn)]))
+
+    def keys_of(texts: Iterable[Text]) -> list[str]:
+        """Of all messages."""
+        turns = [turn for each in texts if not isinstance(each, str) for turn in each]
+        return list(dict.fromkeys(["role", "content", *(key for turn in turns for key in turn)]))
+
+    prompt_keys = keys_of(example.prompt for example in examples)
+    response_keys = keys_of(response for example in examples for response in example.responses)
     # Arrow wants one type per column. Where both forms occur the strings become messages: a prompt one that says so, as
     # it may be text that no chat template is to be applied to.
     chat_prompts = any(not isinstance(example.prompt, str) for example in examples)
@@ -73,8 +79,8 @@ def _to_table(examples: Sequence[PreferenceExample], objectives: Sequence[str]) 
     if any(pair.margin is not None for example in examples for pair in example.pairs):
         pair_features["margin"] = datasets.Value("float64")
     features: dict[str, Any] = {
-        "prompt": [dict.fromkeys(keys, text)] if chat_prompts else text,
-        "responses": [message] if chat_responses else [text],
+        "prompt": [dict.fromkeys(prompt_keys, text)] if chat_prompts else text,
+        "responses": [[dict.fromkeys(response_keys, text)] if chat_responses else text],
         "pairs": [pair_features],
         "id": text,
         "weight": datasets.Value("float64"),
@@ -90,9 +96,10 @@ def _to_table(examples: Sequence[PreferenceExample], objectives: Sequence[str]) 
         if chat_prompts:
             prompt = example.prompt
             stored = [{"role": TEXT_ROLE, "content": prompt}] if isinstance(prompt, str) else prompt
-            row["prompt"] = [_stored_message(turn, keys) for turn in stored]
+            row["prompt"] = [_stored_message(turn, prompt_keys) for turn in stored]
         if chat_responses:
-            row["responses"] = [[{"role": "assistant", "content": response_text(r)}] for r in example.responses]
+            given = [[{"role": "assistant", "content": r}] if isinstance(r, str) else r for r in example.responses]
+            row["responses"] = [[_stored_message(turn, response_keys) for turn in turns] for turns in given]
         for pair in row["pairs"]:
             pair["preference"] = {name: pair["preference"].get(name) for name in objectives}
             if "margin" in pair_features:
@@ -316,7 +323,7 @@ def _join(examples: Sequence[PreferenceExample]) -> PreferenceExample:
         seen: dict[str, int] = {}
         position = []
         for index, response in enumerate(example.responses):
-            text = response_text(response)
+            text = response_key(response)
             key = (text, seen.get(text, 0))
             seen[text] = key[1] + 1
             if key not in place:

@@ -183,6 +183,7 @@ def load_preferences(
         raise nothing_usable(skipped, origin)
     kind = _kind_of(first.record) if format == "auto" else CONVERTERS[format]
     assert kind is not None  # of the rows that are known
+    names.check_names(kind.known)
     converter = _build_converter(
         kind, format_options, objectives=objectives, origin=origin, max_response_chars=max_response_chars, names=names
     )

@@ -21,8 +21,11 @@ from mopo_kernels.data.schema import (
     Text,
     as_messages,
     check_template_kwargs,
+    response_parts,
     response_text,
+    shown,
 )
+from mopo_kernels.data.transcripts import is_transcript, template_header
 
 CHAT = ("auto", "always", "never")
 CONTROL_TOKENS = ("neutralize", "refuse")
@@ -33,9 +36,7 @@ _REFUSALS = (TemplateError, TypeError, ValueError, LookupError, AttributeError)
 _BREAK = "\ufdd0"
 # Contents that are looked for in what a template makes of them.
 _ASKED, _ANSWERED = "What is asked 4711", "What is answered 4711"
-# Turns written out in a text: one that the user opens, and one of the assistant's that is left open at the end.
-_USER_TURN = re.compile(r"(?:^|\n)\s*(?:#+ *)?(?:human|user|instruction|prompter)\s*:", re.IGNORECASE)
-_OPEN_TURN = re.compile(r"(?:^|\n)\s*(?:#+ *)?(?:assistant|response|bot|ai|gpt)\s*:\s*$", re.IGNORECASE)
+_NO_TEMPLATE = "as no chat template is applied to its text"
 
 
 class RenderedExample(NamedTuple):
@@ -95,7 +96,8 @@ class Renderer:
         chat: what a prompt that is a string is. ``always``: a user's turn. ``never``: text that the responses continue,
             as in TRL. ``auto``: a user's turn, but text where the template was applied before (it begins and ends as
             the template writes a prompt), where the turns are written out ("Human: ... Assistant:"), or where every
-            response begins with a space and the prompt does not end a sentence. Without a chat template, always text.
+            response begins with a space and the prompt does not end a sentence; what another template wrote is refused.
+            Without a chat template, always text.
         control_tokens: what of control tokens inside the texts of a conversation, by which a text could open a turn of
             its own: ``neutralize`` encodes them as ordinary text, ``refuse`` raises. Text that stands as it is keeps
             them.
@@ -103,8 +105,8 @@ class Renderer:
 
     Raises:
         ValueError: an unknown choice, messages without a chat template, or a variable that the template does not use.
-        DataError: a row that the template refuses, tools or variables of a row that are not written, or a control token
-            that is refused.
+        DataError: a row that the template refuses or does not write whole, text of another template, an empty response
+            where no turn ends, or a control token that is refused.
     """
 
     tokenizer: Any
@@ -125,35 +127,79 @@ class Renderer:
 
     def render(self, example: PreferenceExample) -> RenderedExample:
         """The texts of one example."""
-        form = self._form(example.prompt, example.responses)
         try:
+            form = self._form(example.prompt, example.responses)
             options = self._template_options(example, form)
-            if form == "turns":
-                return self._render_turns(example, options)
+            return self._render_turns(example, options) if form == "turns" else self._render_text(example, form)
         except DataError as error:
             raise error.of(example.name) from error.__cause__
-        assert isinstance(example.prompt, str)
+
+    def _render_text(self, example: PreferenceExample, form: str) -> RenderedExample:
+        prompt = example.prompt
+        assert isinstance(prompt, str)
         end = self._template.ending if form == "rendered" and not self.writes_no_end else ""
+        for index, response in enumerate(example.responses):
+            place = f"responses[{index}]"
+            if parts := response_parts(response):
+                raise DataError(f"expected text, {_NO_TEMPLATE}; got {next(iter(parts))}", field=place)
+            if not response_text(response) and not end:
+                raise DataError(
+                    "is empty, and the text before it is no turn that a chat template ends (chat=always takes the "
+                    "prompt for a user's turn)",
+                    field=place,
+                )
         written = [self._ended(response_text(response), end) for response in example.responses]
-        return RenderedExample(
-            example.prompt, [example.prompt + text for text, _ in written], [ended for _, ended in written], form
-        )
+        return RenderedExample(prompt, [prompt + text for text, _ in written], [ended for _, ended in written], form)
 
     def _render_turns(self, example: PreferenceExample, options: Mapping[str, Any]) -> RenderedExample:
-        messages = self._turns(example.prompt)
-        prompt = self._apply(messages, options, "prompt", True)
+        messages, prompt = self._write_prompt(example.prompt, options)
         wholes = []
         for index, response in enumerate(example.responses):
             place = f"responses[{index}]"
-            turn: Message = {"role": "assistant"} | ({} if isinstance(response, str) else response[0])
-            turn["content"] = self._without_end(response_text(response))
-            whole = self._apply([*messages, self._neutral(turn, place)], options, place, False)
+            parts = response_parts(response)
+            turn = {"role": "assistant", "content": self._without_end(response_text(response)), **parts}
+            turns = [*messages, self._neutral(turn, place)]
+            whole = self._apply(turns, options, place, False)
+            for name in parts:
+                self._check_written(turns, len(messages), name, options, whole, place)
             wholes.append(self._cut(whole, options))
         return RenderedExample(prompt, [text for text, _ in wholes], [ended for _, ended in wholes], "turns")
 
-    def _turns(self, prompt: Text) -> list[Message]:
+    def _write_prompt(self, prompt: Text, options: Mapping[str, Any]) -> tuple[list[Message], str]:
+        """A prompt's messages, and what the template makes of them. DataError where it leaves one out."""
         messages: list[Message] = self._neutral(as_messages(prompt), "prompt")
-        return messages
+        text = self._apply(messages, options, "prompt", True)
+        parts = [
+            (index, name)
+            for index, message in enumerate(messages)
+            for name in ("content", "tool_calls")
+            if message.get(name) and (name != "content" or message["role"] not in ("user", "assistant"))
+        ]
+        if parts:
+            kind = json.dumps([[message["role"] for message in messages], parts, sorted(options)])
+            if kind not in self._complete:
+                for index, name in parts:
+                    self._check_written(messages, index, name, options, text, f"prompt[{index}]")
+                self._complete.add(kind)
+        return messages, text
+
+    def _check_written(
+        self, messages: list[Message], index: int, name: str, options: Mapping[str, Any], text: str, place: str
+    ) -> None:
+        """DataError unless another value of a message's part makes another text of the conversation."""
+        message = messages[index]
+        call = {"type": "function", "function": {"name": _ASKED, "arguments": {}}}
+        other = [call] if name == "tool_calls" else _ASKED
+        changed = [*messages[:index], {**message, name: other}, *messages[index + 1 :]]
+        try:
+            if self._apply(changed, options, place, index + 1 < len(messages)) != text:
+                return
+        except DataError:
+            return  # it is read
+        raise DataError(
+            f"expected none, as the chat template does not write it in a message of {shown(message['role'])}; got some",
+            field=f"{place}.{name}",
+        )
 
     def _form(self, prompt: Text, responses: Sequence[Text]) -> str:
         if not isinstance(prompt, str):
@@ -171,6 +217,12 @@ class Renderer:
             return "rendered"
         if self.chat == "never":
             return "text"
+        if header := template_header(prompt):
+            raise DataError(
+                f"expected a question, or text that the tokenizer's own chat template wrote; got {header} at the end, "
+                "as another template writes it (chat=always takes the text for a user's turn, chat=never as it stands)",
+                field="prompt",
+            )
         return "completion" if _continues(prompt, [response_text(response) for response in responses]) else "turns"
 
     def _is_rendered(self, prompt: str, responses: Sequence[Text]) -> bool:
@@ -204,8 +256,8 @@ class Renderer:
         for place, value in own.items():
             name = place.removeprefix("chat_template_kwargs.")
             if name not in template:
-                reason = "the chat template does not use it" if template else "no chat template is applied to its text"
-                raise DataError(f"expected none, as {reason}; got some", field=place)
+                reason = "as the chat template does not use it" if template else _NO_TEMPLATE
+                raise DataError(f"expected none, {reason}; got some", field=place)
             values[name] = self._neutral(value, place)
         return {**self.chat_template_kwargs, **values}
 
@@ -254,6 +306,8 @@ class Renderer:
             openings.add(around([{"role": "system", "content": _ANSWERED}, asked], _ANSWERED)[0])
             # Some templates write more after the last turn than after others.
             followed = around([asked, answered, asked], _ANSWERED)[1]
+            # And some open a conversation with a system prompt of their own, which text may lack.
+            openings.add(followed[_agreement(last, followed) :].partition(_ASKED)[0])
         except _REFUSALS:
             followed = last
         bos = self.tokenizer.bos_token or ""
@@ -283,6 +337,17 @@ class Renderer:
         have among them."""
         added = self.tokenizer.added_tokens_decoder
         return {token.content: index for index, token in added.items() if not token.content.isspace()}
+
+    @cached_property
+    def _special(self) -> tuple[str, ...]:
+        """Those of the added tokens that stand for no text."""
+        added = self.tokenizer.added_tokens_decoder.values()
+        return tuple(token.content for token in added if token.special and token.content in self._added)
+
+    @cached_property
+    def _complete(self) -> set[str]:
+        """Kinds of conversations, all of which the template writes."""
+        return set()
 
     # ---------------------------------------------------------------------------------- end tokens and control tokens
 
@@ -324,7 +389,9 @@ class Renderer:
             # With tools, say, it may end a turn in another way.
             template = self._read_template(options)
         if not whole.endswith(template.answered):
-            return whole, False
+            # A call of a tool may end in a token of its own.
+            bare = whole.rstrip()
+            return (bare, True) if bare.endswith(self._special) else (whole, False)
         return whole.removesuffix(template.answered) + template.ending, template.end_id is not None
 
     @cached_property
@@ -332,8 +399,7 @@ class Renderer:
         """Matches special tokens, and what else of the added ones the template writes around contents."""
         template = self._template
         written = (*template.openings, template.asked, template.ending)
-        special = {token.content for token in self.tokenizer.added_tokens_decoder.values() if token.special}
-        tokens = [token for token in self._added if token in special or any(token in text for text in written)]
+        tokens = [token for token in self._added if token in self._special or any(token in text for text in written)]
         return re.compile("|".join(map(re.escape, sorted(tokens, key=len, reverse=True))) or "(?!)")
 
     def _neutral(self, value: Any, place: str) -> Any:
@@ -401,7 +467,7 @@ class Renderer:
         return self._opening_ids(example.prompt, form, self._template_options(example, form))
 
     def _opening_ids(self, prompt: Text, form: str, options: Mapping[str, Any]) -> list[int]:
-        text = self._apply(self._turns(prompt), options, "prompt", True) if form == "turns" else prompt
+        text = self._write_prompt(prompt, options)[1] if form == "turns" else prompt
         assert isinstance(text, str)
         return self._open(self._encode([(text, form != "turns")])[0], text)
 
@@ -488,10 +554,11 @@ class Renderer:
 
 def _continues(prompt: str, responses: Sequence[str]) -> bool:
     """Whether responses go on with a text: a turn of the assistant's written out, or a sentence left open."""
-    if _USER_TURN.search(prompt) and _OPEN_TURN.search(prompt):
+    if is_transcript(prompt):
         return True
-    spaced = all(text[:1] == " " and text[1:2].strip() for text in responses)
-    return bool(responses) and spaced and not prompt[-1:].isspace() and prompt[-1:] not in (".", "!", "?")
+    words = [text for text in responses if text]
+    spaced = all(text[:1] == " " and text[1:2].strip() for text in words)
+    return bool(words) and spaced and not prompt[-1:].isspace() and prompt[-1:] not in (".", "!", "?")
 
 
 def _agreement(first: Sequence[Any], second: Sequence[Any]) -> int:

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mopo_kernels.data.dataset import PreferenceData, example_key
-from mopo_kernels.data.schema import PreferenceExample, response_text
+from mopo_kernels.data.schema import PreferenceExample, response_key
 
 # Two objectives "agree" when hardly a pair sets them against each other and their labels move together: then raising
 # one raises the other, and a threshold on it costs nothing. Both conditions, as an objective that mostly ties is never
@@ -83,6 +83,7 @@ class PreferenceReport:
         responses: in all rows.
         pairs: in all rows.
         equal_text_pairs: pairs between two equal texts, on which every policy is indifferent.
+        empty_responses: responses without a word, which end a turn of chat at once.
         skipped: rows left out at loading.
         objectives: one report per objective.
         agreement: one report per two objectives.
@@ -93,6 +94,7 @@ class PreferenceReport:
     responses: int
     pairs: int
     equal_text_pairs: int
+    empty_responses: int
     skipped: int
     objectives: tuple[ObjectiveReport, ...]
     agreement: tuple[AgreementReport, ...]
@@ -123,6 +125,11 @@ class PreferenceReport:
         ]
         if self.equal_text_pairs:
             found.append(f"{self.equal_text_pairs} pairs are between equal texts: no policy can tell them apart")
+        if self.empty_responses:
+            found.append(
+                f"{self.empty_responses} responses are empty: they are scored where a chat template ends the turn, and "
+                "refused where they continue a text"
+            )
         return tuple(found)
 
     def to_dict(self) -> dict[str, Any]:
@@ -257,9 +264,10 @@ def summarize(data: PreferenceData, progress: Callable[[], object] | None = None
         responses=sum(len(example.responses) for example in examples),
         pairs=len(pairs),
         equal_text_pairs=sum(
-            response_text(example.responses[pair.i]) == response_text(example.responses[pair.j])
+            response_key(example.responses[pair.i]) == response_key(example.responses[pair.j])
             for example, pair in pairs
         ),
+        empty_responses=sum(not response_key(response) for example in examples for response in example.responses),
         skipped=len(data.skipped),
         objectives=tuple(objectives),
         agreement=tuple(

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Real
 from typing import Any
 
+from mopo_kernels.checks import LARGEST, SMALLEST
+from mopo_kernels.data.transcripts import is_transcript, template_header
 from mopo_kernels.text import one_line
 
 Message = dict[str, Any]
@@ -17,8 +21,11 @@ Text = str | list[Message]
 # Columns beside the prompt that belong to it: system and history become messages of it, the others go to the template.
 TEMPLATE_COLUMNS = ("tools", "chat_template_kwargs")
 CONTEXT_COLUMNS = ("system", "history", *TEMPLATE_COLUMNS)
-# What no causal language model of text can read.
-MEDIA_COLUMNS = ("image", "images", "video", "videos", "audio", "audios")
+# What no causal language model of text can read, itself or where it is.
+MEDIA_COLUMNS = re.compile(
+    r"((input|prompt|source|user)_)?(image|video|audio)s?(_?(bytes|data|base64|file|filename|path|uri|url)s?)?|pixel_values",
+    re.IGNORECASE,
+)
 # What the collator decides itself.
 _TEMPLATE_ARGUMENTS = frozenset(
     (
@@ -27,9 +34,10 @@ _TEMPLATE_ARGUMENTS = frozenset(
     )
 )
 _MESSAGE_TEXTS = ("name", "tool_call_id", "reasoning_content")
-# The pairs' weights, margins and reference log-probabilities are computed with in fp32.
-_FP32_MAX = 3.4028234663852886e38
-_FP32_TINY = 1.1754943508222875e-38
+# By which messages are told from other objects.
+_TURN_KEYS = frozenset(("role", "content", "from", "value"))
+# Of an assistant's message beside its content, where it is a response.
+RESPONSE_PARTS = ("reasoning_content", "tool_calls")
 # Of the one message that a table whose other prompts are lists of messages holds in place of a string.
 TEXT_ROLE = "text"
 
@@ -95,12 +103,12 @@ def is_number(value: object) -> bool:
         return False
 
 
-def _check_fp32(value: Any, field: str, expected: str) -> None:
-    """DataError unless ``value`` is a number that fp32 holds as a finite one."""
+def _check_size(value: Any, field: str, expected: str) -> None:
+    """DataError unless ``value`` is a number that the losses compute with."""
     if not is_number(value):
         raise DataError(f"expected {expected}, got {shown(value)}", field=field)
-    if abs(value) > _FP32_MAX:
-        raise DataError(f"expected {expected} that fp32 holds, got {shown(value)}", field=field)
+    if abs(value) > LARGEST:
+        raise DataError(f"expected {expected}, of a size up to {LARGEST:g}, got {shown(value)}", field=field)
 
 
 def check_unicode(value: str, field: str) -> str:
@@ -120,6 +128,22 @@ def check_text(value: object, field: str, max_chars: int | None = None) -> str:
         raise DataError("is empty", field=field)
     _check_length(len(value), field, max_chars)
     return check_unicode(value, field)
+
+
+def _check_words(value: object, field: str, max_chars: int | None) -> str:
+    """As :func:`check_text`; and no text of a list of messages, as an export to a table may leave in their place."""
+    text = check_text(value, field, max_chars)
+    bare = text.strip()
+    if bare.startswith("[{") and bare.endswith("}]"):
+        found = None
+        with contextlib.suppress(ValueError, RecursionError):
+            found = json.loads(bare)
+        turns = isinstance(found, list) and all(isinstance(item, dict) and _TURN_KEYS & set(item) for item in found)
+        if turns or bare.startswith(tuple(f"[{{'{key}'" for key in _TURN_KEYS)):
+            raise DataError(
+                "expected text or messages, got the text of a list of messages (json.loads reads one)", field=field
+            )
+    return text
 
 
 def _check_length(length: int, field: str, max_chars: int | None) -> None:
@@ -218,31 +242,54 @@ def check_prompt(value: object, field: str = "prompt", max_chars: int | None = N
             if message["role"] == "assistant" and not message["content"] and "tool_calls" not in message:
                 raise DataError("is empty", field=f"{field}[{index}].content")
         return messages
-    return check_text(value, field, max_chars)
+    return _check_words(value, field, max_chars)
 
 
 def check_response(value: object, field: str, max_chars: int | None = None) -> Text:
-    """A response: a non-blank string, or a list that holds exactly one assistant message.
+    """A response: a string, or a list that holds exactly one assistant message, perhaps with calls of tools.
 
-    The message may be empty: the template writes the end of the turn, which is scored.
+    It may be empty, as a chat template writes the end of the turn, which is scored: where no turn ends, the renderer
+    refuses it.
     """
     if isinstance(value, (list, tuple)):
         messages = check_messages(value, field, max_chars)
         if len(messages) != 1 or messages[0]["role"] != "assistant":
             roles = [message["role"] for message in messages]
             raise DataError(
-                f"expected one assistant message (earlier turns belong to the prompt), got roles {shown(roles)}",
+                "expected one assistant message (earlier turns belong to the prompt, and what tools return is not the "
+                f"policy's), got roles {shown(roles)}",
                 field=field,
             )
-        if extra := sorted(set(messages[0]) - {"role", "content"}):
-            raise DataError(f"expected text, as responses are scored as such; got {', '.join(extra)}", field=field)
+        if extra := sorted(set(messages[0]) - {"role", "content", *RESPONSE_PARTS}):
+            raise DataError(
+                f"expected content, {' and '.join(RESPONSE_PARTS)} only, got {', '.join(extra)}", field=field
+            )
         return messages
-    return check_text(value, field, max_chars)
+    return "" if value == "" else _check_words(value, field, max_chars)
 
 
 def response_text(response: Text) -> str:
     """The words of a response, whichever of its two forms it has."""
     return response if isinstance(response, str) else response[0]["content"]
+
+
+def response_parts(response: Text) -> dict[str, Any]:
+    """What a response has beside its words."""
+    message = {} if isinstance(response, str) else response[0]
+    return {name: message[name] for name in RESPONSE_PARTS if name in message}
+
+
+def response_key(response: Text) -> str:
+    """Equal for responses that mean the same: a string equals a message with that content."""
+    parts = response_parts(response)
+    return response_text(response) + (json.dumps(parts, sort_keys=True) if parts else "")
+
+
+def judged_text(response: Text, field: str) -> str:
+    """The words of a response, which are all that a judge is shown; DataError where it has more."""
+    if parts := response_parts(response):
+        raise DataError(f"expected text, as judges are shown nothing else; got {next(iter(parts))}", field=field)
+    return response_text(response)
 
 
 def as_messages(prompt: Text) -> list[Message]:
@@ -254,10 +301,11 @@ def as_messages(prompt: Text) -> list[Message]:
 
 def check_media(record: Mapping[str, Any]) -> None:
     """DataError for a row with images, sound or video."""
-    for name in MEDIA_COLUMNS:
-        value = record.get(name)
+    for name, value in record.items():
+        if not MEDIA_COLUMNS.fullmatch(str(name)):
+            continue
         if is_given(value) and not (isinstance(value, (list, tuple)) and all(item is None for item in value)):
-            raise DataError("expected none, as only text is read; got some", field=name)
+            raise DataError("expected none, as only text is read; got some", field=str(name))
 
 
 def _check_history(value: object) -> list[Message]:
@@ -283,10 +331,23 @@ def join_context(prompt: Text, record: Mapping[str, Any], max_chars: int | None 
     What the prompt has already is not put there twice.
 
     Raises:
-        DataError: either is malformed, or the system prompt is another than that of ``prompt``.
+        DataError: either is malformed, the system prompt is another than that of ``prompt``, or ``prompt`` is a text of
+            several turns without them.
     """
     system, history = record.get("system"), record.get("history")
     if not is_given(system) and not is_given(history):
+        return prompt
+    if isinstance(prompt, str) and (template_header(prompt) or is_transcript(prompt)):
+        earlier = _check_history(history) if is_given(history) else []
+        texts = [("history", message["content"]) for message in earlier]
+        texts += [("system", check_text(system, "system"))] if is_given(system) else []
+        for name, text in texts:
+            if text.strip() not in prompt:
+                raise DataError(
+                    "expected none beside a prompt whose turns are written out and do not hold it; got some "
+                    f"(columns= (--columns) {name}= leaves it out)",
+                    field=name,
+                )
         return prompt
     turns = list(as_messages(prompt))
     opening = [turns.pop(0)] if turns[0]["role"] == "system" else []
@@ -360,7 +421,7 @@ class PreferencePair:
             if not 0 <= value <= 1:
                 raise DataError(f"expected a number in [0, 1], got {shown(value)}", field=here)
         if self.margin is not None:
-            _check_fp32(self.margin, "margin", "a finite number of nats")
+            _check_size(self.margin, "margin", "a finite number of nats")
 
     @classmethod
     def from_dict(cls, record: Mapping[str, Any]) -> PreferencePair:
@@ -397,11 +458,11 @@ class PreferenceExample:
 
     Args:
         prompt: a string, or messages ``{"role", "content"}`` that end before the assistant's turn.
-        responses: two or more; each a string or a list with one assistant message. Equal texts are allowed: samples of
-            a language model do repeat.
+        responses: two or more; each a string or a list with one assistant message, perhaps with calls of tools. Equal
+            texts are allowed: samples of a language model do repeat.
         pairs: at least one judged pair of ``responses``.
         id: a name for error messages.
-        weight: positive weight of each of the pairs in the loss.
+        weight: positive weight of each of the pairs in the loss, from 1e-10 to 1e10.
         ref_logprob: summed log-probability of each response under the reference (nats), when precomputed.
         tools: JSON schemas that the chat template writes into the prompt.
         chat_template_kwargs: further variables of the chat template, such as ``enable_thinking``.
@@ -439,10 +500,10 @@ class PreferenceExample:
             if not isinstance(self.id, str):
                 raise DataError(f"expected a string, got {shown(self.id)}", field="id")
             check_unicode(self.id, "id")
-        _check_fp32(self.weight, "weight", "a positive number")
-        if self.weight < _FP32_TINY:
-            held = " that fp32 holds" if self.weight > 0 else ""
-            raise DataError(f"expected a positive number{held}, got {shown(self.weight)}", field="weight")
+        _check_size(self.weight, "weight", "a positive number")
+        if self.weight < SMALLEST:
+            least = f", at least {SMALLEST:g}" if self.weight > 0 else ""
+            raise DataError(f"expected a positive number{least}, got {shown(self.weight)}", field="weight")
         if self.ref_logprob is not None:
             if len(self.ref_logprob) != len(self.responses):
                 raise DataError(
@@ -450,7 +511,7 @@ class PreferenceExample:
                     field="ref_logprob",
                 )
             for index, value in enumerate(self.ref_logprob):
-                _check_fp32(value, f"ref_logprob[{index}]", "a finite number of nats")
+                _check_size(value, f"ref_logprob[{index}]", "a finite number of nats")
         check_tools(self.tools)
         check_template_kwargs(self.chat_template_kwargs)
 

@@ -134,7 +134,7 @@ def _array_rows(text: str, source: str) -> Iterator[Row]:
         yield _placed(DataError("not valid JSON: Extra data after the array"), source, number + 1)
 
 
-def _read_text(path: Path) -> Iterator[Row]:
+def read_text_rows(path: Path) -> Iterator[Row]:
     """JSON Lines, plain or gzipped, or one JSON array; read line by line, so that a bad line is named by its number."""
     opener: Callable[..., Any] = gzip.open if path.suffix == ".gz" else open
     number, decoder = 0, _Decoder()
@@ -177,6 +177,9 @@ def _parquet_rows(path: Path) -> Iterator[Row]:
     number = 0
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
+            columns = file.schema_arrow.names
+            if len(set(columns)) < len(columns):
+                raise ValueError(f"expected columns of different names, got {', '.join(columns)}")
             for batch in file.iter_batches(batch_size=1000):
                 for record in batch.to_pylist():
                     number += 1
@@ -222,6 +225,8 @@ def _of_objects(source: Any, split: str | None) -> Iterator[Row]:
     _check_split(split, None, "rows")
     if pandas is not None and isinstance(source, pandas.DataFrame):
         names = list(source.columns)
+        if not source.columns.is_unique:
+            raise ValueError(f"path_or_dataset: expected columns of different names; got {', '.join(map(str, names))}")
         values = (dict(zip(names, row, strict=True)) for row in source.itertuples(index=False, name=None))
         return _table_rows(values, lambda record: _arrow_record(_plain(record)))
     if not isinstance(source, Iterable):
@@ -248,10 +253,15 @@ def _is_data(path: Path) -> bool:
     return (_is_text(path) or path.suffix == ".parquet") and path.name not in _NO_DATA
 
 
-def _stem(path: Path) -> str:
-    """The name of a data file without its suffixes and without what tells shards apart."""
+def _bare(path: Path) -> str:
+    """The name of a data file without its suffixes."""
     suffix = next((suffix for suffix in (*_TEXT_SUFFIXES, ".parquet") if path.name.endswith(suffix)), "")
-    return _SHARD.sub("", path.name.removesuffix(suffix))
+    return path.name.removesuffix(suffix)
+
+
+def _stem(path: Path) -> str:
+    """The same without what tells shards apart."""
+    return _SHARD.sub("", _bare(path))
 
 
 def _canonical(split: str) -> str:
@@ -329,7 +339,8 @@ def _by_card(folder: Path, data_files: Any) -> dict[str | None, list[Path]]:
             if not files or not all(map(_is_data, files)):
                 raise DataError(f"README.md: no JSON Lines or parquet file is named {pattern!r}", str(folder))
             by_split.setdefault(_canonical(str(split)), []).extend(files)
-    return by_split
+    # Patterns may overlap.
+    return {split: list(dict.fromkeys(files)) for split, files in by_split.items()}
 
 
 def _folder_files(folder: Path, name: str | None, data_dir: str | None, split: str | None) -> list[Path]:
@@ -343,6 +354,11 @@ def _folder_files(folder: Path, name: str | None, data_dir: str | None, split: s
         by_split = _by_convention(inner)
     chosen = _choose_split(by_split, split, inner)
     files = by_split[chosen]
+    forms: dict[Path, list[str]] = {}
+    for path in files:
+        forms.setdefault(path.with_name(_bare(path)), []).append(path.name)
+    if twice := [names for names in forms.values() if len(names) > 1]:
+        raise DataError(f"expected every row once; got one file in several forms: {', '.join(twice[0])}", str(inner))
     if len({(path.parent, _stem(path)) for path in files}) > 1:
         listed = ", ".join(str(path.relative_to(inner)) for path in files[:10])
         more = f" and {len(files) - 10} more" if len(files) > 10 else ""
@@ -425,5 +441,7 @@ def open_rows(
         files = [path]
     else:
         raise DataError("no such file or folder", str(source))
-    rows = itertools.chain.from_iterable(_read_text(file) if _is_text(file) else _parquet_rows(file) for file in files)
+    rows = itertools.chain.from_iterable(
+        read_text_rows(file) if _is_text(file) else _parquet_rows(file) for file in files
+    )
     return str(path), itertools.islice(rows, max_rows)

@@ -77,6 +77,25 @@ def adapters_add_nothing(model: nn.Module) -> bool:
     return all(_adds_nothing(layer) for _, layer in _tuner_layers(model))
 
 
+def check_adapters_act(model: nn.Module) -> None:
+    """A PeftModel's adapters must be there beside its weights, and on.
+
+    Raises:
+        ValueError: they are merged into the weights, or switched off.
+    """
+    for name, layer in _tuner_layers(model):
+        if layer.merged:
+            raise ValueError(
+                f"model: expected adapters beside the weights; got {', '.join(layer.merged_adapters)} merged into "
+                f"{name} (model.unmerge_adapter() takes them out)"
+            )
+        if layer.disable_adapters:
+            raise ValueError(
+                f"model: expected adapters that are switched on; got them off in {name} "
+                "(model.base_model.enable_adapter_layers() switches them on)"
+            )
+
+
 def adapter_settings(model: nn.Module) -> str:
     """What of a PeftModel's adapters acts beside their weights: JSON."""
     return json.dumps(

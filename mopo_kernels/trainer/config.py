@@ -325,6 +325,9 @@ class MOPOConfig(TrainingArguments):
             ("early_stopping_patience", 1, math.inf, False, True),
             ("max_buffer_bytes", 1, math.inf, False, True),
             ("gradient_filter", 0, 1, True, True),
+            ("learning_rate", 0, math.inf, False, True),
+            ("weight_decay", 0, math.inf, False, True),
+            ("max_grad_norm", 0, math.inf, False, False),
         ):
             value = getattr(self, name)
             if value is None or value == AUTO:

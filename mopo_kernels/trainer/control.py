@@ -20,9 +20,9 @@ import torch
 from torch import Tensor
 
 from mopo_kernels import reference
-from mopo_kernels.data import PreferenceData
+from mopo_kernels.data import DataError, PreferenceData, PreferenceExample
 from mopo_kernels.data.dataset import prompt_key
-from mopo_kernels.data.schema import response_text
+from mopo_kernels.data.schema import judged_text
 from mopo_kernels.dual import DualAscent
 from mopo_kernels.evaluation import Judge, Prompt, judge_responses
 from mopo_kernels.trainer.config import AUTO, MOPOConfig
@@ -105,6 +105,13 @@ def gain(standard_error: float, noise: float, part: float) -> float:
     return min(largest, 2 * share / (1 + share))
 
 
+def _judged_texts(example: PreferenceExample) -> list[str]:
+    try:
+        return [judged_text(response, f"responses[{index}]") for index, response in enumerate(example.responses)]
+    except DataError as error:
+        raise error.of(example.name) from None
+
+
 class Controller:
     """Chooses what to measure, measures it, and moves the multipliers by it.
 
@@ -117,6 +124,9 @@ class Controller:
 
     Attributes:
         last: the newest measurement, or None.
+
+    Raises:
+        DataError: a response of ``data`` that judges would not be shown whole.
     """
 
     def __init__(
@@ -138,6 +148,7 @@ class Controller:
         self._order = torch.randperm(len(self._examples), generator=torch.Generator().manual_seed(seed)).tolist()
         floor = _SMALLEST_SLOPE / (4 * args.tau)
         self._slope = {name: max(value, floor) for name, value in slope.items()}
+        self._stored = [] if judges is None else [_judged_texts(example) for example in self._examples]
         self._stored_scores: dict[int, dict[str, list[float]]] = {}
         self.reset()
 
@@ -223,8 +234,7 @@ class Controller:
         assert self.judges is not None
         prompt: list[Prompt] = [self._examples[index].prompt]
         if index not in self._stored_scores:
-            stored = [response_text(response) for response in self._examples[index].responses]
-            scores = judge_responses(self.judges, prompt, [stored], progress=False)
+            scores = judge_responses(self.judges, prompt, [self._stored[index]], progress=False)
             self._stored_scores[index] = {name: rows[0] for name, rows in scores.items()}
         own = judge_responses(self.judges, prompt, [[answer]], progress=False)
         return {

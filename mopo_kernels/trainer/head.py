@@ -208,7 +208,8 @@ def find_transform(model: nn.Module) -> Transform:
     Runs the model once on eight tokens, in evaluation mode, and tries what its configuration names.
 
     Raises:
-        ValueError: none of them does; the message has the smallest difference found (nats).
+        ValueError: the model's logits are NaN, or none of them does; the message has the smallest difference found
+            (nats).
     """
     base, head = causal_lm(model), output_head(model)
     tokens = torch.arange(8, device=head.weight.device)[None] % head.weight.shape[0]
@@ -226,6 +227,11 @@ def find_transform(model: nn.Module) -> Transform:
         raise ValueError(
             f"model: expected an output head on the backbone's own hidden states; {type(base).__name__} has states of "
             f"{hidden.shape[-1]} numbers, a matrix of {weight.shape[-1]}, and a head that does more than it"
+        )
+    if bool(logits.isnan().any()):
+        raise ValueError(
+            f"model: expected numbers for logits of {type(base).__name__}; got NaN on a few tokens, as weights that "
+            "are not finite give"
         )
     expected = torch.log_softmax(logits.to(torch.float64), dim=-1)
     # The model rounds its logits to its own dtype, which moves a log-probability by about eps * |logit|.

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from mopo_kernels.parallel import whole
-from mopo_kernels.trainer.adapters import adapter_settings, adapters_add_nothing
+from mopo_kernels.trainer.adapters import adapter_settings, adapters_add_nothing, check_adapters_act
 from mopo_kernels.trainer.head import is_peft
 
 # Numbers that are hashed, or copied to the host for it, at a time.
@@ -138,11 +138,12 @@ def _blocks(model: nn.Module, parameters: dict[str, nn.Parameter]) -> list[tuple
 
 
 def check_adapters_cover_training(model: nn.Module) -> None:
-    """A PeftModel whose trained parameters all belong to adapters, so that saving these saves the policy.
+    """A PeftModel whose trained parameters all belong to adapters that act, so that saving these saves the policy.
 
     Raises:
-        ValueError: naming a trained parameter that does not.
+        ValueError: naming a trained parameter that does not, or a layer whose adapters do not act.
     """
+    check_adapters_act(model)
     with adapters_off(model):
         for name in trained_parameters(model):
             raise ValueError(

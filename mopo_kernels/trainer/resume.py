@@ -26,6 +26,13 @@ _ROWS = (
     "dataloader_drop_last",
     *_LAYOUT,
 )
+# What takes effect on a run that goes on, whatever it was.
+_FREE = (
+    *("max_steps", "num_train_epochs", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "max_grad_norm"),
+    *("bf16", "fp16", "disable_dropout", "gradient_filter", "threshold_confidence", "on_infeasible"),
+    *("dual_steps", "dual_prompts", "dual_effective_prompts", "dual_coverage", "dual_samples", "dual_max_new_tokens"),
+    *("dual_lr", "dual_noise", "dual_max", "dual_warmup_steps", "dual_smoothing", "dual_patience"),
+)
 # Of an optimiser's groups. Its state has others, which are results.
 _OPTIONS = ("lr", "weight_decay", "betas", "eps", "momentum")
 # Of an adapter's configuration: no part of what it computes.
@@ -42,6 +49,12 @@ def row_settings(args: MOPOConfig, processes: int, train_data: str) -> dict[str,
     settings = {name: getattr(args, name) for name in _ROWS if hasattr(args, name)}
     settings["data_seed"] = args.seed if args.data_seed is None else args.data_seed
     return settings | {"train_data": train_data, "processes": processes}
+
+
+def free_settings(args: MOPOConfig) -> dict[str, Any]:
+    """What may change on the way, and is then named."""
+    settings = {name: getattr(args, name) for name in _FREE}
+    return {name: getattr(value, "value", value) for name, value in settings.items()}
 
 
 def adapter_config(model: nn.Module) -> dict[str, Any]:
@@ -70,7 +83,7 @@ def may_change(name: str, current: Mapping[str, Any], before: Mapping[str, Any],
         skips_rows: rows that were trained on are passed over, so that each has its turn.
     """
     if name not in _ROWS:
-        return False
+        return name in _FREE
     if not skips_rows:
         return True
     prompts = [math.prod(settings[part] for part in _LAYOUT) for settings in (current, before)]

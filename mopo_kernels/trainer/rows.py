@@ -7,10 +7,11 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from mopo_kernels.checks import LARGEST
 from mopo_kernels.data import DataError, PreferenceCollator, PreferenceData
 from mopo_kernels.mappings import parse_json
 from mopo_kernels.text import one_line
-from mopo_kernels.trainer.config import MOPOConfig
+from mopo_kernels.trainer.config import BEST_METRIC, MOPOConfig
 from mopo_kernels.trainer.head import causal_lm
 
 if TYPE_CHECKING:
@@ -57,8 +58,11 @@ def prepare_rows(
 
     Raises:
         DataError: an example that the chat template refuses, that the length limits refuse, or that is longer than the
-            model's positions. ValueError: a token that the model's embedding has no row for.
+            model's positions. ValueError: a token that the model's embedding has no row for, or weights whose sum is
+            too large.
     """
+    for argument, data in parts.items():
+        _check_weights(argument, data)
     if not isinstance(collator, PreferenceCollator):
         return
     _check_padding(model, collator.tokenizer)
@@ -72,6 +76,77 @@ def prepare_rows(
         _check_positions(model, collator, argument, data, table)
         for note in () if quiet else _notes(collator, table):
             logger.warning("%s: %s", argument, note)
+
+
+def check_labels(
+    args: MOPOConfig,
+    objectives: Sequence[str],
+    primary: str,
+    parts: Mapping[str, PreferenceData],
+    *,
+    best: str | None = None,
+    judged: bool = False,
+    quiet: bool = False,
+) -> None:
+    """Every data set must have the labels of what is measured on it.
+
+    Args:
+        args: the configuration.
+        objectives: names of all.
+        primary: that of the maximised one.
+        parts: data sets by name, of which ``dual`` moves the multipliers and those that begin with ``eval`` are
+            evaluated; ``dual`` is, too, where there is none of these.
+        best: the metric by which a checkpoint is the best, if there is one.
+        judged: judges measure on the dual data, not its labels.
+        quiet: say nothing of labels that are missed, but not needed.
+
+    Raises:
+        ValueError: labels without which nothing would be measured, multipliers would not move, or no checkpoint would
+            be the best.
+    """
+    bounds = list(args.thresholds or {})
+    metric = (best or "").removeprefix("eval_")
+    evaluated = [name for name in parts if name.startswith("eval")] or (["dual"] if args.eval_strategy != "no" else [])
+    for name, data in parts.items():
+        if name not in (*evaluated, "dual"):
+            continue
+        labelled = {
+            objective
+            for row in data.dataset.select_columns(["pairs"])
+            for pair in row["pairs"]
+            for objective, value in pair["preference"].items()
+            if value is not None
+        }
+        found = ", ".join(map(one_line, sorted(labelled))) or "no objective"
+        _, _, own = name.partition("_")
+        argument = "dual_dataset" if name == "dual" else f"eval_dataset[{own!r}]" if own else "eval_dataset"
+        decides = name in evaluated and metric in (BEST_METRIC, f"{own}_{BEST_METRIC}")
+        if name == "dual" and not judged and (lacking := [each for each in bounds if each not in labelled]):
+            raise ValueError(
+                f"{argument}: expected labels of every objective with a threshold, whose multiplier they move; got "
+                f"none of {', '.join(lacking)}, but those of {found}"
+            )
+        lacking = [each for each in (primary, *bounds) if each not in labelled]
+        if decides and lacking:
+            raise ValueError(
+                f"{argument}: expected labels of the primary objective and of every one with a threshold, by which the "
+                f"best checkpoint is chosen; got none of {', '.join(lacking)}, but those of {found}"
+            )
+        if name in evaluated and not labelled & set(objectives):
+            raise ValueError(f"{argument}: expected labels of {', '.join(objectives)}; got those of {found}")
+        if name in evaluated and lacking and not quiet:
+            logger.warning("%s: %s cannot be measured, as no pair has a label of it", name, ", ".join(lacking))
+
+
+def _check_weights(argument: str, data: PreferenceData) -> None:
+    """The loss is divided by the pairs' weights of a step: all of them together must not be too many for it."""
+    rows = data.dataset.select_columns(["weight", "pairs"])
+    total = sum(row["weight"] * len(row["pairs"]) for row in rows)
+    if total > LARGEST:
+        raise ValueError(
+            f"{argument}: expected weights of all pairs that sum to {LARGEST:g} at most (only their ratios count); got "
+            f"{total:g}"
+        )
 
 
 def _embedding_rows(model: nn.Module) -> int:

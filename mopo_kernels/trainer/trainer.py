@@ -87,6 +87,7 @@ from mopo_kernels.trainer.reference_model import (
 from mopo_kernels.trainer.resume import (
     adapter_config,
     differences,
+    free_settings,
     may_change,
     optimizer_options,
     row_hint,
@@ -94,7 +95,7 @@ from mopo_kernels.trainer.resume import (
     rows_fingerprint,
     set_optimizer_options,
 )
-from mopo_kernels.trainer.rows import make_collator, prepare_rows
+from mopo_kernels.trainer.rows import check_labels, make_collator, prepare_rows
 from mopo_kernels.trainer.sampler import TokenBudgetLoader, TokenBudgetSampler
 from mopo_kernels.trainer.statistics import RunningMean, Statistics
 from mopo_kernels.transfer import to_device
@@ -323,7 +324,10 @@ class MOPOTrainer(Trainer):
         self.dual = self._new_dual(args)
         self.given_dataset = train_dataset
         train_dataset = self._split(args, train_dataset, dual_dataset, judges)
-        prepare_rows(model, data_collator, self._given_parts(eval_dataset), args, quiet=args.process_index != 0)
+        parts, quiet = self._given_parts(eval_dataset), args.process_index != 0
+        best = args.metric_for_best_model
+        check_labels(args, self.objectives, self.primary, parts, best=best, judged=judges is not None, quiet=quiet)
+        prepare_rows(model, data_collator, parts, args, quiet=quiet)
         if eval_dataset is None and args.eval_strategy != "no":
             eval_dataset = self.dual_dataset
         super().__init__(
@@ -724,8 +728,9 @@ class MOPOTrainer(Trainer):
 
         A checkpoint is resumed from under the same problem and the same rows in the same order only; with
         ``ignore_data_skip`` the rows may change, and an epoch begins anew. Thresholds, the length of training, the
-        learning rate and other numbers of the optimiser, and how the prompts of a step are laid out over micro-batches
-        and processes, may change, which one line says.
+        learning rate with its schedule and other numbers of the optimiser, precision, dropout, what moves the
+        multipliers, and how the prompts of a step are laid out over micro-batches and processes, may change, which a
+        line says.
 
         Raises:
             ValueError: nothing complete to resume from, a checkpoint of another reference, another problem or other
@@ -1110,10 +1115,16 @@ class MOPOTrainer(Trainer):
         Of several data sets, ``feasible_primary`` is the least of theirs: no threshold is missed on any of them.
         """
         self._prepare_references()
+        given: dict[str, PreferenceData] = {}
         if isinstance(eval_dataset, dict):
             eval_dataset = {name: as_preference_data(part, "eval_dataset") for name, part in eval_dataset.items()}
+            given = {f"eval_{name}": part for name, part in eval_dataset.items()}
         elif eval_dataset is not None and not isinstance(eval_dataset, str):
             eval_dataset = as_preference_data(eval_dataset, "eval_dataset")
+            given = {"eval": eval_dataset}
+        if given:
+            check_labels(self.args, self.objectives, self.primary, given, quiet=True)
+            prepare_rows(self.model, self.data_collator, given, self.args, quiet=True)
         result: dict[str, float] = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
         parts = self.eval_dataset if eval_dataset is None else eval_dataset
         if isinstance(parts, dict):
@@ -1298,6 +1309,7 @@ class MOPOTrainer(Trainer):
             "objectives": list(self.objectives),
             "primary": self.primary,
             **{name: getattr(value, "value", value) for name, value in problem.items()},
+            **free_settings(self.args),
             **adapter_config(self.model),
             **row_settings(self.args, self.accelerator.num_processes // self.get_tp_size(), self._train_data),
             "dual_data": "none" if self._controller is None else self._controller.fingerprint(),
