@@ -118,7 +118,7 @@ def performance() -> str:
         "|---|---|---|---|---|\n",
     ]
     for title, files in SHAPES.items():
-        text += rows(*map(load, files), label=f"{title}: ")
+        text += rows(load(files[0]), load(files[1]), label=f"{title}: ")
     measured = ", ".join(
         f"{record['rounds']} rounds at {record['commit']}" for files in SHAPES.values() for record in map(load, files)
     )
@@ -444,7 +444,7 @@ def fill_marks(document: str, sections: dict[str, Callable[[], str]], module: st
         begin, end = f"<!-- {name}: made by python -m {module} -->\n", "<!-- end -->\n"
         pattern = re.compile(f"{re.escape(begin)}.*?{re.escape(end)}", re.DOTALL)
         text = f"{begin}\n{make()}\n{end}"
-        document, found = pattern.subn(lambda _, text=text: text, document)
+        document, found = pattern.subn(text.replace("\\", r"\\"), document)
         if found != 1:
             raise ValueError(f"{file} must have one part that begins with {begin!r}, got {found}")
     return document
