@@ -32,7 +32,7 @@ html_theme = "furo"
 html_title = "mopo_kernels"
 html_show_copyright = False
 
-myst_enable_extensions = ["dollarmath", "deflist", "colon_fence"]
+myst_enable_extensions = ["dollarmath", "html_image"]
 myst_heading_anchors = 3
 autodoc_member_order = "bysource"
 autodoc_typehints = "description"
@@ -66,12 +66,11 @@ def link_pages(text: str, file: PurePosixPath, page: PurePosixPath) -> str:
     """
 
     def link(match: re.Match[str]) -> str:
-        path, fragment = match.group(1), match.group(2) or ""
-        target = normpath(str(file.parent / path))
+        target = normpath(str(file.parent / match["path"]))
         target = f"docs/{PAGES[target]}.md" if target in PAGES else target
-        return f"]({relpath(target, page.parent)}{fragment})"
+        return match["before"] + relpath(target, page.parent)
 
-    return re.sub(r"\]\((?![a-z]+:|#)([^)\s#]+)(#[^)\s]*)?\)", link, text)
+    return re.sub(r"""(?P<before>\]\(|src=")(?![a-z]+:|#)(?P<path>[^)"\s#]+)""", link, text)
 
 
 def read_source(app: Sphinx, name: str, content: list[str]) -> None:

@@ -28,6 +28,8 @@ PAGES = sorted(
     if "_build" not in path.parts
 )
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+# A link of Markdown, or a picture of HTML: path, fragment.
+LINK = re.compile(r"""(?:\]\(|src=")(?![a-z]+:)([^)"#\s]*)(?:#([^)\s]*))?[)"]""")
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
@@ -141,9 +143,7 @@ def test_links_lead_somewhere() -> None:
 
     count = 0
     for page in (*PAGES, ROOT / "examples/paper/README.md"):
-        for path, _, fragment in re.findall(
-            r"\]\((?![a-z]+:)([^)#\s]*)(#([^)\s]*))?\)", page.read_text(encoding="utf-8")
-        ):
+        for path, fragment in re.findall(LINK, page.read_text(encoding="utf-8")):
             target = (page.parent / path).resolve() if path else page
             assert target.exists(), f"{page}: {path}"
             if fragment:

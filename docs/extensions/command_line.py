@@ -46,7 +46,8 @@ def _typer_options(command: Any) -> Iterator[Option]:
         if parameter.param_type_name == "argument":
             names = metavar
         else:
-            value = "" if isinstance(parameter.default, bool) else f" {metavar}"
+            is_flag = isinstance(parameter.default, bool) or parameter.secondary_opts
+            value = "" if is_flag else f" {metavar}"
             names = ", ".join(f"{name}{value}" for name in (*parameter.opts, *parameter.secondary_opts))
         yield Option(names, text, None if parameter.required else _shown(parameter.default))
 
