@@ -11,9 +11,13 @@ comma := ,
 empty :=
 space := $(empty) $(empty)
 
-.PHONY: install lock demo test test-slow fuzz test-oldest test-newest lint paper bench device wheels-for-device clean
+.PHONY: help install lock demo test test-slow fuzz test-oldest test-newest lint docs paper bench device wheels-for-device clean
 
-install: $(STAMP)
+# Every target has a line of help behind ##.
+help: ## this list
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 20
+
+install: $(STAMP) ## make .venv, from requirements/lock.txt; every target but device does this first
 
 # torch first, then the package without build isolation: otherwise pip would fetch another torch to build with.
 $(STAMP): pyproject.toml setup.py $(LOCK) requirements/no_deps.txt $(wildcard csrc/*.* csrc/*/*.*)
@@ -29,30 +33,30 @@ $(STAMP): pyproject.toml setup.py $(LOCK) requirements/no_deps.txt $(wildcard cs
 	touch $@
 
 # The newest versions that pyproject.toml and requirements/held.txt allow, for every Python and platform.
-RESOLVE = $(BIN)/uv pip compile --quiet --no-header --no-annotate --no-python-downloads pyproject.toml --group build \
-	$(addprefix --extra ,$(EXTRAS))
-lock: install
+RESOLVE = $(BIN)/uv pip compile --quiet --no-header --no-annotate --no-python-downloads pyproject.toml \
+	--group build --group docs $(addprefix --extra ,$(EXTRAS))
+lock: install ## renew requirements/lock.txt
 	$(RESOLVE) --universal --python-version 3.10 --constraint requirements/held.txt --upgrade -o requirements/lock.txt
 
-demo: install
+demo: install ## tune a 135M chat model under thresholds, and check what the demo claims
 	$(BIN)/python examples/demo/run.py
 
 # A process a core; a file's tests stay together, as its fixtures are made once.
 PYTEST := python -m pytest -q -n auto --dist loadfile
 
-test: install lint
+test: install lint ## lint, and every test that needs no GPU; about 11 minutes on 2 cores
 	$(BIN)/$(PYTEST)
 
 # A model of 1.4 billion parameters, trained for two steps in less than 12 GB; every causal architecture of transformers.
-test-slow: install
+test-slow: install ## a model of 1.4 billion parameters, every causal architecture of transformers
 	$(BIN)/python -m pytest -q -m slow
 
 # The property tests with examples that `make test` has not seen, and many more of them: about an hour on 2 cores.
-fuzz: install
+fuzz: install ## the property tests on fresh examples; about an hour
 	HYPOTHESIS_PROFILE=fuzz $(BIN)/$(PYTEST) --timeout 0 tests/test_fuzz_*.py
 
 # What other versions of packages can change: not the benchmarks and studies, what other compilers build, or the demo.
-BESIDE_VERSIONS := bench% paper% device% demo% gate estimate cuda_build cuda_kernels compile_report scaling readme large
+BESIDE_VERSIONS := bench% paper% device% demo% gate estimate cuda_build cuda_kernels compile_report scaling docs large
 ANY_VERSIONS = $(filter-out $(BESIDE_VERSIONS:%=tests/test_%.py),$(wildcard tests/test_*.py))
 # In a copy of the tree with an environment of its own, as the extension is built for one version of torch. $(1): its
 # name; $(2): its lock.
@@ -66,37 +70,43 @@ define test_versions
 endef
 
 # The lower ends of the ranges in pyproject.toml. Where pip's index has CUDA builds of torch only, 6 GB.
-test-oldest: install
+test-oldest: install ## the tests on the oldest versions that pyproject.toml allows
 	$(call test_versions,oldest,--resolution lowest-direct)
 
 # Their upper ends, as far as pip's index has them today. Red may be somebody else's fault.
-test-newest: install
+test-newest: install ## the tests on the newest versions that pyproject.toml allows
 	$(call test_versions,newest,)
 
-lint: install
+lint: install ## ruff, mypy, import rules
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+# The site, in docs/_build/html.
+docs: install ## the site, in docs/_build/html; warnings are errors
+	$(BIN)/python -m pip install --quiet --constraint $(LOCK) --group docs
+	$(BIN)/python -m sphinx --builder html --fail-on-warning --keep-going docs docs/_build/html
 
 # Every table and picture of docs/results: about 20 minutes on 2 cores.
-paper: install
+paper: install ## every table and picture of docs/results; about 20 minutes
 	$(BIN)/python -m bench.paper
 
 # Every figure of bench/results: an hour and a half on 2 cores, we estimate. `mopo bench --quick` takes three minutes.
-bench: install
+bench: install ## every figure of bench/results; about an hour and a half
 	$(BIN)/python -m bench.run
 
 # On a CUDA machine, with its own python and what is installed there; `python -m bench.device --help` for ARGS.
-device:
+device: ## on a CUDA machine: GPU tests, and times beside every peer
 	$(PYTHON) -m bench.device $(ARGS)
 
 # Peers that a borrowed CUDA machine without a package index lacks, for its Python: docs/gpu.md. 2.7 MB.
 DEVICE_PYTHON ?= 3.12
-wheels-for-device:
+wheels-for-device: ## peers for a CUDA machine without a package index
 	rm -rf .wheels
 	$(PYTHON) -m pip download --quiet --no-deps --only-binary=:all: --python-version $(DEVICE_PYTHON) --dest .wheels \
 		--constraint requirements/lock.txt --constraint requirements/no_deps.txt \
 		trl liger-kernel cut-cross-entropy datasets dill multiprocess
 
-clean:
-	rm -rf build *.egg-info mopo_kernels/*.so runs .pytest_cache .mypy_cache .ruff_cache
+clean: ## remove what was built
+	rm -rf build docs/_build *.egg-info mopo_kernels/*.so runs .pytest_cache .mypy_cache .ruff_cache

@@ -18,6 +18,7 @@ import itertools
 import json
 import re
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -137,7 +138,7 @@ def _resources(binary: Any, log: str) -> dict[str, Any]:
     }
 
 
-def _tile_variants() -> Iterator[tuple[str, Callable[[], None]]]:
+def _tile_variants() -> Iterator[tuple[str, Callable[[], object]]]:
     target = torch.zeros(1, dtype=torch.int64)
     for dtype, bias, (name, transform), columns in itertools.product(
         (torch.float32, torch.float64), BOTH, HEADS.items(), (4096, 4099)
@@ -145,10 +146,10 @@ def _tile_variants() -> Iterator[tuple[str, Callable[[], None]]]:
         tile, row = torch.zeros(1, columns, dtype=dtype), torch.zeros(1, dtype=dtype)
         at = (tile, tile[0] if bias else None, target, 0, transform)
         label = f"{SHORT[dtype]} {name}{' bias' if bias else ''} W={columns}"
-        yield f"lse_fwd {label}", lambda at=at, row=row: lse_fwd(*at, row, row, row)
+        yield f"lse_fwd {label}", partial(lse_fwd, *at, row, row, row)
         for grad_logprob in (None, row):
             suffix = "" if grad_logprob is None else " grad_logprob"
-            yield f"logits_bwd {label}{suffix}", lambda at=at, c=grad_logprob: logits_bwd_(*at, target.double(), c)
+            yield f"logits_bwd {label}{suffix}", partial(logits_bwd_, *at, target.double(), grad_logprob)
 
 
 # (H, W, row stride of the exponentials): whole blocks; none whole; a vocabulary of an odd size, in rows that start at
@@ -156,7 +157,7 @@ def _tile_variants() -> Iterator[tuple[str, Callable[[], None]]]:
 SHAPES = ((1024, 4096, 4096), (1040, 4112, 4112), (1024, 4099, 4112), (1027, 4099, 4099))
 
 
-def _fused_variants() -> Iterator[tuple[str, Callable[[], None]]]:
+def _fused_variants() -> Iterator[tuple[str, Callable[[], object]]]:
     target, row = torch.zeros(1, dtype=torch.int64), torch.zeros(1)
     for dtype, (hidden_size, columns, stride) in itertools.product((torch.bfloat16, torch.float16), SHAPES):
         hidden, weight = torch.zeros(1, hidden_size, dtype=dtype), torch.zeros(columns, hidden_size, dtype=dtype)
@@ -166,7 +167,7 @@ def _fused_variants() -> Iterator[tuple[str, Callable[[], None]]]:
             label = f"{SHORT[dtype]} {name}{' bias' if bias else ''}{' store' if store else ''} {size}"
             at = (hidden, weight, torch.zeros(columns) if bias else None, target, 0, transform, row, row, row)
             stored = tile if store else None
-            yield f"linear_lse_fwd {label}", lambda at=at, stored=stored: _linear_lse_fwd(at, stored)
+            yield f"linear_lse_fwd {label}", partial(_linear_lse_fwd, at, stored)
         if row_offsets(dtype):
             yield from _by_row(f"{SHORT[dtype]} {{}} {size}", hidden, weight, tile, target, row)
             continue
@@ -174,9 +175,7 @@ def _fused_variants() -> Iterator[tuple[str, Callable[[], None]]]:
             suffix = "" if grad_logprob is None else " grad_logprob"
             yield (
                 f"exp_logits_bwd {SHORT[dtype]} {name}{suffix} {size}",
-                lambda tile=tile, transform=transform, c=grad_logprob: exp_logits_bwd_(
-                    tile, _offsets(tile), target, 0, transform, row.double(), row, c
-                ),
+                partial(_exp_logits_bwd, tile, (target, 0, transform, row.double(), row, grad_logprob)),
             )
 
 
@@ -186,13 +185,13 @@ def _by_row(
     """What stands around linear_lse_fwd where exponentials have one offset a row."""
     for (name, transform), bias in itertools.product(HEADS.items(), BOTH):
         at = (hidden, weight, torch.zeros(weight.shape[0]) if bias else None, target, 0, transform)
-        yield f"row_offset {label.format(name + ' bias' * bias)}", lambda at=at: row_offset(*at)
+        yield f"row_offset {label.format(name + ' bias' * bias)}", partial(row_offset, *at)
     for name, transform in HEADS.items():
         marked = (tile, target, 0, transform, row, row.double(), row, row)
-        yield f"mark_target {label.format(name)}", lambda marked=marked: mark_target_(*marked)
-    yield f"row_statistics {label.format('any')}", lambda: row_statistics(row, row, row)
+        yield f"mark_target {label.format(name)}", partial(mark_target_, *marked)
+    yield f"row_statistics {label.format('any')}", partial(row_statistics, row, row, row)
     for name, x, factor in (("rows", hidden, row), ("gradient", weight.float(), torch.ones(()))):
-        yield f"scale_rows {label.format(name)}", lambda x=x, factor=factor: scale_rows(x, factor, torch.bfloat16)
+        yield f"scale_rows {label.format(name)}", partial(scale_rows, x, factor, torch.bfloat16)
 
 
 def _offsets(tile: Tensor) -> Tensor:
@@ -200,14 +199,19 @@ def _offsets(tile: Tensor) -> Tensor:
 
 
 def _linear_lse_fwd(at: tuple[Any, ...], tile: Tensor | None) -> None:
-    linear_lse_fwd(*at, tile, None if tile is None or row_offsets(tile.dtype) else _offsets(tile))
+    offsets = None if tile is None or row_offsets(tile.dtype) else _offsets(tile)
+    linear_lse_fwd(*(*at, tile, offsets))
+
+
+def _exp_logits_bwd(tile: Tensor, rest: tuple[Any, ...]) -> None:
+    exp_logits_bwd_(tile, _offsets(tile), *rest)
 
 
 def _sequence_variants() -> Iterator[tuple[str, Callable[[], object]]]:
     for dtype, index in itertools.product((torch.float32, torch.float64), (torch.int32, torch.int64)):
         value, cu_seqlens = torch.zeros(4, dtype=dtype), torch.zeros(3, dtype=index)
         label = f"segment_sum {SHORT[dtype]} {SHORT[index]}"
-        yield label, lambda value=value, cu_seqlens=cu_seqlens: segment_sum(value, cu_seqlens)
+        yield label, partial(segment_sum, value, cu_seqlens)
     names = ("pair_weight", "label_rate", "margin", "length", "normalizer")
     # None of the optional inputs, each alone, and all.
     chosen = [[False] * 5, *([i == j for i in range(5)] for j in range(5)), [True] * 5]
@@ -222,7 +226,7 @@ def _sequence_variants() -> Iterator[tuple[str, Callable[[], object]]]:
             options=LossOptions(loss_type=loss_type),
         )
         label = " ".join([SHORT[dtype], loss_type, *(name for name in names if optional[name] is not None)])
-        yield f"pair_loss_bwd {label}", lambda one=one, batch=batch: pair_loss_bwd(one, one, batch)
+        yield f"pair_loss_bwd {label}", partial(pair_loss_bwd, one, one, batch)
 
 
 def variants(match: str = "") -> dict[str, Callable[[], object]]:

@@ -262,13 +262,18 @@ class _Parser(argparse.ArgumentParser):
         raise ValueError(message)
 
 
-def _options(arguments: Sequence[str], program: str) -> argparse.Namespace:
+def make_parser(program: str) -> argparse.ArgumentParser:
+    """The arguments of this module and of ``mopo bench``."""
     parser = _Parser(prog=program, description=(__doc__ or "").splitlines()[0])
     names = [section.name for section in FULL]
     parser.add_argument("--quick", action="store_true", help="small sizes, under three minutes on 2 cores")
     parser.add_argument("--only", nargs="+", choices=names, default=names, metavar="NAME", help=", ".join(names))
     parser.add_argument("--output", type=Path, help="folder (default bench/results, with --quick runs/bench)")
-    options = parser.parse_args(arguments)
+    return parser
+
+
+def _options(arguments: Sequence[str], program: str) -> argparse.Namespace:
+    options = make_parser(program).parse_args(arguments)
     if options.output is None:
         options.output = ROOT / "runs" / "bench" if options.quick else ROOT / "bench" / "results"
     options.output = options.output.resolve()

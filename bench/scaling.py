@@ -30,7 +30,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, LlamaConfig, PhiConfig, PretrainedConfig
 
 from bench.provenance import provenance
-from bench.readme import fill_marks
+from bench.tables import fill_marks
 from mopo_kernels.fused.buffer_plan import default_buffer_bytes
 from mopo_kernels.trainer.estimate import optimizer_bytes, tensor_bytes
 

@@ -12,12 +12,12 @@
 namespace mopo {
 
 inline void check_rows(const at::Tensor& t, const char* name, const at::Tensor& tile, at::ScalarType dtype) {
-  TORCH_CHECK_VALUE(
-      t.device() == tile.device() && t.scalar_type() == dtype && t.dim() == 1 && t.size(0) == tile.size(0) &&
-          t.is_contiguous(),
-      name, " must be a contiguous ", at::DeviceTypeName(tile.device().type()), " tensor of shape (", tile.size(0),
-      ",) and dtype ", dtype, " for a tile of shape ", tile.sizes(), " on ", tile.device(), "; got shape ", t.sizes(),
-      ", strides ", t.strides(), ", dtype ", t.scalar_type(), " on ", t.device());
+  TORCH_CHECK_VALUE(t.device() == tile.device() && t.scalar_type() == dtype && t.dim() == 1 &&
+                        t.size(0) == tile.size(0) && t.is_contiguous(),
+                    name, " must be a contiguous ", at::DeviceTypeName(tile.device().type()), " tensor of shape (",
+                    tile.size(0), ",) and dtype ", dtype, " for a tile of shape ", tile.sizes(), " on ", tile.device(),
+                    "; got shape ", t.sizes(), ", strides ", t.strides(), ", dtype ", t.scalar_type(), " on ",
+                    t.device());
 }
 
 // Checks the arguments that both operators share and returns the bias in the tile's dtype.

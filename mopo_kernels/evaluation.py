@@ -323,21 +323,27 @@ def load_policy(
 ) -> Policy:
     """Load a policy for sampling.
 
-    model: folder or hub name of a causal language model, or of a peft adapter, whose configuration then names the
-        model. adapter: folder or hub name of a peft adapter to put on it; or several of them, each with a weight: the
-        policy whose weights are the model's plus the weighted sum of the adapters' updates (for weights that sum to 1
-        the rewarded soup of the policies, arXiv 2306.04488). The sum is of the products B A themselves, not of the
-        factors. Any finite weight will do, also below 0 or above 1.
-    device: default the first CUDA device, else the CPU. dtype: default the one stored in the checkpoint, but float32
-        on the CPU, where half precision is slower.
-    share: a policy loaded before; if it stands on the same model, its weights are used again, not loaded twice. An
-        adapter that is there already is not loaded again, whatever its scale.
-    scale: factor of the update, and of every weight of several: 0 is the model alone, 1 the adapter as it was saved.
-    chat, chat_template_kwargs: how prompts are written, as for `data.rendering.Renderer`; of weights used again, what
-        was given with them.
-    Raises ValueError for a folder that is missing or is neither, for a scale without an adapter, and for a factor other
-        than 1 of an adapter whose update is more than a product of LoRA factors (DoRA, trained biases, modules saved
-        whole, another method); OSError where the checkpoint can't be read.
+    Args:
+        model: folder or hub name of a causal language model, or of a peft adapter, whose configuration then names the
+            model.
+        adapter: folder or hub name of a peft adapter to put on it; or several of them, each with a weight: the policy
+            whose weights are the model's plus the weighted sum of the adapters' updates (for weights that sum to 1 the
+            rewarded soup of the policies, arXiv 2306.04488). The sum is of the products B A themselves, not of the
+            factors. Any finite weight will do, also below 0 or above 1.
+        device: default the first CUDA device, else the CPU.
+        dtype: default the one stored in the checkpoint, but float32 on the CPU, where half precision is slower.
+        share: a policy loaded before; if it stands on the same model, its weights are used again, not loaded twice. An
+            adapter that is there already is not loaded again, whatever its scale.
+        scale: factor of the update, and of every weight of several: 0 is the model alone, 1 the adapter as it was
+            saved.
+        chat, chat_template_kwargs: how prompts are written, as for :class:`mopo_kernels.data.rendering.Renderer`; of
+            weights used again, what was given with them.
+
+    Raises:
+        ValueError: a folder is missing or is neither, a scale comes without an adapter, or a factor other than 1 with
+            an adapter whose update is more than a product of LoRA factors (DoRA, trained biases, modules saved whole,
+            another method).
+        OSError: the checkpoint cannot be read.
     """
     source = str(model)
     _check_place("model", source)
@@ -681,16 +687,23 @@ def draw_responses(
 ) -> list[list[Draw]]:
     """Draw responses from a causal language model.
 
-    prompts (X): str or messages, which `renderer` writes as the model is to see them, or token ids.
-    samples_per_prompt: draws a prompt, independent.
-    max_new_tokens: longest response, tokens. temperature: 0 is greedy. top_p: nucleus mass in (0, 1].
-    batch_size: sequences decoded together (a prompt drawn 4 times is 4 sequences).
-    renderer: default one of the tokenizer, with its default options.
-    seed: the draws depend on it, the prompts and batch_size, on no other use of the random state, which is left as it
-        was. Two policies that are compared need different seeds, or their samples are not independent.
-    Returns [prompt][sample] in the order of `prompts`, special tokens removed.
-    Raises ValueError for an empty prompt, one with a token that the model has no embedding of, or one that leaves no
-        room for max_new_tokens in the model's context.
+    Args:
+        prompts: (X) str or messages, which ``renderer`` writes as the model is to see them, or token ids.
+        samples_per_prompt: draws a prompt, independent.
+        max_new_tokens: longest response, tokens.
+        temperature: 0 is greedy.
+        top_p: nucleus mass in (0, 1].
+        batch_size: sequences decoded together (a prompt drawn 4 times is 4 sequences).
+        renderer: default one of the tokenizer, with its default options.
+        seed: the draws depend on it, the prompts and batch_size, on no other use of the random state, which is left as
+            it was. Two policies that are compared need different seeds, or their samples are not independent.
+
+    Returns:
+        ``[prompt][sample]`` in the order of ``prompts``, special tokens removed.
+
+    Raises:
+        ValueError: a prompt is empty, has a token that the model has no embedding of, or leaves no room for
+            max_new_tokens in the model's context.
     """
     for name, value in (
         ("samples_per_prompt", samples_per_prompt),

@@ -76,14 +76,24 @@ def plot_training(
 ) -> Path:
     """Draw satisfaction, threshold and multiplier of every objective over the optimiser steps.
 
-    history: rows as in transformers' `trainer_state.json` (`log_history`), with "step",
-        "dual/satisfaction/<objective>" and "dual/standard_error/<objective>", measured on prompts that the loss never
-        fits, drawn with a band of two standard errors; where there is none, "in_sample/satisfaction/<objective>", drawn
-        pale; "multiplier/<objective>" and, where the threshold moves, "threshold/<objective>".
-    path: the PNG to write. thresholds: objective -> fixed threshold, for those that have none in the history.
-    primary: the objective that is maximised, which is drawn first and named so.
     An objective with a threshold is held; the others are drawn without one and without a multiplier.
-    Returns path. Raises ValueError if no row holds a satisfaction, ImportError without matplotlib.
+
+    Args:
+        history: rows as in transformers' ``trainer_state.json`` (``log_history``), with "step",
+            "dual/satisfaction/<objective>" and "dual/standard_error/<objective>", measured on prompts that the loss
+            never fits, drawn with a band of two standard errors; where there is none,
+            "in_sample/satisfaction/<objective>", drawn pale; "multiplier/<objective>" and, where the threshold moves,
+            "threshold/<objective>".
+        path: the PNG to write.
+        thresholds: objective -> fixed threshold, for those that have none in the history.
+        primary: the objective that is maximised, which is drawn first and named so.
+
+    Returns:
+        ``path``.
+
+    Raises:
+        ValueError: no row holds a satisfaction.
+        ImportError: matplotlib is missing.
     """
     held_out, fitted = "dual/satisfaction/", "in_sample/satisfaction/"
     objectives = list(
@@ -353,15 +363,26 @@ def plot_front(
 ) -> Path:
     """Draw an exact front: a panel for every secondary objective, over one of its multiplier against its threshold.
 
-    front: from `tabular.pareto_front`. path: the PNG to write. objectives: the K names, `primary` among them.
-    tau: the strength of the KL term, which the vertical axis pays for.
-    sweeps: objective -> the front along its own thresholds alone, rising, which is drawn as a curve.
-    boundary: objective -> (F, 2) vertices (its win rate, the primary's), by falling primary, of what any policy
-        attains: `tabular.linear_front` of the two objectives. What lies beyond is shaded.
-    reference: (K,) win rates of the reference policy. best: (K,) the largest threshold that can be met on its own.
-    solution: the optimum at `thresholds` (objective -> win rate).
-    robust: whether thresholds are compared with a worst case, which is not on the axes; they are then left out above.
-    Returns path. Raises ValueError for a single objective, ImportError without matplotlib.
+    Args:
+        front: from :func:`mopo_kernels.tabular.pareto_front`.
+        path: the PNG to write.
+        objectives: the K names, ``primary`` among them.
+        tau: the strength of the KL term, which the vertical axis pays for.
+        sweeps: objective -> the front along its own thresholds alone, rising, which is drawn as a curve.
+        boundary: objective -> (F, 2) vertices (its win rate, the primary's), by falling primary, of what any policy
+            attains: :func:`mopo_kernels.tabular.linear_front` of the two objectives. What lies beyond is shaded.
+        reference: (K,) win rates of the reference policy.
+        best: (K,) the largest threshold that can be met on its own.
+        solution: the optimum at ``thresholds`` (objective -> win rate).
+        robust: whether thresholds are compared with a worst case, which is not on the axes; they are then left out
+            above.
+
+    Returns:
+        ``path``.
+
+    Raises:
+        ValueError: a single objective.
+        ImportError: matplotlib is missing.
     """
     others = [k for k, name in enumerate(objectives) if name != primary]
     if not others:

@@ -291,14 +291,14 @@ def test_a_run_trains_finds_the_rival_judges_and_reports_and_one_resumed_samples
     assert again["claims"] == report["claims"]
 
 
-def test_the_readmes_table_is_made_of_a_report(tiny: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
-    from bench import readme
+def test_the_documents_table_is_made_of_a_report(tiny: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+    from bench import tables
 
-    monkeypatch.setattr(readme, "DEMO", tiny.out)
+    monkeypatch.setattr(tables, "DEMO", tiny.out)
     tiny.start()
     seeds = {"seeds": [1, 2], "failed": 0, "chance_of_failing": 0.0123, "devices": ["cuda"]}
     (tiny.out / "seeds.json").write_text(json.dumps(seeds))
-    text = readme.demo()
+    text = tables.demo()
     assert "Of 2 runs with seeds of their own on a GPU, 0 failed;" in text
     assert "in at most 1.2% of cases" in text
     report = json.loads((tiny.out / "report.json").read_text())

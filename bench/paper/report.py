@@ -465,7 +465,7 @@ def ablation_panels(record: Record, primary: int) -> dict[str, dict[str, figures
 HOW_TO_READ = f"""
 ## How to read this
 
-Every structure is a finite problem whose exact solution is known; [bench/paper](../../bench/paper) makes them, three
+Every structure is a finite problem whose exact solution is known; `bench/paper` makes them, three
 random instances of each, and all that follows. All policies are trained by the library's own loss and multiplier step.
 Square brackets hold 95% intervals over data sets, Student's for means, Wilson's for rates; instances count alike and
 their differences are no noise. There are many comparisons: of those where there is no difference, one in twenty will be

@@ -105,8 +105,8 @@ void product_(const at::Tensor& out, const at::Tensor& a, const at::Tensor& b, b
   TORCH_CHECK_VALUE(out.scalar_type() == at::kFloat && out.dim() == 2, "out must be a float32 matrix; got shape ",
                     out.sizes(), " and dtype ", out.scalar_type());
   TORCH_CHECK_VALUE((out.size(1) <= 1 || out.stride(1) == 1) && (out.size(0) <= 1 || out.stride(0) >= out.size(1)),
-                    "out must have column stride 1 and rows that do not overlap; got shape ", out.sizes(),
-                    ", strides ", out.strides());
+                    "out must have column stride 1 and rows that do not overlap; got shape ", out.sizes(), ", strides ",
+                    out.strides());
   check_factor(a, "a", out);
   check_factor(b, "b", out);
   TORCH_CHECK_VALUE(a.scalar_type() == at::kBFloat16 || a.scalar_type() == at::kFloat,

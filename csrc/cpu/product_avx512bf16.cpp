@@ -17,8 +17,8 @@
 #include "../mopo_math.h"
 #include "product.h"
 #if defined(__clang__)
-#pragma clang attribute push( \
-    __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma"))), apply_to = function)
+#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma"))), \
+                             apply_to = function)
 #else
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma")
 // GCC 12 warns of its own intrinsics.
@@ -298,8 +298,7 @@ void multiply(const ProductArgs& p, const ProductBlock& block, void* scratch) {
 
 namespace mopo {
 
-const ProductKernel product_avx512bf16 = {tile_rows,     tile_columns, block_rows,
-                                          block_columns, line_bytes,   multiply};
+const ProductKernel product_avx512bf16 = {tile_rows, tile_columns, block_rows, block_columns, line_bytes, multiply};
 
 }  // namespace mopo
 

@@ -32,9 +32,7 @@ struct SimdMath {
   static constexpr int lanes = MOPO_VECTOR_BYTES / int(sizeof(T));
 
   // 2^n, n being in the low bits of n + round_bias.
-  static MOPO_INLINE F power_of_two(F shifted) {
-    return (F)(((U)shifted + C::exponent_bias) << C::exponent_shift);
-  }
+  static MOPO_INLINE F power_of_two(F shifted) { return (F)(((U)shifted + C::exponent_bias) << C::exponent_shift); }
 
   // exp(x): 0 below the normal range, infinity above it, NaN stays.
   static MOPO_INLINE F exp(F x) {

@@ -1,6 +1,7 @@
-// The three kernels, compiled once for each instruction set by tile_default.cpp, tile_avx2.cpp and tile_avx512.cpp, which
-// define MOPO_VECTOR_BYTES and MOPO_KERNELS, the table's name. No library header but <cstdint>: an inline function of
-// the standard library compiled here for AVX-512 could otherwise be the copy that the linker keeps for everybody.
+// The three kernels, compiled once for each instruction set by tile_default.cpp, tile_avx2.cpp and tile_avx512.cpp,
+// which define MOPO_VECTOR_BYTES and MOPO_KERNELS, the table's name. No library header but <cstdint>: an inline
+// function of the standard library compiled here for AVX-512 could otherwise be the copy that the linker keeps for
+// everybody.
 #include <cstdint>
 
 #include "kernels.h"
@@ -219,6 +220,7 @@ void mark(const MarkArgs<T>& a, int64_t begin, int64_t end) {
 
 namespace mopo {
 
-const Kernels MOPO_KERNELS = {{fold<float>, gradient<float>, mark<float>}, {fold<double>, gradient<double>, mark<double>}};
+const Kernels MOPO_KERNELS = {{fold<float>, gradient<float>, mark<float>},
+                              {fold<double>, gradient<double>, mark<double>}};
 
 }  // namespace mopo

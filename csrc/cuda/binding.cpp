@@ -35,7 +35,7 @@ TORCH_LIBRARY_IMPL(mopo_tile, CUDA, m) {
 
 // Importing mopo_kernels._cuda loads this library, and with it the registrations; the module itself is empty.
 PyMODINIT_FUNC PyInit__cuda() {
-  static PyModuleDef module = {PyModuleDef_HEAD_INIT, "_cuda", nullptr, -1, nullptr, nullptr, nullptr, nullptr,
-                               nullptr};
+  static PyModuleDef module = {
+      PyModuleDef_HEAD_INIT, "_cuda", nullptr, -1, nullptr, nullptr, nullptr, nullptr, nullptr};
   return PyModule_Create(&module);
 }

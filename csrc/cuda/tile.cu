@@ -1,8 +1,8 @@
 // Tile work on a GPU: the portable fallback where Triton is missing, for fp32 and fp64 tiles of logits as for half
 // precision. The products around it are torch's, so every tile is written and read once more than where Triton's fused
-// product folds it; no claim of speed rests on it. Rows may start at any element, so each is split into the 16-byte vectors between its first and
-// its last 16-byte boundary and the few scalars on either side. Which thread does which column, and the order of every
-// sum, follow from the arguments alone: two runs give the same bits.
+// product folds it; no claim of speed rests on it. Rows may start at any element, so each is split into the 16-byte
+// vectors between its first and its last 16-byte boundary and the few scalars on either side. Which thread does which
+// column, and the order of every sum, follow from the arguments alone: two runs give the same bits.
 #include <cuda_runtime.h>
 
 #include "tile.h"
@@ -61,7 +61,7 @@ struct Row {
   static constexpr int lanes = Vector<T>::lanes;
 
   T* begin;
-  int64_t head;     // columns before the first vector
+  int64_t head;  // columns before the first vector
   int64_t vectors;
   int64_t scalars;  // columns in no vector
 

@@ -255,12 +255,8 @@ class _Parser(HfArgumentParser):
         raise ValueError(message)
 
 
-def parse(argv: list[str]) -> tuple[ModelArguments, DataArguments, MOPOConfig]:
-    """The three groups of arguments from ``[--config FILE.yaml] [--key value ...]``; the command line wins.
-
-    Raises:
-        ValueError: an unknown key, or a value or file that does not fit, by name.
-    """
+def make_parser() -> HfArgumentParser:
+    """The arguments of ``mopo train``, in three groups of dataclass fields."""
     parser = _Parser(
         (ModelArguments, DataArguments, MOPOConfig),  # type: ignore[arg-type]
         prog="mopo train",
@@ -268,6 +264,16 @@ def parse(argv: list[str]) -> tuple[ModelArguments, DataArguments, MOPOConfig]:
         allow_abbrev=False,
     )
     parser.add_argument("--config", metavar="FILE.yaml", help="Keys and values; the command line overrides them.")
+    return parser
+
+
+def parse(argv: list[str]) -> tuple[ModelArguments, DataArguments, MOPOConfig]:
+    """The three groups of arguments from ``[--config FILE.yaml] [--key value ...]``; the command line wins.
+
+    Raises:
+        ValueError: an unknown key, or a value or file that does not fit, by name.
+    """
+    parser = make_parser()
     known = {item.name for group in (ModelArguments, DataArguments, MOPOConfig) for item in fields(group) if item.init}
     config, _ = parser.parse_known_args(argv)
     if config.config is not None:

@@ -1,24 +1,20 @@
-"""The README's figures, made from bench/results, docs/results and examples/demo/results.
+"""The figures of README.md and of the pages in docs, made from bench/results and examples/demo/results.
 
-python -m bench.readme            # rewrites the parts of README.md between marks
+python -m bench.tables            # rewrites what is between marks in these documents
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench.paper import report
-from bench.paper.run import load as load_study
-
 ROOT = Path(__file__).resolve().parent.parent
-README = ROOT / "README.md"
 RESULTS = ROOT / "bench" / "results"
 DEMO = ROOT / "examples" / "demo" / "results"
-OURS, PLAIN, OWN = "mopo_kernels cpp", "plain PyTorch, scored rows", "mopo_kernels"
+OWN, OURS, GPU, PLAIN = "mopo_kernels", "mopo_kernels cpp", "mopo_kernels triton", "plain PyTorch, scored rows"
 # Other shapes than the first table's: title, files with the head trained and frozen.
 SHAPES = {
     "H 2048, V 51200, fp32": ("head_v51200_cpu.json", "head_v51200_frozen_cpu.json"),
@@ -48,7 +44,7 @@ def demo() -> str:
     text = [
         f"Win rates over the base model, {prompts} prompts with {samples} answers, 95% intervals by prompt; "
         f"seed {settings['seed']}, trained in {precision}, "
-        f"commit {record['versions']['commit']} ([report](examples/demo/results/report.json)). On another processor "
+        f"commit {record['versions']['commit']} ([report](../examples/demo/results/report.json)). On another processor "
         "the samples, and so the figures, differ a little:\n\n",
         f"| objective | | with thresholds | without | without, adapter x {scale:g} |\n|---|---|---|---|---|\n",
     ]
@@ -70,8 +66,8 @@ def demo() -> str:
     text.append(
         f"\nWith thresholds {lowest} (one-sided 95%), and `{ahead['objective']}` ahead of the adapter turned down by "
         f"{ahead['mean']:.3f} [{ahead['low']:.3f}, {ahead['high']:.3f}]. {nothing}{_seeds()}\n\n"
-        f"![Win rates of the policies](examples/demo/results/plane_{settings['primary']}_{next(iter(thresholds))}.png)"
-        "\n"
+        "![Win rates of the policies]"
+        f"(../examples/demo/results/plane_{settings['primary']}_{next(iter(thresholds))}.png)\n"
     )
     return "".join(text)
 
@@ -86,15 +82,17 @@ def _seeds() -> str:
     return (
         f"Of {len(record['seeds'])} runs with seeds of their own on {devices}, {record['failed']} failed; by the "
         f"spread of their margins a run fails by chance in at most {100 * record['chance_of_failing']:.1f}% of cases "
-        "([margins](examples/demo/results/seeds.json))."
+        "([margins](../examples/demo/results/seeds.json))."
     )
 
 
-def rows(trained: dict[str, Any], frozen: dict[str, Any], label: str = "") -> list[str]:
-    """A table row for each contender: ratios and peaks with the head trained and frozen."""
+def rows(
+    trained: dict[str, Any], frozen: dict[str, Any], label: str = "", names: Sequence[str] | None = None
+) -> list[str]:
+    """A table row for each contender, or for those named: ratios and peaks with the head trained and frozen."""
     lines = []
-    for name, row in trained["results"].items():
-        other = frozen["results"][name]
+    for name in names or trained["results"]:
+        row, other = trained["results"][name], frozen["results"][name]
         title = name if row["loss"] in ("regression", "none") else f"{name} ({row['loss']})"
         lines.append(
             f"| {label}{title} | {row['ratio']:.2f} | {other['ratio']:.2f} "
@@ -120,7 +118,7 @@ def performance() -> str:
         "|---|---|---|---|---|\n",
     ]
     for title, files in SHAPES.items():
-        text += rows(*map(load, files), label=f"{title}: ")
+        text += rows(load(files[0]), load(files[1]), label=f"{title}: ")
     measured = ", ".join(
         f"{record['rounds']} rounds at {record['commit']}" for files in SHAPES.values() for record in map(load, files)
     )
@@ -169,8 +167,8 @@ def growth() -> str:
         f"Growth from H {plan['hidden']}, N {plan['tokens']}, V {plan['vocabulary']}, K {plan['objectives']}, prompt "
         f"share {plan['share']:g} along one axis (N to {plan['axis_tokens'][-1]}, V to {plan['axis_vocabulary'][-1]}), "
         f"head trained / frozen, fp32; `{record['command']}`, commit {record['commit']}, "
-        "[picture](bench/results/growth_cpu_float32.png), [in bf16](bench/results/growth_cpu_bfloat16.png). Powers "
-        "over N and V (1: proportional), quotients over K and the prompt's share (1: no difference):\n\n",
+        "[picture](../bench/results/growth_cpu_float32.png), [in bf16](../bench/results/growth_cpu_bfloat16.png). "
+        "Powers over N and V (1: proportional), quotients over K and the prompt's share (1: no difference):\n\n",
         "| | time, power of N | of V | time / bare products, K 8 over K 1 | peak memory of the call, power of N | "
         "of V |\n",
         "|---|---|---|---|---|---|\n",
@@ -198,9 +196,38 @@ def growth() -> str:
     return "".join(text)
 
 
-def theory() -> str:
-    """What the study of canonical structures found."""
-    return "".join(f"* {text}\n" for text in report.sentences(load_study(ROOT / "docs" / "results")))
+def gradient_filter() -> str:
+    """What the gradient filter is worth, by threshold, precision and head."""
+    kinds = {
+        f"{short}, {head}": load(f"gradient_filter_{dtype}{'' if head == 'trained' else '_frozen'}_cpu.json")
+        for dtype, short in (("float32", "fp32"), ("bfloat16", "bf16"))
+        for head in ("trained", "frozen")
+    }
+    first = next(iter(kinds.values()))
+    work = first["workload"]
+    commits = ", ".join(dict.fromkeys(record["commit"] for record in kinds.values()))
+    text = [
+        f"{work['tokens']} tokens of SmolLM2's own answers, H {work['hidden']}, V {work['vocabulary']}, "
+        f"{first['threads']} threads, medians of {first['rounds']} interleaved rounds (`python -m "
+        f"bench.gradient_filter`, commit {commits}; +: with other files changed): time / bare products, without a "
+        "reference, and relative error of dhidden:\n\n",
+        f"| `gradient_filter` | {' | '.join(kinds)} |\n|---|{'---|' * len(kinds)}\n",
+    ]
+    for name in ("exact", "2^-10", "2^-12", "2^-14"):
+        rows = [record["results"][name] for record in kinds.values()]
+        cells = [f"{row['ratio']:.2f}" + (f", {row['errors'][0]:.1e}" if row["errors"][0] else "") for row in rows]
+        text.append(f"| {'None' if name == 'exact' else name} | {' | '.join(cells)} |\n")
+    many, wide, wide_frozen = (load(f"gradient_filter_{name}_cpu.json") for name in ("8192", "wide", "wide_frozen"))
+    rows = [record["results"]["2^-12"] for record in (many, wide, wide_frozen)]
+    plain = kinds["bf16, trained"]["results"]["plain PyTorch"]["errors"][0]
+    text.append(
+        f"\nOn {many['workload']['tokens']:,} tokens 2^-12 takes {rows[0]['ratio']:.2f} (fp32, trained); on a head of "
+        f"H {wide['workload']['hidden']} and V {wide['workload']['vocabulary']} with rows made as peaked, "
+        f"{wide['workload']['tokens']:,} tokens, {rows[1]['ratio']:.2f} trained and {rows[2]['ratio']:.2f} frozen, off "
+        f"by {rows[1]['errors'][0]:.1e} and {rows[2]['errors'][0]:.1e} (commit {wide['commit']}). Plain PyTorch in "
+        f"bf16 is off by {plain:.1e} on SmolLM2's rows.\n"
+    )
+    return "".join(text)
 
 
 def steps() -> str:
@@ -289,11 +316,66 @@ def layout() -> str:
     return "".join(text)
 
 
+def summary() -> str:
+    """Six rows of the head's table, and in a sentence each what else was measured."""
+    trained, frozen, step = load("head_cpu.json"), load("head_frozen_cpu.json"), load("step_cpu.json")
+    device = load("device_compare_nvidia_h100_80gb_hbm3.json")
+    work = trained["workload"]
+    names = (
+        "bare products",
+        OURS,
+        PLAIN,
+        f"{PLAIN}, compiled",
+        "TRL ChunkedLogProb, scored rows",
+        "Liger DPO, scored rows, compiled",
+    )
+    ratios = [
+        part["ratio"]
+        for rows in step["results"].values()
+        for row in rows.values()
+        if row["settings"]["trainer"] == "trl"
+        for part in row["by_prompt_share"].values()
+    ]
+    text = [
+        "| | time / bare products, head trained | head frozen | peak memory, gradients included | head frozen |\n",
+        "|---|---|---|---|---|\n",
+        *rows(trained, frozen, names=names),
+        f"\nForward and backward of {work['scored']} scored tokens on a CPU: H {work['hidden']}, V "
+        f"{work['vocabulary']}, fp32, {trained['threads']} threads, commit {trained['commit']}. 1.00 is what a loss "
+        "would cost that did nothing but multiply. A whole training step of a model of SmolLM2-135M's shape takes "
+        f"TRL's DPOTrainer {min(ratios):.1f} to {max(ratios):.1f} times as long as this library's trainer, on a CPU "
+        f"too. On one {device['device']['name']}, in bf16, the loss takes "
+        f"{_range(shape['results'][GPU]['ratio'] for shape in _shapes(device))} of the bare products' time, and the "
+        f"fastest peer {_range(_fastest_peers(device))} of this loss's. Not measured: fp16, fp32 and fp64 on a GPU, "
+        "other GPUs, more than one device.\n",
+    ]
+    return "".join(text)
+
+
+def _shapes(record: dict[str, Any]) -> list[dict[str, Any]]:
+    """What was timed on a GPU, a record a shape."""
+    return list(record["sections"]["time"]["shapes"].values())
+
+
+def _fastest_peers(record: dict[str, Any]) -> list[float]:
+    """The fastest peer's time over ours, a shape."""
+    return [
+        min(row["ms"] for name, row in shape["results"].items() if row["loss"] != "none" and OWN not in name)
+        / shape["results"][GPU]["ms"]
+        for shape in _shapes(record)
+    ]
+
+
+def _range(values: Iterable[float]) -> str:
+    values = list(values)
+    return f"{min(values):.2f} to {max(values):.2f}"
+
+
 def gpu() -> str:
     """The head beside every peer, and whole steps beside TRL's, on a borrowed GPU."""
     record, smoke, step = (load(f"device_{name}_nvidia_h100_80gb_hbm3.json") for name in ("compare", "smoke", "step"))
-    shapes: list[dict[str, Any]] = list(record["sections"]["time"]["shapes"].values())
-    tests, own = record["sections"]["tests"]["counts"], "mopo_kernels triton"
+    shapes = _shapes(record)
+    tests = record["sections"]["tests"]["counts"]
     versions, first = record["versions"], shapes[0]["shape"]
     kinds = [f"V {s['shape']['vocabulary']}, {'trained' if s['shape']['trained'] else 'frozen'}" for s in shapes]
     text = [
@@ -309,11 +391,6 @@ def gpu() -> str:
         found = [shape["results"].get(name) for shape in shapes]
         cells = [f"{row['ratio']:.2f}, {row['peak_mib']:.0f} MiB" if row else "-" for row in found]
         text.append(f"| {name} | {' | '.join(cells)} |\n")
-    peers = [
-        min(row["ms"] for name, row in s["results"].items() if row["loss"] != "none" and OWN not in name)
-        / s["results"][own]["ms"]
-        for s in shapes
-    ]
     best = smoke["sections"]["tune"]["rows"][0]["over_product"]
     buffers = {
         figure["piece"]: figure["ratio"] for figure in smoke["sections"]["probe"]["figures"] if "ratio" in figure
@@ -326,10 +403,10 @@ def gpu() -> str:
     ours, theirs = (found[f"LoRA, {name}, sdpa"] for name in ("mopo_kernels", "TRL, fastest"))
     work = step["sections"]["step"]["work"]
     text += [
-        f"\nThe fastest peer takes {min(peers):.2f} to {max(peers):.2f} times as long. The goal of 1.08 is not "
+        f"\nThe fastest peer takes {_range(_fastest_peers(record))} times as long. The goal of 1.08 is not "
         f"reached: the fused product takes {best[0]:.2f} of the BLAS library's time where its exponentials are stored, "
         f"which does not hide behind the next tile's products, and {best[2]:.2f} where not; and the many small "
-        f"launches keep the host busy for {shapes[0]['results'][own]['host_ms']:.0f} ms a call, which shows where "
+        f"launches keep the host busy for {shapes[0]['results'][GPU]['host_ms']:.0f} ms a call, which shows where "
         "tokens are few. "
         f"At buffers of 256, 512 and 1024 MiB, commit {smoke['commit']}: {tried[0]} (V 51200), {tried[1]} (V 128256). "
         "QuACK was not there.\n\n",
@@ -342,14 +419,18 @@ def gpu() -> str:
     return "".join(text)
 
 
-SECTIONS: dict[str, Callable[[], str]] = {
-    "demo": demo,
-    "performance": performance,
-    "growth": growth,
-    "steps": steps,
-    "layout": layout,
-    "gpu": gpu,
-    "theory": theory,
+# What makes each section of each document.
+DOCUMENTS: dict[str, dict[str, Callable[[], str]]] = {
+    "README.md": {"summary": summary},
+    "docs/demo.md": {"demo": demo},
+    "docs/benchmarks.md": {
+        "performance": performance,
+        "gradient_filter": gradient_filter,
+        "growth": growth,
+        "steps": steps,
+        "layout": layout,
+        "gpu": gpu,
+    },
 }
 
 
@@ -363,16 +444,18 @@ def fill_marks(document: str, sections: dict[str, Callable[[], str]], module: st
         begin, end = f"<!-- {name}: made by python -m {module} -->\n", "<!-- end -->\n"
         pattern = re.compile(f"{re.escape(begin)}.*?{re.escape(end)}", re.DOTALL)
         text = f"{begin}\n{make()}\n{end}"
-        document, found = pattern.subn(lambda _, text=text: text, document)
+        document, found = pattern.subn(text.replace("\\", r"\\"), document)
         if found != 1:
             raise ValueError(f"{file} must have one part that begins with {begin!r}, got {found}")
     return document
 
 
-def replaced(readme: str) -> str:
-    """The README with its tables made anew."""
-    return fill_marks(readme, SECTIONS, "bench.readme", "README.md")
+def replaced(file: str, document: str) -> str:
+    """The text of one of :data:`DOCUMENTS` with its tables made anew."""
+    return fill_marks(document, DOCUMENTS[file], "bench.tables", file)
 
 
 if __name__ == "__main__":
-    README.write_text(replaced(README.read_text(encoding="utf-8")), encoding="utf-8")
+    for file in DOCUMENTS:
+        path = ROOT / file
+        path.write_text(replaced(file, path.read_text(encoding="utf-8")), encoding="utf-8")
