@@ -414,11 +414,12 @@ def plot_vectors(found: Sequence[Tested], thresholds: Sequence[Mapping[str, floa
 
 
 def plot_control(explored: Mapping[str, Any], names: Sequence[str], path: Path) -> None:
-    """Multipliers of long runs, and the held objectives on the dual data with their standard errors, over the steps."""
+    """Multipliers of long runs, the held objectives on the dual data with their standard errors, and what of the labels
+    is explained, over the steps."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(4.2 * len(names), 5.5), layout="constrained")
-    panels = figure.subplots(2, len(names), sharex="col", sharey="row", squeeze=False)
+    figure = Figure(figsize=(4.2 * len(names), 7.5), layout="constrained")
+    panels = figure.subplots(3, len(names), sharex="col", sharey="row", squeeze=False)
     for column, name in enumerate(names):
         history = explored["jobs"][name]["result"]["history"]
         for colour, held in zip(("tab:blue", "tab:orange"), HELD, strict=True):
@@ -432,11 +433,21 @@ def plot_control(explored: Mapping[str, Any], names: Sequence[str], path: Path) 
         bounds = explored["jobs"][name]["spec"]["run"]["thresholds"]
         for bound in sorted(set(bounds.values())):
             panels[1, column].axhline(bound, color="black", linewidth=0.6, linestyle=":")
+        for key, label, colour in (
+            ("in_sample/r_squared", "training pairs", "tab:grey"),
+            ("eval_r_squared", "pairs of other prompts", "tab:green"),
+        ):
+            lines = [line for line in history if key in line]
+            values = [line[key] for line in lines]
+            panels[2, column].plot([line["step"] for line in lines], values, color=colour, label=label)
+        panels[2, column].axhline(0.0, color="black", linewidth=0.6, linestyle=":")
         panels[0, column].set_title(name, fontsize=10)
-        panels[1, column].set_xlabel("optimiser steps")
+        panels[2, column].set_xlabel("optimiser steps")
     panels[0, 0].set_ylabel("multiplier")
     panels[1, 0].set_ylabel("value on the dual data")
-    panels[0, 0].legend(frameon=False)
+    panels[2, 0].set_ylabel("R\N{SUPERSCRIPT TWO}")
+    for row in (0, 2):
+        panels[row, 0].legend(frameon=False)
     for axes in panels.flat:
         axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=110)
