@@ -104,7 +104,7 @@ WRONG: dict[str, tuple[Callable[[Batch], dict[str, Any]], str]] = {
 
 
 @pytest.mark.parametrize("case", WRONG)
-@pytest.mark.parametrize("backend", ["reference", "torch"])
+@pytest.mark.parametrize("backend", ["naive", "torch"])
 def test_a_wrong_tensor_is_named_with_expectation_and_value(case: str, backend: str) -> None:
     change, message = WRONG[case]
     batch = make_batch()

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from trainer_samples import CONFIGS, fresh, lora, make_data, make_model, make_trainer
 
-from mopo_kernels import reference
+from mopo_kernels import naive
 from mopo_kernels.trainer.head import find_transform, output_head
 from mopo_kernels.trainer.layout import take_layout
 
@@ -32,7 +32,7 @@ def plain_loss(trainer, model, batch):
     labels = batch["labels"][:, 1:]
     token = torch.log_softmax(logits.to(DOUBLE), -1).gather(-1, labels.clamp(min=0)[..., None])[..., 0]
     logprob = (token * (labels != -100)).sum(1)
-    return reference.mopo_loss(
+    return naive.mopo_loss(
         logprob,
         batch["ref_logprob"].to(DOUBLE),
         batch["pairs"],
@@ -127,7 +127,7 @@ def test_log_probabilities_per_token_are_the_oracles(tmp_path):
     model = trainer.model
     logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1]
     token = torch.log_softmax(logits, -1).gather(-1, labels.clamp(min=0)[..., None])[..., 0]
-    expected = reference.mopo_loss(
+    expected = naive.mopo_loss(
         (token * (labels != -100)).sum(1),
         batch["ref_logprob"],
         batch["pairs"],

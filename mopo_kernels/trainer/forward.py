@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mopo_kernels import reference
+from mopo_kernels import naive
 from mopo_kernels.functional import MOPOLossOutput, linear_mopo_loss, linear_sequence_logprob
-from mopo_kernels.reference import MAX_LOG_IMPORTANCE
+from mopo_kernels.naive import MAX_LOG_IMPORTANCE
 from mopo_kernels.trainer.experts import LoadBalancing
 from mopo_kernels.trainer.head import Transform, output_head
 from mopo_kernels.trainer.layout import Layout, OnHost, PaddedRows, Scored, take_layout
@@ -257,9 +257,9 @@ class PolicyForward:
         pair_weight = pair_weight.to(first_ratio.dtype)
         rho = None
         if self.loss_type == "cloning" or self.estimator == "closed_form":
-            rho = reference.policy_ratio(preference, pairs, objective_weight, self.tau, prompt_index, self.max_ratio)
+            rho = naive.policy_ratio(preference, pairs, objective_weight, self.tau, prompt_index, self.max_ratio)
         responses = (count > 0).sum()
-        target = reference.pair_target(preference, objective_weight, self.tau, label_rate)
+        target = naive.pair_target(preference, objective_weight, self.tau, label_rate)
         ratio = torch.exp(double(first_ratio[present]).clamp(max=MAX_LOG_IMPORTANCE)) if rho is None else rho[present]
         return {
             "moments": satisfaction_moments(

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
-from mopo_kernels import reference
-from mopo_kernels.parallel import is_dtensor, whole
+from mopo_kernels import naive
+from mopo_kernels.fused.vocab_parallel import full_tensor, is_dtensor
 
 # Attributes of model configurations that scale or cap the logits. Some architectures multiply by a scale and others
 # divide by it under the same name, so both are tried; the model's own logits decide.
@@ -217,7 +217,7 @@ def find_transform(model: nn.Module) -> Transform:
     model.eval()
     try:
         hidden, weight, bias = head.operands(last_hidden_state(model, tokens, mask)[0])
-        weight, bias = whole(weight), None if bias is None else whole(bias)
+        weight, bias = full_tensor(weight), None if bias is None else full_tensor(bias)
         logits = base(input_ids=tokens, attention_mask=mask, use_cache=False).logits[0]
     finally:
         for module, training in modes:
@@ -232,7 +232,7 @@ def find_transform(model: nn.Module) -> Transform:
     tolerance = max(4 * torch.finfo(head.weight.dtype).eps, 1e-4) * max(1.0, float(logits.abs().max()))
     best = float("inf")
     for candidate in _candidates(base.config):
-        found = reference.head_logits(hidden, weight, bias, candidate.softcap, candidate.logit_scale, 1.0)
+        found = naive.head_logits(hidden, weight, bias, candidate.softcap, candidate.logit_scale, 1.0)
         difference = float((torch.log_softmax(found.to(torch.float64), dim=-1) - expected).abs().max())
         if difference <= tolerance:
             return candidate
