@@ -390,7 +390,7 @@ def sequence_logprobs(
 
     found: list[list[float]] = []
     with policy.active() as model, torch.no_grad(), progress_bar(progress) as bar:
-        options = find_transform(model)._asdict()
+        options = find_transform(model).keywords()
         task = bar.add_task(f"scoring under {policy.name}", total=len(examples))
         for start in range(0, len(examples), batch_size):
             batch = collator(examples[start : start + batch_size])

@@ -11,6 +11,7 @@ from torch import nn
 from trainer_samples import CONFIGS, fresh, lora, make_data, make_model, make_trainer
 
 from mopo_kernels import naive
+from mopo_kernels.arguments import LogitTransform
 from mopo_kernels.trainer.head import find_transform, output_head
 from mopo_kernels.trainer.layout import take_layout
 
@@ -203,7 +204,7 @@ def test_no_tensor_of_tokens_times_vocabulary_is_made(tmp_path):
     [("gemma2", (2.0, 1.0)), ("cohere", (None, 0.25)), ("granite", (None, 0.25)), ("llama", (None, 1.0))],
 )
 def test_caps_and_scales_are_found(name, expected):
-    assert find_transform(make_model(name)) == expected
+    assert find_transform(make_model(name)) == LogitTransform(*expected)
 
 
 def test_a_head_that_does_more_than_its_configuration_says_is_refused(tmp_path):
