@@ -113,6 +113,21 @@ def sigmoid_loss(
     return -(term * labelled * scale).sum(dim=1)
 
 
+def pair_loss(
+    margin: Tensor,
+    preference: Tensor,
+    objective_weight: Tensor,
+    tau: float | Tensor,
+    loss_type: str,
+    label_rate: Tensor | None = None,
+    offset: Tensor | None = None,
+) -> Tensor:
+    """The loss of every pair, (P,): :func:`regression_loss` against :func:`pair_target`, or :func:`sigmoid_loss`."""
+    if loss_type == "regression":
+        return regression_loss(margin, pair_target(preference, objective_weight, tau, label_rate))
+    return sigmoid_loss(margin, preference, objective_weight, tau, label_rate, offset)
+
+
 def mean_label(preference: Tensor, pairs: Tensor, sequences: int) -> Tensor:
     """``sbar_k(s)``: the mean of a response's labels for each objective, 0.5 where it has none: (S, K).
 
@@ -308,10 +323,7 @@ def mopo_loss(
         assert rho is not None
         total, count = -(rho.to(logprob) * logprob).sum(), h.new_full((), float(logprob.shape[0]))
     else:
-        if loss_type == "regression":
-            per_pair = regression_loss(h, pair_target(preference, objective_weight, tau, label_rate))
-        else:
-            per_pair = sigmoid_loss(h, preference, objective_weight, tau, label_rate, margin)
+        per_pair = pair_loss(h, preference, objective_weight, tau, loss_type, label_rate, margin)
         total, count = (weight * per_pair).sum(), weight.sum()
     if normalizer is not None:
         count = normalizer.to(h) if isinstance(normalizer, Tensor) else h.new_full((), normalizer)

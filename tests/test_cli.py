@@ -96,8 +96,6 @@ def error_line(capsys: pytest.CaptureFixture[str]) -> str:
 @pytest.mark.parametrize(
     ("argv", "words"),
     [
-        ([], "Missing command"),
-        (["data"], "Missing command"),
         (["nonsense"], "No such command 'nonsense'"),
         (["--nonsense"], "--nonsense"),
         (["eval"], "--policy"),
@@ -112,6 +110,15 @@ def test_bad_arguments_exit_2_with_one_line_that_names_them(capsys, argv, words)
     line = error_line(capsys)
     assert line.startswith("mopo: error: ")
     assert words in line
+
+
+@pytest.mark.parametrize(("argv", "command"), [([], "pareto"), (["data"], "validate")])
+def test_a_command_of_commands_alone_shows_its_help(capsys, argv, command):
+    assert cli.main(argv) == 0
+    captured = capsys.readouterr()
+    assert "Usage: mopo" in captured.out
+    assert command in captured.out
+    assert captured.err == ""
 
 
 @pytest.mark.parametrize(

@@ -190,10 +190,10 @@ def test_report_folds_no_line_in_a_pipe(tmp_path: Path, monkeypatch: pytest.Monk
     assert any(f" {long} " in line and "100.0%" in line for line in result.stdout.splitlines())
 
 
-def test_without_a_command_one_line_says_so() -> None:
+def test_without_a_command_the_help_is_shown() -> None:
     result = mopo_data()
-    assert result.exit_code == 2
-    assert "Missing command" in result.stderr
+    assert result.exit_code == 0
+    assert "validate" in result.stdout
 
 
 def test_report_tells_when_the_objectives_agree(tmp_path: Path) -> None:

@@ -112,6 +112,13 @@ def test_state_dict_is_a_copy() -> None:
         ("primary", "warm", "state must be of primary 'detail', got 'warm'"),
         ("multiplier", {"warm": 1.0}, r"state's multiplier must be for \['plain'\], got \['warm'\]"),
         ("multiplier", {"plain": 3.0}, r"state's multiplier must lie in \[0, 2\], got 3.0"),
+        ("multiplier", {"plain": math.nan}, "state's multiplier must be finite, got nan for 'plain'"),
+        (
+            "average",
+            {"detail": 0.5, "plain": 0.5, "warm": math.nan},
+            "state's average must be finite, got nan for 'warm'",
+        ),
+        ("best_seen", {"plain": math.inf}, "state's best_seen must be finite, got inf for 'plain'"),
     ],
 )
 def test_foreign_state_is_refused(field: str, value: object, message: str) -> None:

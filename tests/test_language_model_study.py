@@ -103,6 +103,10 @@ def test_the_exploration_runs_on_two_processes_and_is_not_run_again(
     assert [len(row) for row in scores["warmth"]] == [2, 2, 2]
     trained = found["constrained-3-s0"]["result"]
     assert trained["steps"] == 6
+    looks = {line["step"]: line["eval_r_squared"] for line in trained["history"] if "eval_r_squared" in line}
+    assert list(looks) == [0, 1, 2, 3, 4, 5, 6]
+    assert looks[0] == pytest.approx(0, abs=1e-6)
+    assert looks[6] == explore.explained(trained) != 0
     assert trained["fitted_prompts"] == 10  # a fifth of 12 is held out
     assert any("dual/satisfaction/brevity" in line for line in trained["history"])
     fixed = found["fixed-1-s0"]["result"]
@@ -118,13 +122,17 @@ def test_the_exploration_runs_on_two_processes_and_is_not_run_again(
     assert again == found
     capsys.readouterr()
 
-    written = scheduler.bundle(settings.out, {"commit": "none"}, ["constrained-1-s0"])
+    origin = {"command": ["explore"], "commit": "none"}
+    written = scheduler.bundle(settings.out, origin, ["constrained-1-s0"])
     assert [path.name for path in written] == ["results.json.gz", "adapter_constrained-1-s0.tar"]
     assert scheduler.read_bundle(written[0])["jobs"] == found
-    text = "\n".join(report.explored_lines({"jobs": found, "command": ["explore"], "commit": "none"}, settings.out))
+    text = "\n".join(report.explored_lines({"jobs": found, **origin}, settings.out))
     assert "| constrained | 1 | 1 |" in text
     assert "| loss-sigmoid |" in text
     assert (settings.out / "control.png").is_file()
+    alone = settings.out / "report"
+    report.write_report(settings.out / "none.json.gz", alone, explored=written[0])
+    assert "| constrained | 1 | 1 |" in (alone / report.README).read_text()
 
 
 TINY = study.Settings(

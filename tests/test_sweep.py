@@ -428,6 +428,10 @@ def test_a_finished_sweep_trains_new_points_only(files, finished, monkeypatch):
     train(arguments(files, finished, "--max_steps", "1", points=POINTS))
     assert trained == [str(finished / NAMES[2])]
     assert [record["status"] for record in report_of(finished)["points"]] == ["trained"] * 3
+    before = stamps(finished)
+    train(arguments(files, finished, "--max_steps", "1", points=POINTS))
+    assert len(trained) == 1
+    assert stamps(finished) == before
     (finished / NAMES[0] / "adapter_config.json").unlink()
     train(arguments(files, finished, "--max_steps", "1", "--logging_steps", "2", points=POINTS))
     assert trained[1:] == [str(finished / NAMES[0])]

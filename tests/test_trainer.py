@@ -505,6 +505,15 @@ def test_logged_numbers_are_those_of_the_oracle(estimator, tmp_path):
         estimator=estimator,
         prompt_index=batch["prompt_index"],
     )
+    nothing = naive.mopo_loss(
+        torch.zeros_like(r),
+        torch.zeros_like(r),
+        batch["pairs"],
+        preference,
+        trainer.dual.weight.double(),
+        tau=0.3,
+        pair_weight=weight,
+    )
     target = naive.pair_target(preference, trainer.dual.weight.double(), 0.3)
     oriented = (weight * target.sign() * expected.margin).sum() / weight[target != 0].sum()
     share = torch.softmax(r, 0)
@@ -515,6 +524,7 @@ def test_logged_numbers_are_those_of_the_oracle(estimator, tmp_path):
         "satisfaction/brief": expected.satisfaction[1],
         "slack/brief": expected.satisfaction[1] - trainer.dual.threshold["brief"],
         "margin": oriented,
+        "r_squared": 1 - expected.loss / nothing.loss,
         "kl": kl,
         "kl_first": kl,
     }.items():
@@ -562,6 +572,7 @@ def test_every_promised_number_is_logged(tmp_path):
     for line in dual:
         for key in (
             *("multiplier/brief", "threshold/brief", "dual/slack/brief", "dual/lr/brief", "dual/satisfaction/helpful"),
+            "dual/r_squared",
             *(f"dual/{kind}/{name}" for kind in ("standard_error", "effective_prompts") for name in trainer.objectives),
         ):
             assert math.isfinite(line[key]), key
@@ -574,6 +585,7 @@ def test_every_promised_number_is_logged(tmp_path):
             "in_sample/satisfaction/brief",
             "in_sample/satisfaction/helpful",
             "in_sample/standard_error/brief",
+            "in_sample/r_squared",
             "margin",
             "kl",
             "kl_first",
@@ -585,6 +597,39 @@ def test_every_promised_number_is_logged(tmp_path):
             assert math.isfinite(line[key]), key
         assert line["tokens_per_second"] > line["scored_tokens_per_second"] > 0
         assert 10 < line["peak_memory_mib"] < 1e5
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"loss_type": "sigmoid", "tau": 0.5},
+        {"label_rate": {"brief": 0.5}},
+        {"length_normalize": True, "tau": 2.0},
+        {"loss_type": "cloning", "estimator": "closed_form"},
+    ],
+    ids=["regression", "sigmoid", "label-rate", "length", "cloning"],
+)
+def test_the_share_of_the_pairs_explained_is_the_same_of_dual_and_evaluation_data(changes, tmp_path):
+    """One data set looked at both ways under the same weights, against the loss itself; 0 for the reference."""
+    data = make_dual_data(6)
+    settings = STEERED | {"dual_warmup_steps": 1000, "estimator": "snis", "max_steps": 3, "logging_steps": 1} | changes
+    trainer = make_trainer(tmp_path, dual_dataset=data, reference="model", learning_rate=1e-2, **settings)
+    before = trainer.evaluate(data)
+    trainer.train()
+    after = trainer.evaluate(data)
+    measured = [line for line in trainer.state.log_history if "dual/satisfaction/brief" in line][-1]
+    lines = [line for line in trainer.state.log_history if "loss" in line]
+    if changes.get("loss_type") == "cloning":
+        assert "eval_r_squared" not in after
+        assert "dual/r_squared" not in measured
+        assert all("in_sample/r_squared" not in line for line in lines)
+        return
+    assert before["eval_r_squared"] == pytest.approx(0.0, abs=1e-6)
+    assert after["eval_r_squared"] == pytest.approx(1 - after["eval_loss"] / before["eval_loss"], abs=1e-5)
+    assert abs(after["eval_r_squared"]) > 1e-4
+    assert measured["dual/r_squared"] == pytest.approx(after["eval_r_squared"], abs=1e-5)
+    assert lines[0]["in_sample/r_squared"] == pytest.approx(0.0, abs=1e-6)
 
 
 def test_the_effective_sample_size_is_that_of_a_step_however_many_a_log_line_covers(tmp_path):

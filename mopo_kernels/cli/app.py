@@ -14,6 +14,7 @@ from mopo_kernels.cli import TRACEBACK
 from mopo_kernels.cli.certify import certify_policies
 from mopo_kernels.cli.doctor import diagnose
 from mopo_kernels.cli.eval import evaluate
+from mopo_kernels.cli.output import show_help
 from mopo_kernels.cli.pareto import exact_front
 
 # train, data and bench parse their own arguments, --help included.
@@ -25,7 +26,7 @@ _PASS_THROUGH: dict[str, Any] = {
 app = typer.Typer(
     name="mopo",
     help="Multi-objective preference optimisation: alignment under thresholds, from pairwise preferences.",
-    no_args_is_help=False,
+    invoke_without_command=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
@@ -44,6 +45,7 @@ def _show_version(asked: bool) -> None:
 
 @app.callback()
 def _options(
+    context: typer.Context,
     debug: Annotated[
         bool, typer.Option("--debug", help="Show the traceback of an error (as MOPO_TRACEBACK=1).")
     ] = False,
@@ -53,6 +55,7 @@ def _options(
 ) -> None:
     if debug:
         os.environ[TRACEBACK] = "1"
+    show_help(context)
 
 
 @app.command("train", help="Train a policy under thresholds.", **_PASS_THROUGH)

@@ -15,7 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-from mopo_kernels.cli.output import Chat, TemplateVariables, chat_options, literal, prepare_file, show
+from mopo_kernels.cli.output import Chat, TemplateVariables, chat_options, literal, prepare_file, show, show_help
 from mopo_kernels.data.converters import CONVERTERS
 from mopo_kernels.data.dataset import PreferenceData
 from mopo_kernels.data.loaders import load_preferences
@@ -27,9 +27,11 @@ from mopo_kernels.text import one_line
 
 data_app = typer.Typer(
     help="Check, convert and describe preference data.",
-    no_args_is_help=False,
+    invoke_without_command=True,
+    callback=show_help,
     add_completion=False,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,
 )
 
 Sources = Annotated[

@@ -27,6 +27,12 @@ def chat_options(chat: str, chat_template_kwargs: str | None) -> dict[str, Any]:
     return {"chat": chat, "chat_template_kwargs": parse_json("--chat-template-kwargs", chat_template_kwargs)}
 
 
+def show_help(context: typer.Context) -> None:
+    """The help of a command of commands, where none of them was named."""
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help())
+
+
 def literal(text: str) -> str:
     """``text`` as a cell or a title that shows it as it is, in one line: no markup, no terminal code."""
     return escape(one_line(text))

@@ -220,8 +220,8 @@ class DualAscent:
         """Take over a state made by :meth:`state_dict` of a DualAscent with the same objectives.
 
         Raises:
-            ValueError: the state is of other objectives, another primary or other constrained objectives, or lacks a
-                field.
+            ValueError: the state is of other objectives, another primary or other constrained objectives, lacks a
+                field, or has a number that is not finite.
         """
         expected = self.state_dict()
         if missing := sorted(set(expected) - set(state)):
@@ -232,6 +232,10 @@ class DualAscent:
         for field in ("multiplier", "threshold", "average", "average_weight", "best_seen", "at_maximum"):
             if set(state[field]) != set(expected[field]):
                 raise ValueError(f"state's {field} must be for {sorted(expected[field])}, got {sorted(state[field])}")
+            if bad := sorted(
+                name for name, value in state[field].items() if value is not None and not math.isfinite(value)
+            ):
+                raise ValueError(f"state's {field} must be finite, got {state[field][bad[0]]} for {bad[0]!r}")
         self._set_multipliers("state's multiplier", state["multiplier"])
         self._threshold.update(check_thresholds(self.objectives, self.primary, state["threshold"]))
         self._average.update(state["average"])

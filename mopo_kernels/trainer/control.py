@@ -47,6 +47,8 @@ class Measurement:
         effective_prompts: the effective number of prompts behind each value, by objective.
         coverage: with importance weights, their mean, which is 1 as long as the reference wrote the responses and the
             policy's own are among them; what is short of 1 is where the policy writes what the data do not have.
+        r_squared: by the labels' pairs, how much of what the loss asks for the policy explains on them; None where the
+            log-ratios are not the policy's to the loss's own reference.
     """
 
     step: int
@@ -55,6 +57,7 @@ class Measurement:
     standard_error: dict[str, float]
     effective_prompts: dict[str, float]
     coverage: float | None = None
+    r_squared: float | None = None
 
 
 def hold_out(args: MOPOConfig, data: PreferenceData | None) -> tuple[list[int], list[int], str | None]:
@@ -153,17 +156,22 @@ class Controller:
     # ----------------------------------------------------------------------------------------------- measurements
 
     def from_log_ratios(
-        self, step: int, log_ratio: Mapping[int, Sequence[float]], objective_weight: Tensor
+        self,
+        step: int,
+        log_ratio: Mapping[int, Sequence[float]],
+        objective_weight: Tensor,
+        label_rate: Sequence[float] | None = None,
     ) -> Measurement:
         """By the labels of the examples, with the configured estimator; the weights of ``snis`` are capped.
 
         Args:
             step: optimiser steps made.
             log_ratio: by example, of each response to the first reference, nats; ignored by ``closed_form``.
-            objective_weight: (K,) multipliers, 1 for the primary, for ``closed_form``.
+            objective_weight: (K,) multipliers, 1 for the primary.
+            label_rate: (K,) as the loss has it.
         """
         ratio: list[float] = []
-        pairs, labels, weights, places, prompts = [], [], [], [], []
+        pairs, labels, weights, margins, places, prompts = [], [], [], [], [], []
         for place, index in enumerate(sorted(log_ratio)):
             example = self._examples[index]
             for pair in example.pairs:
@@ -171,6 +179,7 @@ class Controller:
                 values = [pair.preference.get(name) for name in self.objectives]
                 labels.append([math.nan if value is None else value for value in values])
                 weights.append(example.weight)
+                margins.append(pair.margin or 0.0)
             ratio += log_ratio[index]
             places += [place] * len(example.responses)
             prompts += [self._prompt[index]] * len(example.responses)
@@ -193,6 +202,18 @@ class Controller:
             # Of the weights as they are: a cap hides how few prompts carry the value, and not its bias.
             effective = estimate(r)[2]
         found = self._measurement(step, len(set(prompts)), value, error, effective)
+        if estimator != "closed_form" and self.args.loss_type != "cloning" and self.args.reference_update_steps is None:
+            rate = None if label_rate is None else torch.tensor(label_rate, dtype=torch.float64)
+            offset = torch.tensor(margins, dtype=torch.float64)
+            h = r[where[:, 0]] - r[where[:, 1]]
+            of_policy, of_reference = (
+                weight
+                @ naive.pair_loss(
+                    margin, preference, objective_weight.double(), self.args.tau, self.args.loss_type, rate, offset
+                )
+                for margin in (h, torch.zeros_like(h))
+            )
+            found = dataclasses.replace(found, r_squared=float(1 - of_policy / of_reference))
         if estimator != "snis":
             return found
         return dataclasses.replace(found, coverage=float(r.clamp(max=naive.MAX_LOG_IMPORTANCE).exp().mean()))
@@ -277,7 +298,8 @@ class Controller:
         step = dict.fromkeys(self._slope, 0.0) if waiting else self.step_size(measurement, share, part)
         labelled = [float(name in value and name not in refused) for name in self.objectives]
         dual.update([value.get(name, math.nan) for name in self.objectives], labelled, lr=step, margin=margin)
-        logs: dict[str, float] = {} if measurement.coverage is None else {"dual/coverage": measurement.coverage}
+        whole = {"coverage": measurement.coverage, "r_squared": measurement.r_squared}
+        logs = {f"dual/{name}": number for name, number in whole.items() if number is not None}
         for kind, numbers in (
             ("satisfaction", value),
             ("standard_error", measurement.standard_error),

@@ -206,6 +206,8 @@ class PolicyForward:
                 prompt_index,
                 objective_weight,
                 label_rate,
+                margin,
+                normalizer,
             )
             statistics["tokens"] = to_device(layout.tokens(), device)
             statistics["aux_loss"] = auxiliary
@@ -228,6 +230,8 @@ class PolicyForward:
         prompt_index: Tensor,
         objective_weight: Tensor,
         label_rate: Tensor | None,
+        margin: Tensor | None,
+        normalizer: Tensor | float | None,
     ) -> dict[str, Tensor]:
         """The sums of one batch by name, with satisfaction's ``moments`` (6, K). Nothing here is differentiated.
 
@@ -243,11 +247,18 @@ class PolicyForward:
         responses = (count > 0).sum()
         target = naive.pair_target(preference, objective_weight, loss.tau, label_rate)
         ratio = torch.exp(double(first_ratio[present]).clamp(max=MAX_LOG_IMPORTANCE)) if rho is None else rho[present]
+        reference_loss = torch.zeros_like(output.loss)
+        if loss.loss_type != "cloning":
+            none = torch.zeros_like(output.margin)
+            per_pair = naive.pair_loss(none, preference, objective_weight, loss.tau, loss.loss_type, label_rate, margin)
+            total = pair_weight.sum() if normalizer is None else normalizer
+            reference_loss = (pair_weight * per_pair).sum() / total
         return {
             "moments": satisfaction_moments(
                 first_ratio, pairs, preference, pair_weight, prompt_index, loss.estimator, rho
             ),
             "loss": output.loss,
+            "reference_loss": reference_loss,
             "items": responses if loss.loss_type == "cloning" else pair_weight.sum(),
             "margin": (pair_weight * torch.sign(target) * output.margin).sum(),
             "margin_weight": (pair_weight * (target != 0)).sum(),

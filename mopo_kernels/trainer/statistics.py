@@ -15,6 +15,7 @@ from mopo_kernels.naive import MAX_LOG_IMPORTANCE
 
 _SCALARS = (
     "loss",  # the preference loss of the batch
+    "reference_loss",  # the same of the current reference, whose log-ratios are 0; 0 for cloning
     "aux_loss",  # its part of the step's load-balancing loss, without the coefficient
     "items",  # what the loss is a mean of: sum of pair weights, or responses for cloning
     "margin",  # sum a sign(T) h
@@ -42,7 +43,7 @@ _OF_PREFERRED = ("chosen_reward", "rejected_reward", "accuracy", "chosen_logprob
 
 @dataclass(frozen=True)
 class Statistics:
-    """The layout of the vector of sums: 6 K + 20 numbers in fp64, the first 6 K those of ``naive.ratio_moments``.
+    """The layout of the vector of sums: 6 K + 21 numbers in fp64, the first 6 K those of ``naive.ratio_moments``.
 
     Args:
         objectives: names of the K objectives.
@@ -73,8 +74,11 @@ class Statistics:
         return float(sums[6 * len(self.objectives) + self.scalars.index(name)])
 
     def summary(self, sums: Tensor) -> dict[str, float]:
-        """Satisfaction per objective with its standard error by prompt, margin (nats), both KL estimates (nats), the
-        sums' effective sample size, and TRL's figures of preferred ("chosen") and other responses by its names.
+        """Satisfaction per objective with its standard error by prompt, margin (nats), R^2, both KL estimates (nats),
+        the sums' effective sample size, and TRL's figures of preferred ("chosen") and other responses by its names.
+
+        ``r_squared`` is ``1 - loss / loss of the reference``, eq. (44) of docs/method.md: the share of the pairs'
+        targets that the policy explains (``regression``; McFadden's pseudo-R^2 for ``sigmoid``).
 
         The KL of the policy to a reference is estimated on the data, which the first reference (or a policy near it)
         wrote: it is the KL between the two as distributions over the responses at hand, each weighted by its ratio to
@@ -94,6 +98,8 @@ class Statistics:
         responses = self.scalar(sums, "responses")
         if weight := self.scalar(sums, "margin_weight"):
             result["margin"] = self.scalar(sums, "margin") / weight
+        if nothing := self.scalar(sums, "reference_loss"):
+            result["r_squared"] = 1 - self.scalar(sums, "loss") / nothing
         result |= self._of_preferred(sums)
         importance, lagged = self.scalar(sums, "importance"), self.scalar(sums, "lagged")
         if importance > 0 and lagged > 0:

@@ -300,6 +300,8 @@ class Sweep:
                     self._record(index, {"status": "running"})
                     self._record(index, self._train(point, resume))
                 progress(index, self.report["points"][index])
+        # Where nothing was left to train no record was made.
+        self._mark_front()
         return self.report
 
     def _record(self, index: int, values: Mapping[str, Any]) -> None:

@@ -371,6 +371,7 @@ class MOPOTrainer(Trainer):
         )
         if keep_copy:
             self.reference.keep_first(model)
+        self._label_rate = _label_rates(args, self.objectives, train_dataset)
         attach(
             model,
             PolicyForward(
@@ -383,7 +384,7 @@ class MOPOTrainer(Trainer):
                     max_buffer_bytes=args.max_buffer_bytes,
                     gradient_filter=args.gradient_filter,
                 ),
-                label_rate=_label_rates(args, self.objectives, train_dataset),
+                label_rate=self._label_rate,
                 length_normalize=args.length_normalize,
                 primary=self.objectives.index(self.primary),
                 balance=self._balance,
@@ -512,7 +513,8 @@ class MOPOTrainer(Trainer):
         if controller.judges is not None:
             measurement = controller.from_win_rates(step, self._judged(part))
         else:
-            measurement = controller.from_log_ratios(step, self._log_ratios(part), self.objective_weight)
+            ratios = self._log_ratios(part)
+            measurement = controller.from_log_ratios(step, ratios, self.objective_weight, self._label_rate)
         warmup = _WARMUP_EPOCHS * self._steps_an_epoch if args.dual_warmup_steps is None else args.dual_warmup_steps
         logs, refused = controller.move(
             self.dual,
@@ -1065,10 +1067,8 @@ class MOPOTrainer(Trainer):
         summary.pop("effective_sample_size", None)
         # The policy fits these pairs: by its name no one should take a figure of theirs for a measure of it. TRL's
         # figures have TRL's names.
-        result = {
-            f"in_sample/{key}" if "/" in key and not key.startswith(("rewards/", "logps/")) else key: value
-            for key, value in summary.items()
-        }
+        values = ("satisfaction/", "standard_error/", "r_squared")
+        result = {f"in_sample/{key}" if key.startswith(values) else key: value for key, value in summary.items()}
         result |= self._multiplier_metrics()
         if self._window_sizes:
             result["effective_sample_size"] = sum(self._window_sizes) / len(self._window_sizes)

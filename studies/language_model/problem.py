@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import random
 import sys
+from itertools import combinations
 from pathlib import Path
 
-from mopo_kernels.data import PreferenceData
+from mopo_kernels.data import PreferenceData, PreferenceExample, PreferencePair
 
 ROOT = Path(__file__).parents[2]
 DEMO = ROOT / "examples" / "demo"
@@ -14,7 +15,8 @@ DEMO = ROOT / "examples" / "demo"
 if str(DEMO) not in sys.path:
     sys.path.append(str(DEMO))
 
-from judges import JUDGES  # noqa: E402
+from judges import JUDGES, label_pair  # noqa: E402
+from make_base import read as read_base  # noqa: E402
 from prompts import split_digest, test_prompts, validation_prompts  # noqa: E402
 from run import has_fast_bfloat16  # noqa: E402
 
@@ -27,6 +29,7 @@ __all__ = [
     "PRIMARY",
     "SPLITS",
     "has_fast_bfloat16",
+    "held_out_pairs",
     "some_prompts",
     "split_digest",
 ]
@@ -49,3 +52,19 @@ def some_prompts(data: PreferenceData, count: int) -> PreferenceData:
     order = list(range(len(data)))
     random.Random(0).shuffle(order)
     return data.select(sorted(order[:count]))
+
+
+def held_out_pairs(count: int) -> PreferenceData:
+    """The base model's first 8 different answers to the first ``count`` validation prompts, pairs labelled by the
+    judges."""
+    base = read_base()["validation"]
+    examples = []
+    for prompt in validation_prompts()[:count]:
+        answers = list(dict.fromkeys(answer for answer in base[prompt] if answer.strip()))[:8]
+        scores = {name: [JUDGES[name](prompt, answer) for answer in answers] for name in OBJECTIVES}
+        pairs = tuple(
+            PreferencePair(i, j, {name: label_pair(score[i], score[j]) for name, score in scores.items()})
+            for i, j in combinations(range(len(answers)), 2)
+        )
+        examples.append(PreferenceExample(prompt, tuple(answers), pairs))
+    return PreferenceData.from_examples(examples, OBJECTIVES)

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from studies.language_model.explore import CENTRE, SEEDS, THRESHOLDS, explore_table
+from studies.language_model.explore import CENTRE, SEEDS, THRESHOLDS, explained, explore_table
 from studies.language_model.problem import HELD, OBJECTIVES, PRIMARY
 from studies.language_model.scheduler import pack, read_bundle, without_traces, write_atomically
 from studies.language_model.statistics import Array, Estimate, estimate, rates, resamples
@@ -473,7 +473,7 @@ _COMMANDS = """## Commands
 python -m studies.language_model explore --device cuda      # what limits a policy, validation prompts only
 python -m studies.language_model study --device cuda        # MOPO and its rivals; goes on where it was stopped
 python -m studies.language_model study --small              # about three hours on 2 CPU cores
-python -m studies.language_model report --results runs/study/study/results.json.gz
+python -m studies.language_model report --explored runs/study/explore/results.json.gz
 ```
 
 `--deadline SECONDS` begins no job after so long, and bundles what there is; `--list` shows the jobs. The model is the
@@ -521,8 +521,18 @@ def factor_table(found: Mapping[str, Any]) -> list[str]:
             best, rival = (labels[kind]["satisfaction"][PRIMARY] for kind in ("constrained", "turned_down"))
             share = f"{(float(value[PRIMARY].mean()) - rival) / (best - rival):.0%}"
         multipliers = ", ".join(f"{key} {number:.2f}" for key, number in record["result"]["multiplier"].items())
-        lines.append([name, *(str(estimate(value[objective])) for objective in OBJECTIVES), multipliers, share])
-    return table(["run", *OBJECTIVES, "multipliers at the end", f"share of the labels' gain in {PRIMARY}"], lines)
+        held_out = explained(record["result"])
+        lines.append(
+            [
+                name,
+                *(str(estimate(value[objective])) for objective in OBJECTIVES),
+                multipliers,
+                "-" if held_out is None else f"{held_out:.3f}",
+                share,
+            ]
+        )
+    heads = ["multipliers at the end", "R^2 of held-out pairs", f"share of the labels' gain in {PRIMARY}"]
+    return table(["run", *OBJECTIVES, *heads], lines)
 
 
 def explored_lines(content: Mapping[str, Any], out: Path) -> list[str]:
@@ -550,17 +560,24 @@ def explored_lines(content: Mapping[str, Any], out: Path) -> list[str]:
 
 
 def write_report(results_file: Path, out: Path, explored: Path | None = None) -> None:
-    """README, pictures and the results themselves in the folder ``out``.
+    """README, pictures and the results themselves in the folder ``out``; of the exploration alone as long as the study
+    has no file of results.
 
     Raises:
-        ValueError: there are no test results.
+        ValueError: there are no test results, and no exploration.
     """
+    out.mkdir(parents=True, exist_ok=True)
+    if explored is not None and not results_file.is_file():
+        content = read_bundle(explored)
+        lines = ["# What limits a language model's policy", "", *explored_lines(content, out)[2:], _COMMANDS]
+        write_atomically(out / EXPLORED, pack(without_traces(content)))
+        write_atomically(out / README, ("\n".join(lines).rstrip() + "\n").encode())
+        return
     results = read_bundle(results_file)
     found = tested(results)
     made = rows(found)
     if not made or made[0].method != "mopo":
         raise ValueError(f"results must have MOPO judged on test, got none in {results_file}")
-    out.mkdir(parents=True, exist_ok=True)
     plot_differences(made, out / "differences.png")
     plot_policies_tested(found, out / "policies.png")
     plot_vectors(found, results["thresholds"], out / "vectors.png")

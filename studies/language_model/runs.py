@@ -21,7 +21,15 @@ from mopo_kernels.data import PreferenceCollator, PreferenceData
 from mopo_kernels.evaluation import encode_prompt, judge_responses, sample_responses
 from mopo_kernels.trainer.trainer import peak_memory_mib
 from studies.language_model.policies import Mixture, Policies, Weights, response_logprobs
-from studies.language_model.problem import JUDGES, MAX_NEW_TOKENS, OBJECTIVES, PRIMARY, has_fast_bfloat16, some_prompts
+from studies.language_model.problem import (
+    JUDGES,
+    MAX_NEW_TOKENS,
+    OBJECTIVES,
+    PRIMARY,
+    has_fast_bfloat16,
+    held_out_pairs,
+    some_prompts,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -101,6 +109,9 @@ class Run:
         judged: whether the multipliers follow fresh judged answers in place of the dual data's labels.
         settings: any further ones of ``MOPOConfig``.
         checkpoints: steps after which the adapter is kept as well.
+        held_out: so many validation prompts, whose base answers the judges compare, are evaluated before the first step
+            and after every ``held_out_steps``: what the log history has as ``eval_r_squared`` and so on.
+        held_out_steps: see there.
         margins: run -> factor: what MODPO takes off a pair's log-odds, the sum of factor times the difference of the
             responses' log-ratios under that run, as a ``ratios`` job found them.
         start: run (or ``run/step-N``) -> factor on its update: the policy that this one starts from, and its reference.
@@ -124,6 +135,8 @@ class Run:
     reference_update_steps: int | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)
     checkpoints: Sequence[int] = ()
+    held_out: int = 0
+    held_out_steps: int = 35
     margins: Mapping[str, float] = field(default_factory=dict)
     start: Mapping[str, float] = field(default_factory=dict)
 
@@ -165,6 +178,7 @@ def _config(run: Run, folder: Path, reference: Path, device: Device, **changes: 
         "warmup_steps": _WARMUP,
         "logging_steps": max(1, run.steps // _LOG_LINES),
         "save_strategy": "no",
+        **({"eval_strategy": "steps", "eval_steps": run.held_out_steps, "eval_on_start": True} if run.held_out else {}),
         "report_to": "none",
         "disable_tqdm": True,
         "shared_prompts": device.shared_prompts,
@@ -257,6 +271,7 @@ def train(
         model=policy,
         args=_config(run, folder, out / "reference", device),
         train_dataset=some_prompts(data, run.prompts),
+        eval_dataset=held_out_pairs(run.held_out) if run.held_out else None,
         processing_class=policies.tokenizer,
         judges={name: JUDGES[name] for name in OBJECTIVES} if run.judged else None,
         callbacks=[_KeepAdapter(folder, run.checkpoints)],
