@@ -390,7 +390,7 @@ def test_doctor_gives_every_backend_and_the_reason_one_is_missing(monkeypatch, c
     lines = capsys.readouterr().out.splitlines()
     rows = {line.split("  ")[0]: line.split("  ", 1)[1].strip() for line in lines if line.startswith("backend")}
     assert rows == {
-        "backend reference": "available",
+        "backend naive": "available",
         "backend torch": "available",
         "backend cpp": "no: no compiler was found",
         "backend triton": "no: no CUDA device",

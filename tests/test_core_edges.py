@@ -147,7 +147,7 @@ def test_a_wrong_argument_of_the_reference_is_named_as_such(case: str) -> None:
         ({"max_buffer_bytes": 1e6}, "max_buffer_bytes must be an integer; got 1000000.0"),
         ({"tau": "0.1"}, "tau must be a number; got '0.1'"),
         ({"max_buffer_bytes": 0}, "max_buffer_bytes must be positive; got 0"),
-        ({"backend": "tpu"}, "backend must be one of auto, reference, torch, cpp, triton, cuda; got 'tpu'"),
+        ({"backend": "tpu"}, "backend must be one of auto, naive, torch, cpp, triton, cuda; got 'tpu'"),
     ],
     ids=str,
 )
