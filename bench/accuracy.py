@@ -28,7 +28,7 @@ from bench.contenders import TAU, Contender, Inputs, Result, Workload, _both, av
 from bench.growth import groups
 from bench.head import DTYPES
 from bench.provenance import provenance
-from mopo_kernels import pack_responses, reference
+from mopo_kernels import naive, pack_responses
 from mopo_kernels.cli.output import prepare_file
 
 # Random inputs of each kind.
@@ -50,14 +50,14 @@ def truth(x: Inputs, loss: str) -> Result:
     def logprob(hidden: Tensor) -> Tensor:
         rows, target, cu_seqlens = pack_responses(hidden, exact.labels)
         picked = (rows @ exact.weight.T).log_softmax(dim=-1).gather(-1, target[:, None])[:, 0]
-        return reference.segment_sum(picked, cu_seqlens)
+        return naive.segment_sum(picked, cu_seqlens)
 
     policy, ref = _both(exact, logprob)
     preference, weight, loss_type = exact.preference.double(), exact.objective_weight.double(), "regression"
     if loss == "DPO":
         # One objective, and the first response preferred.
         preference, weight, loss_type = torch.ones_like(preference[:, :1]), weight.new_ones(1), "sigmoid"
-    value = reference.mopo_loss(policy, ref, exact.pairs, preference, weight, tau=TAU, loss_type=loss_type).loss
+    value = naive.mopo_loss(policy, ref, exact.pairs, preference, weight, tau=TAU, loss_type=loss_type).loss
     return value, *torch.autograd.grad(value, exact.leaves())
 
 

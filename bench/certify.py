@@ -41,7 +41,7 @@ from bench.paper.learning import Pools, sample_pools
 from bench.paper.pairs import Pairs, sample_pairs
 from bench.paper.structures import STRUCTURES, Structure, make
 from bench.provenance import provenance
-from mopo_kernels import reference
+from mopo_kernels import naive
 from mopo_kernels.certify import PromptSums, certificate, certify
 from mopo_kernels.tabular import TabularProblem, solve
 
@@ -92,7 +92,7 @@ def measured(structure: Structure, pools: Pools, policy: Array) -> PromptSums:
     start = np.arange(prompts)[:, None] * size
     pairs = np.stack([(start + first).ravel(), (start + second).ravel()], axis=1)
     label = pools.label.reshape(len(pairs), -1)
-    terms = reference.satisfaction_terms(
+    terms = naive.satisfaction_terms(
         torch.from_numpy(ratio.ravel()),
         torch.from_numpy(pairs),
         torch.from_numpy(label),

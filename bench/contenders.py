@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
-from mopo_kernels import backends, linear_mopo_loss, pack_responses, reference
+from mopo_kernels import backends, linear_mopo_loss, naive, pack_responses
 
 TAU = 0.1
 BARE = "bare products"
@@ -129,7 +129,7 @@ class Contender:
 
 
 def _loss(x: Inputs, logprob: Tensor, ref_logprob: Tensor) -> Result:
-    loss = reference.mopo_loss(logprob, ref_logprob, x.pairs, x.preference, x.objective_weight, tau=TAU).loss
+    loss = naive.mopo_loss(logprob, ref_logprob, x.pairs, x.preference, x.objective_weight, tau=TAU).loss
     return loss, *torch.autograd.grad(loss, x.leaves())
 
 
@@ -145,7 +145,7 @@ def _on_scored_rows(x: Inputs, token_logprob: Callable[[Tensor, Tensor, Tensor],
 
     def logprob(hidden: Tensor) -> Tensor:
         rows, target, cu_seqlens = pack_responses(hidden, x.labels)
-        return reference.segment_sum(token_logprob(rows, x.weight, target).float(), cu_seqlens)
+        return naive.segment_sum(token_logprob(rows, x.weight, target).float(), cu_seqlens)
 
     return _loss(x, *_both(x, logprob))
 
@@ -183,7 +183,7 @@ def plain_dpo(x: Inputs) -> Result:
 
     def logprob(hidden: Tensor) -> Tensor:
         rows, target, cu_seqlens = pack_responses(hidden, x.labels)
-        return reference.segment_sum(_plain_logprob(rows, x.weight, target), cu_seqlens)
+        return naive.segment_sum(_plain_logprob(rows, x.weight, target), cu_seqlens)
 
     policy, ref = _both(x, logprob)
     h = (policy - ref)[x.pairs]
@@ -366,7 +366,7 @@ CONTENDERS: dict[str, Contender] = {
     **{
         f"mopo_kernels {name}": Contender(fused(name), plain_compacted, unavailable=_no_backend(name))
         for name in backends.availability()
-        if name != "reference"
+        if name != "naive"
     },
     "plain PyTorch, scored rows": Contender(plain_compacted, plain_compacted),
     "plain PyTorch, scored rows, compiled": Contender(plain_compiled, plain_compacted, unavailable=no_compiler),

@@ -33,7 +33,7 @@ from torch import Tensor
 from bench.contenders import BARE, BUFFER_BYTES
 from bench.head import DTYPES, peak_mib
 from bench.provenance import provenance
-from mopo_kernels import backends, linear_mopo_loss, reference
+from mopo_kernels import backends, linear_mopo_loss, naive
 from mopo_kernels.cli.output import prepare_file
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -83,7 +83,7 @@ class Rows:
             cu_seqlens,
             torch.arange(sequences).view(-1, 2),
             torch.randint(0, 2, (sequences // 2, 2), generator=g).float(),
-            reference.segment_sum(own, cu_seqlens) + deviation,
+            naive.segment_sum(own, cu_seqlens) + deviation,
         )
 
     def to(self, dtype: torch.dtype, trained: bool) -> Rows:
@@ -179,8 +179,8 @@ def fused(rows: Rows, share: float | None) -> Gradients:
 
 def plain(rows: Rows) -> Gradients:
     logits = (rows.hidden @ rows.weight.T).float()
-    logprob = reference.segment_sum(logits.log_softmax(-1).gather(1, rows.target[:, None])[:, 0], rows.cu_seqlens)
-    loss = reference.mopo_loss(
+    logprob = naive.segment_sum(logits.log_softmax(-1).gather(1, rows.target[:, None])[:, 0], rows.cu_seqlens)
+    loss = naive.mopo_loss(
         logprob, rows.ref_logprob, rows.pairs, rows.preference, torch.tensor([1.0, 0.3]), tau=TAU
     ).loss
     return torch.autograd.grad(loss, rows.leaves())

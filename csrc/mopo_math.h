@@ -1,5 +1,5 @@
 // The map from a product to a logit, its slope, and what one logit contributes to the gradient: the maths of
-// mopo_kernels/reference.py for one element. F is a number or a vector of numbers of type T, so that every CPU
+// mopo_kernels/naive.py for one element. F is a number or a vector of numbers of type T, so that every CPU
 // capability and every device compiles the same lines; Math supplies exp and expm1 for F, and power_of_two for
 // reduce_exp.
 #pragma once

@@ -2,6 +2,25 @@
 
 Maximise a primary preference while others stay above thresholds, straight from pairwise preferences. Importing this
 package needs torch alone; what lies behind ``MOPOTrainer`` and the data loaders is imported when first used.
+
+The life of a call, with N tokens, H hidden, V vocabulary, S sequences, P pairs, and tiles of R rows and W columns::
+
+    linear_mopo_loss                        functional.py: hidden (N, H), weight (V, H), target (N,), cu_seqlens
+    |                                       (S + 1,), pairs (P, 2) go into the bundles of arguments.py, checked
+    +- mopo::linear_mopo_loss               fused/linear_mopo_loss.py: the custom op, and the order of the chunks
+       +- ChunkedHead.forward               fused/chunked_head.py: rows (R, H) -> logprob (R,), logsumexp (R,)
+       |  +- linear_lse_fwd                 backends/triton/: (R, H), (W, H) -> row_max, sum_exp, target_logit (R,),
+       |  |                                 exp_logits (R, W), in half precision; or else
+       |  +- a product (R, W), lse_fwd      backends/: of each tile -> row_max, sum_exp, target_logit (R,)
+       +- segment_sum                       logprob (N,) -> (S,)
+       +- pair_loss_bwd                     sequences' logprob (S,) -> grad_logprob (S,)
+       +- ChunkedHead.backward              grad_logprob (R,) -> dhidden (N, H), dweight (V, H), dbias (V,)
+       |  +- logits_bwd_, exp_logits_bwd_   backends/: a tile (R, W) becomes its gradient in place, then products
+       +- naive.mopo_loss                   the loss (), margins (P,), satisfaction (K,) from sequences' logprob (S,)
+
+    linear_logprob                          the same without pairs: fused/linear_logprob.py, forward and backward
+    mopo_loss                               from logprob (S,): fused/mopo_loss.py
+    naive.py, naive_grad.py                 every equation once, in plain PyTorch: what all of it is tested against
 """
 
 from __future__ import annotations
@@ -17,7 +36,7 @@ from mopo_kernels.functional import (
     mopo_loss,
     pack_responses,
 )
-from mopo_kernels.losses import LinearMOPOLoss
+from mopo_kernels.modules import LinearMOPOLoss
 
 if TYPE_CHECKING:
     from mopo_kernels import tabular

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from mopo_kernels import checks
-from mopo_kernels.reference import ESTIMATORS, LOSS_TYPES
+from mopo_kernels.naive import ESTIMATORS, LOSS_TYPES
 from mopo_kernels.transfer import to_device
 
 # How a schema writes the types of fields.

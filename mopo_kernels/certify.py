@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from mopo_kernels import reference
+from mopo_kernels import naive
 from mopo_kernels.evaluation import (
     Judge,
     Policy,
@@ -162,8 +162,8 @@ def _plain(value: Any) -> Any:
 
 
 def _estimate(value: Array, total: Array) -> tuple[float, float, float]:
-    moments = reference.ratio_moments(torch.from_numpy(value)[:, None], torch.from_numpy(total)[:, None])
-    return tuple(float(part) for part in reference.ratio_estimate(moments))  # type: ignore[return-value]
+    moments = naive.ratio_moments(torch.from_numpy(value)[:, None], torch.from_numpy(total)[:, None])
+    return tuple(float(part) for part in naive.ratio_estimate(moments))  # type: ignore[return-value]
 
 
 def lower_bound(value: Array, total: Array, level: float) -> float:
@@ -353,7 +353,7 @@ def pair_sums(
             weights.append(example.weight)
             owners.append(number)
     ratio = torch.tensor([value for ratios in log_ratio for value in ratios], dtype=torch.float64)
-    terms = reference.satisfaction_terms(
+    terms = naive.satisfaction_terms(
         ratio,
         torch.tensor(pairs),
         torch.tensor(labels, dtype=torch.float64),
@@ -368,7 +368,7 @@ def pair_sums(
     responses = np.bincount(places, minlength=count).astype(np.float64)
     importance = None
     if estimator == "snis":
-        weight = torch.exp(ratio.clamp(max=reference.MAX_LOG_IMPORTANCE)).numpy()
+        weight = torch.exp(ratio.clamp(max=naive.MAX_LOG_IMPORTANCE)).numpy()
         importance = np.bincount(places, weight, minlength=count).astype(np.float64)
     return PromptSums(tuple(objectives), value, total, responses, importance)
 
@@ -390,7 +390,7 @@ def sequence_logprobs(
 
     found: list[list[float]] = []
     with policy.active() as model, torch.no_grad(), progress_bar(progress) as bar:
-        options = find_transform(model)._asdict()
+        options = find_transform(model).keywords()
         task = bar.add_task(f"scoring under {policy.name}", total=len(examples))
         for start in range(0, len(examples), batch_size):
             batch = collator(examples[start : start + batch_size])

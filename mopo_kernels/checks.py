@@ -76,7 +76,7 @@ def reverse_mode(**arguments: Tensor | None) -> None:
                 got = "a tangent of forward mode" if tangent else "a tensor that torch.func differentiates by"
                 raise NotImplementedError(
                     f"{argument} must be differentiated by torch.autograd in reverse mode; got {got}; the functions of "
-                    "mopo_kernels.reference take any"
+                    "mopo_kernels.naive take any"
                 )
             layer = _inside(layer)
 

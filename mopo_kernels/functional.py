@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from mopo_kernels import backends, checks, parallel, reference
+from mopo_kernels import backends, checks, naive
 from mopo_kernels.arguments import HeadInputs, HeadOptions, LogitTransform, LossOptions, PairBatch
 from mopo_kernels.fused import linear_logprob as fused_logprob
 from mopo_kernels.fused import linear_mopo_loss as fused_loss
 from mopo_kernels.fused import mopo_loss as pair_loss
 from mopo_kernels.fused.buffer_plan import accumulation_dtype, buffer_bytes
+from mopo_kernels.fused.vocab_parallel import sharded_head
 from mopo_kernels.transfer import to_device
 
 if TYPE_CHECKING:
@@ -60,7 +61,7 @@ def _group_name(process_group: ProcessGroup | None, backend: str) -> str | None:
     if process_group is None:
         return None
     checks.expect(hasattr(process_group, "group_name"), "process_group", "be a process group", repr(process_group))
-    checks.expect(backend != "reference", "process_group", 'be None with backend "reference"', "a group")
+    checks.expect(backend != "naive", "process_group", 'be None with backend "naive"', "a group")
     name: str = process_group.group_name
     return name
 
@@ -107,10 +108,10 @@ def _normalizer(normalizer: float | Tensor | None, dtype: torch.dtype, device: t
 
 def _token_logprob(inputs: HeadInputs, options: HeadOptions) -> Tensor:
     """Log-probabilities (N,) of checked arguments."""
-    if options.backend == "reference":
+    if options.backend == "naive":
         if not torch.compiler.is_compiling():
             checks.targets(inputs.target, inputs.weight.shape[0], options.ignore_index)
-        return reference.linear_logprob(
+        return naive.linear_logprob(
             inputs.hidden,
             inputs.weight,
             inputs.target,
@@ -128,10 +129,10 @@ def _token_logprob(inputs: HeadInputs, options: HeadOptions) -> Tensor:
 def _segment_sum(token_logprob: Tensor, cu_seqlens: Tensor, backend: str) -> Tensor:
     """Sums (S,) of checked arguments."""
     cu_seqlens = to_device(cu_seqlens, token_logprob.device)
-    if backend == "reference":
+    if backend == "naive":
         if not torch.compiler.is_compiling():
             checks.cu_seqlens(cu_seqlens, token_logprob.shape[0])
-        return reference.segment_sum(token_logprob, cu_seqlens)
+        return naive.segment_sum(token_logprob, cu_seqlens)
     result: Tensor = pair_loss.segment_sum(token_logprob, cu_seqlens, backend)
     return result
 
@@ -164,7 +165,7 @@ def linear_logprob(
     Replaces ``log_softmax(z, -1).gather(-1, target[..., None])[..., 0]`` with
     ``z = softcap * tanh(logit_scale * (hidden @ weight.T + bias) / softcap) / temperature`` (no tanh if ``softcap`` is
     None), 0 where ``target == ignore_index``. Differentiable in hidden, weight and bias for any upstream gradient, also
-    under ``torch.vmap``; but for "reference" not twice, not in forward mode, and not by ``torch.func``.
+    under ``torch.vmap``; but for "naive" not twice, not in forward mode, and not by ``torch.func``.
 
     With the head frozen (neither weight nor bias requires grad) forward and backward cost two products of N x V x H
     (on a GPU in half precision three, where the logits of 32 rows do not fit ``max_buffer_bytes``); with a trained head
@@ -173,37 +174,31 @@ def linear_logprob(
     (:func:`pack_responses`).
 
     Args:
-        hidden: (..., H) floating, last hidden states.
-        weight: (V, H), the head, same dtype and device as hidden (under autocast any floating dtype).
-        target: (...) int64, in 0 .. V - 1 or ``ignore_index``, not shifted: ``hidden[t]`` predicts ``target[t]``.
-        bias: (V,) or None.
-        ignore_index: the target that marks a token as not scored.
-        softcap: cap of Gemma 2's tanh, in logits, 1e-10 to 1e5, or None.
-        logit_scale: factor on the products, e.g. Cohere's, at most 1e10 in size.
-        temperature: divisor of the logits, 1e-10 to 1e10.
-        backend: "auto", "reference" (the unchunked oracle), "torch", "cpp", "triton" or "cuda"; only "auto" falls
-            back.
-        max_buffer_bytes: bound on the memory beyond inputs, outputs and gradients, in bytes; default 256 MiB, on a GPU
-            what 4096 rows of logits take if that is more. A few dozen bytes a token come on top, and with "triton" in
-            half precision a copy of a weight whose rows are not contiguous. With "reference" it has no effect.
-        gradient_filter: None for exact gradients, or the share of the largest element that may be left out of them,
-            e.g. 2^-12, on the CPU ("gradient filtering" of cut cross-entropy, arXiv:2411.09009). A model's
-            distributions are peaked: nearly all of ``d logprob / d logits`` is nothing beside the rest. With rows of
-            coefficient ``g_t`` (the upstream gradient; 1 with a frozen head), 128 at a time, only the vocabulary
-            entries v are multiplied for which ``|g_t| p_tv`` of one of these rows reaches this share of the largest
-            ``|g|`` of the chunk; targets always are. A row of dweight then lacks what the small probabilities of its
-            entry would have added: a rare token is still pushed up where it is the target, but no longer pushed down
-            where nothing expects it. Log-probabilities are exact. Of three products with a trained head two become
-            small, of two with a frozen one one. Where more than half of the vocabulary would be kept, or what is kept
-            has less than half of the probability (looked at where a tile spans the vocabulary, on one rank), the
-            gradient is exact, at the usual cost. With "reference" it has no effect.
-        process_group: ranks that each hold some rows of one head: weight (W, H) and bias (W,) are this rank's, W may
-            differ, and rank after rank they are the V rows. Every rank passes the same hidden and target, whose ids are
-            those of the whole vocabulary, and gets the same log-probabilities and the whole gradient for hidden. All
-            ranks must make the call, with the same options; it waits for the device and the other ranks once, to
-            exchange sizes. Products are not kept for backward: four with a trained head.
-            A weight (and bias) that is a ``DTensor`` (V, H), placed ``(Shard(0),)`` over a mesh of one dimension, names
-            its group itself: None will do, and the gradients are ``DTensor`` of the same placement.
+        hidden: (..., H) floating, last hidden states. weight: (V, H), the head, same dtype and device as hidden (under
+        autocast any floating dtype). target: (...) int64, in 0 .. V - 1 or ``ignore_index``, not shifted: ``hidden[t]``
+        predicts ``target[t]``. bias: (V,) or None. ignore_index: the target that marks a token as not scored. softcap:
+        cap of Gemma 2's tanh, in logits, 1e-10 to 1e5, or None. logit_scale: factor on the products, e.g. Cohere's, at
+        most 1e10 in size. temperature: divisor of the logits, 1e-10 to 1e10. backend: "auto", "naive" (the unchunked
+        oracle), "torch", "cpp", "triton" or "cuda"; only "auto" falls back. max_buffer_bytes: bound on the memory
+        beyond inputs, outputs and gradients, in bytes; default 256 MiB, on a GPU what 4096 rows of logits take if that
+        is more. A few dozen bytes a token come on top, and with "triton" in half precision a copy of a weight whose
+        rows are not contiguous. With "naive" it has no effect. gradient_filter: None for exact gradients, or the share
+        of the largest element that may be left out of them, e.g. 2^-12, on the CPU ("gradient filtering" of cut
+        cross-entropy, arXiv:2411.09009). A model's distributions are peaked: nearly all of ``d logprob / d logits`` is
+        nothing beside the rest. With rows of coefficient ``g_t`` (the upstream gradient; 1 with a frozen head), 128 at
+        a time, only the vocabulary entries v are multiplied for which ``|g_t| p_tv`` of one of these rows reaches this
+        share of the largest ``|g|`` of the chunk; targets always are. A row of dweight then lacks what the small
+        probabilities of its entry would have added: a rare token is still pushed up where it is the target, but no
+        longer pushed down where nothing expects it. Log-probabilities are exact. Of three products with a trained head
+        two become small, of two with a frozen one one. Where more than half of the vocabulary would be kept, or what is
+        kept has less than half of the probability (looked at where a tile spans the vocabulary, on one rank), the
+        gradient is exact, at the usual cost. With "naive" it has no effect. process_group: ranks that each hold some
+        rows of one head: weight (W, H) and bias (W,) are this rank's, W may differ, and rank after rank they are the V
+        rows. Every rank passes the same hidden and target, whose ids are those of the whole vocabulary, and gets the
+        same log-probabilities and the whole gradient for hidden. All ranks must make the call, with the same options;
+        it waits for the device and the other ranks once, to exchange sizes. Products are not kept for backward: four
+        with a trained head. A weight (and bias) that is a ``DTensor`` (V, H), placed ``(VocabShard(0),)`` over a mesh
+        of one dimension, names its group itself: None will do, and the gradients are ``DTensor`` of the same placement.
 
     Returns:
         (...) log-probabilities in nats, fp32 (fp64 for fp64 input).
@@ -217,7 +212,7 @@ def linear_logprob(
     checks.optional_tensors(bias=bias)
     checks.expect(hidden.dim() >= 1 and hidden.shape[-1] > 0, "hidden", "have shape (..., H)", tuple(hidden.shape))
     checks.shape("target", target, tuple(hidden.shape[:-1]), "(...)" if hidden.dim() != 2 else "(N,)")
-    weight, bias, process_group = parallel.local_head(weight, bias, process_group, "")
+    weight, bias, process_group = sharded_head(weight, bias, process_group, "")
     inputs = HeadInputs(hidden.reshape(-1, hidden.shape[-1]), weight, target.reshape(-1), bias).autocast()
     inputs.check()
     transform = LogitTransform(softcap, logit_scale, temperature)
@@ -261,7 +256,7 @@ def linear_sequence_logprob(
     checks.optional_tensors(bias=bias)
     checks.dimensions("hidden", hidden, "(N, H)")
     _check_cu_seqlens(cu_seqlens, hidden)
-    weight, bias, process_group = parallel.local_head(weight, bias, process_group, "")
+    weight, bias, process_group = sharded_head(weight, bias, process_group, "")
     inputs = HeadInputs(hidden, weight, target, bias).autocast()
     inputs.check()
     transform = LogitTransform(softcap, logit_scale, temperature)
@@ -427,9 +422,9 @@ def linear_mopo_loss(
         bias=bias, ref_logprob=ref_logprob, ref_hidden=ref_hidden, ref_weight=ref_weight, ref_bias=ref_bias
     )
     checks.dimensions("hidden", hidden, "(N, H)")
-    weight, bias, process_group = parallel.local_head(weight, bias, process_group, "")
+    weight, bias, process_group = sharded_head(weight, bias, process_group, "")
     if ref_weight is not None:
-        ref_weight, ref_bias, ref_group = parallel.local_head(ref_weight, ref_bias, process_group, "ref_")
+        ref_weight, ref_bias, ref_group = sharded_head(ref_weight, ref_bias, process_group, "ref_")
         checks.expect(ref_group is process_group, "ref_weight", "be cut over the ranks as weight is", "a DTensor")
     inputs = HeadInputs(hidden, weight, target, bias).autocast()
     inputs.check()
@@ -468,7 +463,7 @@ def linear_mopo_loss(
     else:
         ref_inputs = _reference_inputs(inputs, ref_hidden, ref_weight, ref_bias)
         shared = ref_inputs.weight is inputs.weight and ref_inputs.bias is inputs.bias
-        if shared and options.backend != "reference":
+        if shared and options.backend != "naive":
             shared_hidden = ref_inputs.hidden.detach()
         else:
             ref_options = replace(options, max_buffer_bytes=buffer_bytes(options, inputs.weight))
@@ -479,7 +474,7 @@ def linear_mopo_loss(
         checks.device("ref_logprob", ref_logprob, hidden.device)
         ref_logprob = ref_logprob.detach().to(dtype)
 
-    if options.backend == "reference":
+    if options.backend == "naive":
         assert ref_logprob is not None
         logprob = _segment_sum(_token_logprob(inputs, options), cu_seqlens, backend)
         return _mopo_loss(logprob, ref_logprob, replace(batch, pairs=to_device(pairs, hidden.device)))

@@ -47,7 +47,7 @@ def batch() -> Batch:
 def test_batched_upstream_gradients_are_right(backend: str, loss: str, trained: tuple[str, ...], batch: Batch) -> None:
     leaves = batch.leaves(*trained)
     upstream = torch.tensor([1.0, -2.0, 3.0], dtype=torch.float64)
-    want = torch.autograd.grad(LOSSES[loss](batch, batch.hidden, "reference"), leaves)
+    want = torch.autograd.grad(LOSSES[loss](batch, batch.hidden, "naive"), leaves)
     value = LOSSES[loss](batch, batch.hidden, backend)
     # The second goes through the same graph, whose gradients the first must have left as they were.
     for _ in range(2):
@@ -68,7 +68,7 @@ def test_vmap_and_the_gradients_behind_it_are_right(
         # There is no batching rule: PyTorch calls the op once for each.
         warnings.filterwarnings("ignore", message="There is a performance drop", category=UserWarning)
         got = torch.vmap(lambda hidden: LOSSES[loss](batch, hidden, backend))(batch.hidden)
-    want = torch.stack([LOSSES[loss](batch, hidden, "reference") for hidden in batch.hidden])
+    want = torch.stack([LOSSES[loss](batch, hidden, "naive") for hidden in batch.hidden])
     torch.testing.assert_close(got, want)
     torch.testing.assert_close(torch.autograd.grad(got.sum(), leaves), torch.autograd.grad(want.sum(), leaves))
 
@@ -111,7 +111,7 @@ def test_the_loss_of_log_probabilities_refuses_them_too(mode: str, batch: Batch)
 @pytest.mark.parametrize("loss", ["linear_logprob", "linear_sequence_logprob"])
 def test_the_plain_log_probabilities_take_every_mode(mode: str, loss: str, batch: Batch) -> None:
     def function(hidden: Tensor) -> Tensor:
-        return LOSSES[loss](batch, hidden, "reference")
+        return LOSSES[loss](batch, hidden, "naive")
 
     got = OTHER_MODES[mode](function, batch.hidden)
     if mode == "hessian":

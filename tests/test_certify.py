@@ -15,7 +15,7 @@ from scipy import stats
 from trainer_samples import lora, make_data, make_model, make_tokenizer
 
 from mopo_kernels import certify as certificates
-from mopo_kernels import cli, evaluation, reference
+from mopo_kernels import cli, evaluation, naive
 from mopo_kernels.certify import Certificate, PromptSums, certificate, certify, choose, halves, lower_bound
 from mopo_kernels.data import PreferenceCollator, PreferenceData
 from mopo_kernels.data.dataset import prompt_key
@@ -177,7 +177,7 @@ def test_values_of_pairs_are_the_estimators_and_add_up_by_prompt():
     for estimator in ("snis", "pair"):
         sums = certificates.pair_sums(list(twice), numbers, ratio, twice.objectives, estimator)
         batch = PreferenceCollator(make_tokenizer(), twice.objectives)(list(twice))
-        expected, _ = reference.satisfaction(
+        expected, _ = naive.satisfaction(
             torch.tensor([value for row in ratio for value in row], dtype=torch.float64),
             batch["pairs"],
             batch["preference"].double(),

@@ -104,7 +104,7 @@ WRONG: dict[str, tuple[Callable[[Batch], dict[str, Any]], str]] = {
 
 
 @pytest.mark.parametrize("case", WRONG)
-@pytest.mark.parametrize("backend", ["reference", "torch"])
+@pytest.mark.parametrize("backend", ["naive", "torch"])
 def test_a_wrong_tensor_is_named_with_expectation_and_value(case: str, backend: str) -> None:
     change, message = WRONG[case]
     batch = make_batch()
@@ -142,7 +142,7 @@ WRONG_OPTIONS: dict[str, tuple[dict[str, Any], str]] = {
     "max_buffer_bytes is no integer": ({"max_buffer_bytes": 1e6}, "max_buffer_bytes must be an integer; got 1000000.0"),
     "ignore_index": ({"ignore_index": 3}, "ignore_index must lie outside 0 .. V - 1 = 36; got 3"),
     "max_buffer_bytes": ({"max_buffer_bytes": 0}, "max_buffer_bytes must be positive; got 0"),
-    "backend": ({"backend": "tpu"}, "backend must be one of auto, reference, torch, cpp, triton, cuda; got 'tpu'"),
+    "backend": ({"backend": "tpu"}, "backend must be one of auto, naive, torch, cpp, triton, cuda; got 'tpu'"),
     "length shape": ({"length": torch.ones(3)}, r"length must have shape \(S,\) = \(12,\); got \(3,\)"),
     "reference NaN": (
         {"ref_logprob": torch.tensor([-1.0] * 11 + [torch.nan])},

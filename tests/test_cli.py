@@ -383,14 +383,14 @@ def test_eval_limits_the_prompts_and_draws_the_plane(workspace, tmp_path):
 
 
 def test_doctor_gives_every_backend_and_the_reason_one_is_missing(monkeypatch, capsys):
-    found = {"reference": None, "torch": None, "cpp": "no compiler was found", "triton": "no CUDA device"}
+    found = {"naive": None, "torch": None, "cpp": "no compiler was found", "triton": "no CUDA device"}
     monkeypatch.setattr(mopo_kernels.backends, "availability", lambda: found)
     monkeypatch.setenv("COLUMNS", "120")
     assert cli.main(["doctor"]) == 0
     lines = capsys.readouterr().out.splitlines()
     rows = {line.split("  ")[0]: line.split("  ", 1)[1].strip() for line in lines if line.startswith("backend")}
     assert rows == {
-        "backend reference": "available",
+        "backend naive": "available",
         "backend torch": "available",
         "backend cpp": "no: no compiler was found",
         "backend triton": "no: no CUDA device",

@@ -21,8 +21,8 @@ from mopo_kernels import (
     linear_mopo_loss,
     linear_sequence_logprob,
     mopo_loss,
+    naive,
     pack_responses,
-    reference,
 )
 from mopo_kernels.arguments import HeadInputs, HeadOptions
 from mopo_kernels.backends.cpp import CppBackend, has_native_products
@@ -82,7 +82,7 @@ def test_an_ignored_token_gets_no_gradient_whatever_comes_from_upstream(
     leaves = batch.leaves(*trained)
     upstream = torch.where(batch.target == -100, torch.nan, 1.0).double()
     results = []
-    for name in ("reference", backend):
+    for name in ("naive", backend):
         value = linear_logprob(
             batch.hidden, batch.weight, batch.target, batch.bias, backend=name, max_buffer_bytes=limit
         )
@@ -91,11 +91,11 @@ def test_an_ignored_token_gets_no_gradient_whatever_comes_from_upstream(
         torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-10)
 
 
-@pytest.mark.parametrize("backend", ["reference", *CPU_BACKENDS])
+@pytest.mark.parametrize("backend", ["naive", *CPU_BACKENDS])
 def test_the_bias_of_the_reference_is_used_when_its_weight_is_the_policys(backend: str) -> None:
     batch = make_batch()
     hidden, bias = batch.hidden + 0.1, batch.bias * 2 - 1
-    logprob = linear_sequence_logprob(hidden, batch.weight, batch.target, batch.cu_seqlens, bias, backend="reference")
+    logprob = linear_sequence_logprob(hidden, batch.weight, batch.target, batch.cu_seqlens, bias, backend="naive")
     got = loss_of(batch, ref_logprob=None, ref_hidden=hidden, ref_bias=bias, backend=backend)
     torch.testing.assert_close(got, loss_of(batch, ref_logprob=logprob, backend=backend))
 
@@ -147,7 +147,7 @@ def test_a_wrong_argument_of_the_reference_is_named_as_such(case: str) -> None:
         ({"max_buffer_bytes": 1e6}, "max_buffer_bytes must be an integer; got 1000000.0"),
         ({"tau": "0.1"}, "tau must be a number; got '0.1'"),
         ({"max_buffer_bytes": 0}, "max_buffer_bytes must be positive; got 0"),
-        ({"backend": "tpu"}, "backend must be one of auto, reference, torch, cpp, triton, cuda; got 'tpu'"),
+        ({"backend": "tpu"}, "backend must be one of auto, naive, torch, cpp, triton, cuda; got 'tpu'"),
     ],
     ids=str,
 )
@@ -299,10 +299,10 @@ def test_a_gradient_streamed_over_the_vocabulary_is_as_exact_as_one_of_whole_row
         (result,) = torch.autograd.grad(value, leaf, torch.linspace(-1, 1, rows, dtype=dtype))
         return result.double()
 
-    exact = gradient(torch.float64, backend="reference")
+    exact = gradient(torch.float64, backend="naive")
     double = gradient(torch.float64, backend=backend, max_buffer_bytes=2 * limit)
     torch.testing.assert_close(double, exact, rtol=1e-11, atol=1e-13)
-    plain = (gradient(torch.float32, backend="reference") - exact).norm()
+    plain = (gradient(torch.float32, backend="naive") - exact).norm()
     streamed = (gradient(torch.float32, backend=backend, max_buffer_bytes=limit) - exact).norm()
     assert streamed <= 1.5 * plain + 1e-7 * exact.norm()
 
@@ -378,7 +378,7 @@ def test_fp16_products_stand_loss_scaling(scale: float, monkeypatch: pytest.Monk
     upstream = LinearLogprobBackward(up * scale, inputs, logprob, logsumexp, nothing, nothing, options)
     got = fused_logprob.linear_logprob_backward(*upstream.flatten())
     leaves = [t.double().requires_grad_() for t in (batch.hidden, batch.weight, batch.bias)]
-    oracle = linear_logprob(leaves[0], leaves[1], batch.target, leaves[2], backend="reference")
+    oracle = linear_logprob(leaves[0], leaves[1], batch.target, leaves[2], backend="naive")
     for result, want in zip(got, torch.autograd.grad(oracle, leaves, up.where(~ignored, 0).double()), strict=True):
         assert (result.double() / scale - want).norm() < 1e-3 * want.norm()
 
@@ -430,7 +430,7 @@ def test_the_frozen_ratio_is_capped_and_its_effective_sample_size_reported() -> 
 
 
 def test_a_response_without_a_label_counts_as_parity_in_the_frozen_ratio() -> None:
-    got = reference.policy_ratio(
+    got = naive.policy_ratio(
         torch.ones(1, 1), torch.tensor([[0, 1]]), torch.ones(1), 1.0, torch.zeros(3, dtype=torch.int64)
     )
     torch.testing.assert_close(got, 3 * torch.softmax(torch.tensor([1.0, 0.0, 0.5], dtype=torch.float64), 0))

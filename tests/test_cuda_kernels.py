@@ -63,17 +63,11 @@ class EmulatedBackend(TileBackend):
 
     def lse_fwd(self, tile, bias, target, start, transform, row_max, sum_exp, target_logit):  # type: ignore[no-untyped-def]
         operator = torch.ops.mopo_tile_emulated.fold.default
-        operator.redispatch(
-            self.key, tile, bias, target, start, *head_arguments(transform), row_max, sum_exp, target_logit
-        )
+        operator.redispatch(self.key, tile, bias, target, start, *transform.flatten(), row_max, sum_exp, target_logit)
 
     def logits_bwd_(self, tile, bias, target, start, transform, logsumexp, grad_logprob):  # type: ignore[no-untyped-def]
         operator = torch.ops.mopo_tile_emulated.gradient_.default
-        operator.redispatch(self.key, tile, bias, target, start, *head_arguments(transform), logsumexp, grad_logprob)
-
-
-def head_arguments(transform: LogitTransform) -> tuple[float | None, float, float]:
-    return transform.softcap, transform.logit_scale, transform.temperature
+        operator.redispatch(self.key, tile, bias, target, start, *transform.flatten(), logsumexp, grad_logprob)
 
 
 class OnDevice(TileBackend):

@@ -402,7 +402,7 @@ def few_contenders(monkeypatch: pytest.MonkeyPatch) -> None:
     kept["absent"] = Contender(plain, plain, unavailable=lambda: "not installed")
     monkeypatch.setattr(timing, "CONTENDERS", kept)
     monkeypatch.setitem(timing.SLOW, "cpu", float("inf"))  # on a loaded machine the smallest products take any time
-    monkeypatch.setattr(timing.backends, "availability", lambda: {"reference": None, "torch": None})
+    monkeypatch.setattr(timing.backends, "availability", lambda: {"naive": None, "torch": None})
 
 
 def test_what_takes_far_longer_than_the_bare_products_is_timed_once(
@@ -602,7 +602,7 @@ def test_the_build_is_for_this_device_and_a_missing_backend_is_a_failure(
 def test_the_package_is_asked_which_backends_serve() -> None:
     answer = building.served("cpu")
     assert answer["torch"] is None
-    assert answer["reference"] is None
+    assert answer["naive"] is None
     assert all(reason is None or reason.strip() for reason in answer.values())
 
 

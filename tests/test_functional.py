@@ -17,10 +17,10 @@ from mopo_kernels import (
     linear_mopo_loss,
     linear_sequence_logprob,
     mopo_loss,
+    naive,
     pack_responses,
-    reference,
 )
-from mopo_kernels.reference import ESTIMATORS, LOSS_TYPES
+from mopo_kernels.naive import ESTIMATORS, LOSS_TYPES
 
 # 1 MiB holds every row at once; 24 KB a few prompts a chunk; 6 KB no prompt, and tiles narrower than the vocabulary;
 # 2 KB a row or two.
@@ -52,7 +52,7 @@ def test_linear_logprob_equals_the_oracle_for_any_upstream_gradient(
     leaves = batch.leaves(*trained)
     upstream = torch.randn(batch.target.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
     results = []
-    for name, limit in (("reference", None), (backend, BUFFERS[buffer])):
+    for name, limit in (("naive", None), (backend, BUFFERS[buffer])):
         value = linear_logprob(
             batch.hidden, batch.weight, batch.target, batch.bias, backend=name, max_buffer_bytes=limit, **HEADS[head]
         )
@@ -73,7 +73,7 @@ def test_linear_mopo_loss_equals_the_oracle(
     leaves = batch.leaves(*trained)
     options = batch.loss_options(loss_type) | {"estimator": estimator, "tau": 0.3, **HEADS["softcap"]}
     results = []
-    for name, limit in (("reference", None), (backend, BUFFERS[buffer])):
+    for name, limit in (("naive", None), (backend, BUFFERS[buffer])):
         output = linear_mopo_loss(*batch.loss_arguments(), backend=name, max_buffer_bytes=limit, **options)
         results.append([*output, *gradients(output.loss * 3.0, leaves)])
     for expected, got in zip(*results, strict=True):
@@ -101,9 +101,9 @@ def test_every_option_of_the_loss_has_the_same_meaning_in_one_pass(option: str, 
     filled = {"length": batch.length, "margin": batch.pair_weight - 1, "prompt_index": batch.prompt_index}
     arguments |= {name: filled[name] for name, value in arguments.items() if value is ...}
     logprob = linear_sequence_logprob(
-        batch.hidden, batch.weight, batch.target, batch.cu_seqlens, batch.bias, backend="reference"
+        batch.hidden, batch.weight, batch.target, batch.cu_seqlens, batch.bias, backend="naive"
     )
-    expected = reference.mopo_loss(
+    expected = naive.mopo_loss(
         logprob, batch.ref_logprob, batch.pairs, batch.preference, batch.objective_weight, **arguments
     )
     separate = mopo_loss(logprob, batch.ref_logprob, batch.pairs, batch.preference, batch.objective_weight, **arguments)
@@ -201,7 +201,7 @@ def test_error_is_within_the_budget_of_plain_pytorch(
             )
             return [output.log_ratio, *torch.autograd.grad(output.loss, leaves)]
 
-        truth, plain, fused = run("reference", torch.float64), run("reference", dtype), run(backend, dtype)
+        truth, plain, fused = run("naive", torch.float64), run("naive", dtype), run(backend, dtype)
         errors += torch.stack([(a.double() - b).norm() ** 2 for a, b in zip(fused, truth, strict=True)])
         budgets += torch.stack([(a.double() - b).norm() ** 2 for a, b in zip(plain, truth, strict=True)])
     ratio = (errors / budgets).sqrt()
@@ -288,7 +288,7 @@ def test_module_and_function_are_the_same() -> None:
     assert "loss_type='sigmoid'" in repr(module)
 
 
-@pytest.mark.parametrize("backend", ["reference", *CPU_BACKENDS])
+@pytest.mark.parametrize("backend", ["naive", *CPU_BACKENDS])
 def test_a_batch_without_anything_to_learn_has_loss_zero_and_zero_gradients(backend: str) -> None:
     """All-masked sequences, no pairs, no tokens at all: a differentiable zero, never NaN."""
     masked = make_batch()
@@ -368,9 +368,9 @@ def test_label_rate_makes_the_target_unbiased_when_labels_are_missing_at_random(
     rate = torch.tensor([0.25, 0.6], dtype=torch.float64)
     w = torch.tensor([1.0, 0.7], dtype=torch.float64)
     seen = z.where(torch.rand(z.shape, generator=g, dtype=torch.float64) < rate, torch.nan)
-    full = reference.pair_target(z, w, 0.5).mean()
-    assert (reference.pair_target(seen, w, 0.5, rate).mean() - full).abs() < 0.02
-    assert (reference.pair_target(seen, w, 0.5).mean() - full).abs() > 0.1
+    full = naive.pair_target(z, w, 0.5).mean()
+    assert (naive.pair_target(seen, w, 0.5, rate).mean() - full).abs() < 0.02
+    assert (naive.pair_target(seen, w, 0.5).mean() - full).abs() > 0.1
 
 
 def test_pack_responses_keeps_scored_rows_shifted_by_one_and_is_differentiable() -> None:
@@ -392,7 +392,7 @@ def test_ragged_vocabularies_and_one_token_responses(backend: str) -> None:
         batch = make_batch(vocabulary=vocabulary, longest=longest, responses=2)
         leaves = batch.leaves("hidden", "weight", "bias")
         results = []
-        for name, limit in (("reference", None), (backend, 3_000)):
+        for name, limit in (("naive", None), (backend, 3_000)):
             output = linear_mopo_loss(
                 *batch.loss_arguments(), ref_logprob=batch.ref_logprob, backend=name, max_buffer_bytes=limit
             )
@@ -406,7 +406,7 @@ def test_large_logits_overflow_nowhere(backend: str) -> None:
     batch = make_batch(dtype=torch.float32, scale=40.0)
     leaves = batch.leaves("hidden", "weight", "bias")
     value = linear_logprob(batch.hidden, batch.weight, batch.target, batch.bias, backend=backend)
-    expected = linear_logprob(batch.hidden, batch.weight, batch.target, batch.bias, backend="reference")
+    expected = linear_logprob(batch.hidden, batch.weight, batch.target, batch.bias, backend="naive")
     torch.testing.assert_close(value, expected, rtol=1e-5, atol=1e-2)
     assert all(torch.isfinite(g).all() for g in gradients(value.sum(), leaves))
 
@@ -417,7 +417,7 @@ def test_autocast_gives_the_dtype_of_f_linear_and_gradients_in_the_parameter_dty
     arguments = (batch.hidden, batch.weight, batch.target, batch.bias)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         value = linear_logprob(*arguments, backend="torch")
-        plain = linear_logprob(*arguments, backend="reference")
+        plain = linear_logprob(*arguments, backend="naive")
     cast = linear_logprob(*(t if t.dtype == torch.int64 else t.bfloat16() for t in arguments), backend="torch")
     assert value.dtype == torch.float32
     assert torch.equal(value, cast)

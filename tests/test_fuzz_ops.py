@@ -1,5 +1,5 @@
 """The public ops on inputs of any size, dtype, layout and option, against the plain functions of
-:mod:`mopo_kernels.reference` in fp64: the same numbers and gradients, or an error that names the argument."""
+:mod:`mopo_kernels.naive` in fp64: the same numbers and gradients, or an error that names the argument."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from mopo_kernels import (
     linear_mopo_loss,
     linear_sequence_logprob,
     mopo_loss,
+    naive,
     pack_responses,
-    reference,
 )
 
 # The interpreter runs Triton's kernels on the CPU, where they read whatever memory strides say.
@@ -150,7 +150,7 @@ def close(got: Tensor, want: Tensor, dtype: torch.dtype) -> None:
 
 def wanted(head: dict[str, Any], tensors: dict[str, Tensor], bias: bool) -> Tensor:
     arguments = (tensors["hidden"], tensors["weight"], tensors["target"], tensors["bias"] if bias else None)
-    return reference.linear_logprob(*arguments, **head)
+    return naive.linear_logprob(*arguments, **head)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -166,7 +166,7 @@ def test_log_probabilities_and_gradients_are_those_of_the_oracle(backend: str, d
     arguments: tuple[Any, ...] = (tensors["hidden"], tensors["weight"], tensors["target"])
     if sums:
         got = linear_sequence_logprob(*arguments, tensors["cu_seqlens"], got_bias, **options)
-        want = reference.segment_sum(want, batch.tensors.plain["cu_seqlens"])
+        want = naive.segment_sum(want, batch.tensors.plain["cu_seqlens"])
     else:
         got = linear_logprob(*arguments, got_bias, **options)
     close(got.detach(), want.detach(), batch.dtype)
@@ -194,8 +194,8 @@ def labels(draw: st.DrawFn, prompt: list[int], dtype: torch.dtype, generator: to
     objectives = draw(st.integers(0, 3))
     preference = torch.randint(0, 5, (len(pairs), objectives), generator=generator).to(dtype) / 4
     preference[torch.rand(preference.shape, generator=generator) < draw(st.sampled_from((0.0, 0.5)))] = torch.nan
-    loss_type = draw(st.sampled_from(reference.LOSS_TYPES))
-    estimator = draw(st.sampled_from(reference.ESTIMATORS))
+    loss_type = draw(st.sampled_from(naive.LOSS_TYPES))
+    estimator = draw(st.sampled_from(naive.ESTIMATORS))
 
     def positive(*shape: int) -> Tensor:
         return (torch.rand(*shape, generator=generator) + 0.25).to(dtype)
@@ -224,7 +224,7 @@ def labels(draw: st.DrawFn, prompt: list[int], dtype: torch.dtype, generator: to
     return Labels(draw(layouts(tensors)), options)
 
 
-def same_loss(got: Any, want: reference.PairLoss, dtype: torch.dtype) -> None:
+def same_loss(got: Any, want: naive.PairLoss, dtype: torch.dtype) -> None:
     for result, expected in zip(got, want, strict=True):
         close(result.detach(), expected.detach(), dtype)
 
@@ -238,8 +238,8 @@ def test_the_one_pass_loss_is_that_of_the_oracle(backend: str, data: st.DataObje
     names = data.draw(st.lists(st.sampled_from(["hidden", "weight"] + ["bias"] * bias), unique=True))
     got_leaves, want_leaves = leaves(batch.tensors.given, names), leaves(batch.tensors.plain, names)
     token = wanted(head, batch.tensors.plain, bias)
-    logprob = reference.segment_sum(token, batch.tensors.plain["cu_seqlens"])
-    want = reference.mopo_loss(logprob, **given.tensors.plain, **given.options)
+    logprob = naive.segment_sum(token, batch.tensors.plain["cu_seqlens"])
+    want = naive.mopo_loss(logprob, **given.tensors.plain, **given.options)
     tensors = batch.tensors.given
     got = linear_mopo_loss(
         tensors["hidden"],
@@ -269,7 +269,7 @@ def test_the_loss_of_log_probabilities_is_that_of_the_oracle(data: st.DataObject
     logprob = data.draw(layouts({"logprob": (torch.randn(len(prompt), generator=generator) * 3 - 4).to(dtype)}))
     (got_leaf,), (want_leaf,) = leaves(logprob.given, ["logprob"]), leaves(logprob.plain, ["logprob"])
     got = mopo_loss(got_leaf, **given.tensors.given, **given.options)
-    want = reference.mopo_loss(want_leaf, **given.tensors.plain, **given.options)
+    want = naive.mopo_loss(want_leaf, **given.tensors.plain, **given.options)
     same_loss(got, want, dtype)
     (gradient,) = torch.autograd.grad(got.loss, got_leaf)
     close(gradient, torch.autograd.grad(want.loss, want_leaf)[0], dtype)
@@ -305,7 +305,7 @@ OTHERS = ("max_buffer_bytes", "ignore_index", "loss_type", "estimator", "backend
 
 
 @pytest.mark.parametrize("backend", [name for name in BACKENDS if name != "triton"])
-@given(name=st.sampled_from(NUMBERS + OTHERS), value=ANYTHING, loss_type=st.sampled_from(reference.LOSS_TYPES))
+@given(name=st.sampled_from(NUMBERS + OTHERS), value=ANYTHING, loss_type=st.sampled_from(naive.LOSS_TYPES))
 def test_an_option_of_any_type_and_size_is_refused_by_name_or_gives_the_numbers_of_the_oracle(
     backend: str, name: str, value: Any, loss_type: str
 ) -> None:
@@ -333,9 +333,9 @@ def test_an_option_of_any_type_and_size_is_refused_by_name_or_gives_the_numbers_
     head = {key: options[key] for key in ("softcap", "logit_scale", "temperature", "ignore_index") if key in options}
     loss = {key: options[key] for key in ("tau", "loss_type", "estimator", "max_ratio", "normalizer") if key in options}
     exact = hidden.double().requires_grad_()
-    token = reference.linear_logprob(exact, weight.double(), target, **head)
+    token = naive.linear_logprob(exact, weight.double(), target, **head)
     plain = {key: tensor.double() if tensor.is_floating_point() else tensor for key, tensor in labels.items()}
-    want = reference.mopo_loss(reference.segment_sum(token, cu_seqlens), **plain, **loss)
+    want = naive.mopo_loss(naive.segment_sum(token, cu_seqlens), **plain, **loss)
     same_loss(got, want, torch.float32)
     gradients = torch.autograd.grad(got.loss, leaf)[0], torch.autograd.grad(want.loss, exact)[0]
     close(*gradients, torch.float32)

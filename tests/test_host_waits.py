@@ -23,10 +23,10 @@ from mopo_kernels import (
     linear_mopo_loss,
     linear_sequence_logprob,
     mopo_loss,
+    naive,
     pack_responses,
-    reference,
 )
-from mopo_kernels.reference import ESTIMATORS, LOSS_TYPES
+from mopo_kernels.naive import ESTIMATORS, LOSS_TYPES
 
 BACKENDS = [
     pytest.param(
@@ -216,12 +216,12 @@ def test_negative_control_the_cloning_losss_old_divisor_is_noticed(
 ) -> None:
     """A scalar made on the host and copied: what this test was written for."""
     batch = small_batch(torch.float32, ("hidden",))
-    loss = reference.mopo_loss
+    loss = naive.mopo_loss
 
     def copied(logprob: Tensor, *rest: Any, **options: Any) -> Any:
         options["normalizer"] = torch.as_tensor(float(logprob.shape[0])).to(logprob)
         return loss(logprob, *rest, **options)
 
-    monkeypatch.setattr(reference, "mopo_loss", copied)
+    monkeypatch.setattr(naive, "mopo_loss", copied)
     with fake_cuda(), pytest.raises(HostWait, match="copies to the device and blocks"):
         linear_mopo_loss(*batch.loss_arguments(), **batch.loss_options("cloning"), backend="torch")

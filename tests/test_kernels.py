@@ -21,7 +21,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mopo_kernels import linear_logprob, reference
+from mopo_kernels import linear_logprob, naive
 from mopo_kernels.arguments import LogitTransform, LossOptions, PairBatch
 from mopo_kernels.backends.base import NOT_SCORED
 from mopo_kernels.backends.triton import unavailable_reason
@@ -608,7 +608,7 @@ def test_a_tile_without_any_probability_leaves_the_others_gradients_alone(limit:
     weight[192:, 0] = -300.0  # a probability of e^-300, which fp32 does not have
     target = torch.randint(0, 192, (40,), generator=g)
     gradients = []
-    for dtype, backend in ((torch.bfloat16, "triton"), (torch.float64, "reference")):
+    for dtype, backend in ((torch.bfloat16, "triton"), (torch.float64, "naive")):
         leaves = [x.bfloat16().to(DEVICE, dtype).requires_grad_() for x in (hidden, weight)]
         loss = linear_logprob(*leaves, target.to(DEVICE), backend=backend, max_buffer_bytes=limit).sum()
         gradients.append(torch.autograd.grad(loss, leaves))
@@ -715,7 +715,7 @@ def test_segment_sum_matches_fp64(dtype: torch.dtype, index: torch.dtype) -> Non
     edges = cu_seqlens.tolist()
     truth = torch.tensor([math.fsum(value[a:b].tolist()) for a, b in itertools.pairwise(edges)], dtype=torch.float64)
     error = (got.double().cpu() - truth).abs()
-    assert (error <= 1.1 * (reference.segment_sum(value, cu_seqlens.long()).double().cpu() - truth).abs().max()).all()
+    assert (error <= 1.1 * (naive.segment_sum(value, cu_seqlens.long()).double().cpu() - truth).abs().max()).all()
     value[3] = torch.nan
     assert BACKEND.segment_sum(value, cu_seqlens).isnan().nonzero().tolist() == [[2]]
 
@@ -768,7 +768,7 @@ def autograd_coefficient(logprob: Tensor, ref_logprob: Tensor, batch: PairBatch,
     fields = {name: cast(value) for name, value in batch.keywords().items()}
     x = logprob.to(dtype).requires_grad_()
     positional = [fields.pop(name) for name in ("pairs", "preference", "objective_weight")]
-    loss = reference.mopo_loss(x, ref_logprob.to(dtype), *positional, **fields).loss
+    loss = naive.mopo_loss(x, ref_logprob.to(dtype), *positional, **fields).loss
     (gradient,) = torch.autograd.grad(loss, x)
     return gradient
 
@@ -776,7 +776,7 @@ def autograd_coefficient(logprob: Tensor, ref_logprob: Tensor, batch: PairBatch,
 @pytest.mark.parametrize("dtype", FULL)
 @pytest.mark.parametrize("loss_type", ["regression", "sigmoid"])
 @pytest.mark.parametrize("options", [(), *((o,) for o in OPTIONS), OPTIONS], ids=lambda o: "+".join(o) or "none")
-def test_pair_coefficient_is_the_losss_gradient(options: tuple[str, ...], loss_type: str, dtype: torch.dtype) -> None:
+def test_pair_loss_bwd_is_the_losss_gradient(options: tuple[str, ...], loss_type: str, dtype: torch.dtype) -> None:
     arguments = make_pairs(options, loss_type, dtype)
     got, again = BACKEND.pair_loss_bwd(*arguments), BACKEND.pair_loss_bwd(*arguments)
     assert torch.equal(got, again)
@@ -785,7 +785,7 @@ def test_pair_coefficient_is_the_losss_gradient(options: tuple[str, ...], loss_t
     assert rms(got.double() - truth) <= max(1.1 * budget, 4 * torch.finfo(dtype).eps * rms(truth))
 
 
-def test_pair_coefficient_of_empty_batches_is_zero() -> None:
+def test_pair_loss_bwd_of_empty_batches_is_zero() -> None:
     assert BACKEND.pair_loss_bwd(*make_pairs(OPTIONS[:4], "regression", torch.float32, 3, 0)).tolist() == [0.0] * 3
     assert BACKEND.pair_loss_bwd(*make_pairs((), "sigmoid", torch.float32, 0, 0)).shape == (0,)
     logprob, ref_logprob, batch = make_pairs(("pair_weight",), "sigmoid", torch.float32, 4, 5)

@@ -25,7 +25,7 @@ from scipy.optimize import brentq
 from torch import Tensor
 
 from bench.certify import AIMS, RESPONSES
-from mopo_kernels import mopo_loss, reference
+from mopo_kernels import mopo_loss, naive
 from mopo_kernels.arguments import LogitTransform
 from mopo_kernels.certify import certificate
 from mopo_kernels.fused.fp16_scaling import FP16_SCALE
@@ -384,7 +384,7 @@ def test_a_label_rate_restores_the_mean_and_costs_no_more_spread_than_stated() -
     probability = torch.tensor([rate * chance, rate * (1 - chance), 1 - rate], dtype=torch.float64)
     w, q = torch.tensor([[weight], [rate]], dtype=torch.float64)
     mean = weight * (chance - 0.5) / tau
-    plain, weighted = reference.pair_target(outcomes, w, tau), reference.pair_target(outcomes, w, tau, q)
+    plain, weighted = naive.pair_target(outcomes, w, tau), naive.pair_target(outcomes, w, tau, q)
     assert (probability @ plain).item() == pytest.approx(rate * mean)
     assert (probability @ weighted).item() == pytest.approx(mean)
     assert (probability @ weighted.square()).item() == pytest.approx(weight**2 / (4 * rate * tau**2))
@@ -412,7 +412,7 @@ def learned_in_pools(size: int) -> float:
     cases = len(kind)
     chance = 0.5 + (FIRST_BEATS_SECOND - 0.5) * (kind[:, pairs[:, 1]] - kind[:, pairs[:, 0]])
     probability = 0.5**size * np.where(label == 1, chance, 1 - chance).prod(1)
-    rho = reference.policy_ratio(
+    rho = naive.policy_ratio(
         torch.tensor(label.reshape(-1, 1)),
         torch.tensor((np.arange(cases)[:, None, None] * size + pairs).reshape(-1, 2)),
         torch.ones(1, dtype=torch.float64),
@@ -457,7 +457,7 @@ def test_a_pool_that_is_the_whole_list_leaves_out_the_tie_with_itself() -> None:
     preference = 0.5 * np.eye(8) + (np.arange(8)[:, None] > np.arange(8))
     pairs = np.array(list(itertools.combinations(range(8), 2)))
     labels = torch.tensor(preference[pairs[:, 0], pairs[:, 1]])[:, None]
-    mean = reference.mean_label(labels, torch.tensor(pairs), 8)[:, 0].numpy()
+    mean = naive.mean_label(labels, torch.tensor(pairs), 8)[:, 0].numpy()
     assert mean - 0.5 == pytest.approx(8 / 7 * (ORDER - 0.5))
 
 
@@ -493,7 +493,7 @@ def measured(probability: float, estimator: str) -> float:
     """Satisfaction of a policy that gives catastrophes this probability, on the population of pairs."""
     pairs, labels, mass = population(CATASTROPHE[None], RARE)
     log_ratio = torch.tensor(np.log(np.array([probability, 1 - probability]) / RARE))
-    return reference.satisfaction(log_ratio, pairs, labels, mass, estimator)[0].item()
+    return naive.satisfaction(log_ratio, pairs, labels, mass, estimator)[0].item()
 
 
 def estimator_figures() -> list[str]:
@@ -508,8 +508,8 @@ def estimator_figures() -> list[str]:
     values = []
     for label in (0.0, 1.0):
         z = torch.full((1, 1), label, dtype=torch.float64)
-        rho = reference.policy_ratio(z, pair, one, 0.1, torch.zeros(2, dtype=torch.int64))
-        values.append(reference.satisfaction(torch.log(rho), pair, z, one, "closed_form", rho)[0].item())
+        rho = naive.policy_ratio(z, pair, one, 0.1, torch.zeros(2, dtype=torch.int64))
+        values.append(naive.satisfaction(torch.log(rho), pair, z, one, "closed_form", rho)[0].item())
     return [
         "| probability | " + " | ".join(f"{level:g}" for level in levels) + " |",
         row("win rate", [measured(level, "snis") for level in levels]),
@@ -538,7 +538,7 @@ def test_pair_and_win_rate_scales_agree_to_first_order() -> None:
     slope = behaviour @ (direction * score) - (behaviour @ direction) * (behaviour @ score)
     for estimator in ("pair", "snis"):
         both = [
-            reference.satisfaction(torch.tensor(step * direction), pairs, labels, mass, estimator)[0].item()
+            naive.satisfaction(torch.tensor(step * direction), pairs, labels, mass, estimator)[0].item()
             for step in (1e-4, -1e-4)
         ]
         assert (both[0] - both[1]) / 2e-4 == pytest.approx(slope, rel=1e-6)
@@ -579,10 +579,10 @@ def test_a_gradient_rescaled_from_tile_to_tile_is_the_gradient(softcap: float | 
     hidden = torch.randn(rows, size, generator=generator, dtype=torch.float64, requires_grad=True)
     weight = 3 * torch.randn(vocabulary, size, generator=generator, dtype=torch.float64)
     target = torch.randint(vocabulary, (rows,), generator=generator)
-    logprob = reference.linear_logprob(hidden, weight, target, softcap=softcap, logit_scale=0.7, temperature=1.3)
+    logprob = naive.linear_logprob(hidden, weight, target, softcap=softcap, logit_scale=0.7, temperature=1.3)
     (expected,) = torch.autograd.grad(logprob.sum(), hidden)
 
-    logits = reference.head_logits(hidden.detach(), weight, None, softcap, 0.7, 1.3)
+    logits = naive.head_logits(hidden.detach(), weight, None, softcap, 0.7, 1.3)
     slope = LogitTransform(softcap, 0.7, 1.3).slope(logits)
     onehot = torch.nn.functional.one_hot(target, vocabulary)
     final = torch.logsumexp(logits, 1, keepdim=True)
@@ -647,12 +647,12 @@ def estimates(score: Array, ratio: Array) -> dict[str, list[float]]:
     found = {}
     for name, estimator, log_weight in (
         ("snis", "snis", r),
-        ("capped", "snis", reference.capped_log_ratio(r)),
+        ("capped", "snis", naive.capped_log_ratio(r)),
         ("pair", "pair", r),
     ):
-        terms = reference.satisfaction_terms(log_weight, pairs, label, one, estimator)
+        terms = naive.satisfaction_terms(log_weight, pairs, label, one, estimator)
         by_prompt = [part.reshape(100, 6, 1).sum(1) for part in terms]
-        value, _, effective = reference.ratio_estimate(reference.ratio_moments(*by_prompt))
+        value, _, effective = naive.ratio_estimate(naive.ratio_moments(*by_prompt))
         found[name] = value.item()
         if name == "snis":
             found["effective"] = effective.item()
@@ -714,14 +714,14 @@ def one_pair_a_prompt(divergence: float, shift: float, rng: np.random.Generator)
     args = torch.arange(256).view(-1, 2), torch.tensor(label, dtype=torch.float64)[:, None], torch.ones(128).double()
 
     def estimate(log_weight: Tensor, estimator: str) -> tuple[float, float]:
-        terms = reference.satisfaction_terms(log_weight, *args, estimator)
-        value, _, effective = reference.ratio_estimate(reference.ratio_moments(*terms))
+        terms = naive.satisfaction_terms(log_weight, *args, estimator)
+        value, _, effective = naive.ratio_estimate(naive.ratio_moments(*terms))
         return value.item(), effective.item()
 
     covered = r.exp().mean().item() >= DEFAULTS["dual_coverage"]
     enough = DEFAULTS["dual_effective_prompts"]
     pair, behind = estimate(r, "pair")
-    snis = estimate(reference.capped_log_ratio(r), "snis")[0]
+    snis = estimate(naive.capped_log_ratio(r), "snis")[0]
     return snis, pair, covered and estimate(r, "snis")[1] >= enough, behind >= enough
 
 
@@ -755,7 +755,7 @@ def largest_deviation(value: Array, total: Array, rng: np.random.Generator) -> A
 
 
 def estimate(value: Array, total: Array) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    return reference.ratio_estimate(reference.ratio_moments(torch.from_numpy(value), torch.from_numpy(total)))
+    return naive.ratio_estimate(naive.ratio_moments(torch.from_numpy(value), torch.from_numpy(total)))
 
 
 def certificate_figures() -> list[str]:

@@ -34,10 +34,10 @@ from mopo_kernels import (
     linear_mopo_loss,
     linear_sequence_logprob,
     mopo_loss,
+    naive,
     pack_responses,
-    reference,
 )
-from mopo_kernels.reference import ESTIMATORS, LOSS_TYPES
+from mopo_kernels.naive import ESTIMATORS, LOSS_TYPES
 from mopo_kernels.trainer import MOPOConfig
 
 ROOT = Path(__file__).parents[1]
@@ -81,13 +81,13 @@ def test_log_probabilities_are_right_and_never_positive_when_no_block_divides_th
         options: dict[str, Any] = {"backend": backend, "max_buffer_bytes": limit}
         got = linear_logprob(batch.hidden, batch.weight, batch.target, batch.bias, **options)
         arguments = (batch.hidden, batch.weight, batch.target, batch.bias)
-        close(got, reference.linear_logprob(*arguments))
+        close(got, naive.linear_logprob(*arguments))
         assert (got <= 0).all()
     # What a block of 128 columns would read beyond 37 of them, were it not masked.
     batch = make_batch(vocabulary=37, scale=0.5)
     padded = F.pad(batch.weight, (0, 0, 0, 128 - 37))
-    wrong = reference.linear_logprob(batch.hidden, padded, batch.target)
-    assert (wrong - reference.linear_logprob(batch.hidden, batch.weight, batch.target)).abs().max() > 0.1
+    wrong = naive.linear_logprob(batch.hidden, padded, batch.target)
+    assert (wrong - naive.linear_logprob(batch.hidden, batch.weight, batch.target)).abs().max() > 0.1
 
 
 @pytest.mark.parametrize("backend", CPU_BACKENDS)
@@ -100,7 +100,7 @@ def test_the_bias_enters_before_scale_and_cap_and_gets_its_gradient(backend: str
     for limit in (3_000, 1 << 20):
         options = {**head, "backend": backend, "max_buffer_bytes": limit}
         token = linear_logprob(batch.hidden, batch.weight, batch.target, batch.bias, **options)
-        expected = reference.linear_logprob(batch.hidden, batch.weight, batch.target, batch.bias, **head)
+        expected = naive.linear_logprob(batch.hidden, batch.weight, batch.target, batch.bias, **head)
         close(token, expected)
         for got, want in zip(
             torch.autograd.grad(token.square().sum(), leaves),
@@ -108,16 +108,16 @@ def test_the_bias_enters_before_scale_and_cap_and_gets_its_gradient(backend: str
             strict=True,
         ):
             close(got, want)
-        loss, want_loss = loss_of(batch, **options), loss_of(batch, **head, backend="reference")
+        loss, want_loss = loss_of(batch, **options), loss_of(batch, **head, backend="naive")
         for got, want in zip(torch.autograd.grad(loss, leaves), torch.autograd.grad(want_loss, leaves), strict=True):
             close(got, want)
-    without = reference.linear_logprob(batch.hidden, batch.weight, batch.target, **head)
-    late = reference.linear_logprob(batch.hidden, batch.weight, batch.target, batch.bias / 0.6, **head)
+    without = naive.linear_logprob(batch.hidden, batch.weight, batch.target, **head)
+    late = naive.linear_logprob(batch.hidden, batch.weight, batch.target, batch.bias / 0.6, **head)
     assert (expected - without).abs().max() > 0.1
     assert (expected - late).abs().max() > 0.1
 
 
-@pytest.mark.parametrize("backend", ["reference", *CPU_BACKENDS])
+@pytest.mark.parametrize("backend", ["naive", *CPU_BACKENDS])
 @pytest.mark.parametrize("limit", [4_000, 1 << 20], ids=["narrow", "whole"])
 @pytest.mark.parametrize("trained", [("hidden",), ("hidden", "weight", "bias")], ids="+".join)
 def test_a_batch_without_a_scored_token_gives_a_differentiable_zero(
@@ -151,7 +151,7 @@ def test_a_response_without_a_scored_token_leaves_the_others_as_they_are(backend
     for limit in (4_000, 24_000, 1 << 20):
         results = [
             torch.autograd.grad(loss_of(batch, backend=name, max_buffer_bytes=limit), leaves)
-            for name in ("reference", backend)
+            for name in ("naive", backend)
         ]
         for expected, got in zip(*results, strict=True):
             assert torch.isfinite(got).all()
@@ -180,7 +180,7 @@ def test_weights_of_rows_are_applied_before_the_weights_gradient_is_summed(backe
     arguments = (batch.hidden, batch.weight, batch.target, batch.bias)
     token = linear_logprob(*arguments, backend=backend, max_buffer_bytes=limit)
     got = torch.autograd.grad(token, leaves, upstream, retain_graph=True)
-    expected = torch.autograd.grad(reference.linear_logprob(*arguments), leaves, upstream)
+    expected = torch.autograd.grad(naive.linear_logprob(*arguments), leaves, upstream)
     summed_first = torch.autograd.grad(token, leaves, torch.ones_like(upstream))
     for value, want, wrong in zip(got, expected, summed_first, strict=True):
         close(value, want)
@@ -197,7 +197,7 @@ def test_logits_beyond_the_range_of_fp16_overflow_nowhere(backend: str) -> None:
     for limit in (40_000, 1 << 20):
         arguments = (batch.hidden, batch.weight, batch.target, batch.bias)
         token = linear_logprob(*arguments, backend=backend, max_buffer_bytes=limit)
-        expected = reference.linear_logprob(truth[0], truth[1], batch.target, truth[2])
+        expected = naive.linear_logprob(truth[0], truth[1], batch.target, truth[2])
         assert expected.min() < -66_000
         torch.testing.assert_close(token.double(), expected, rtol=1e-5, atol=0.1)
         for got, want in zip(
@@ -246,7 +246,7 @@ def test_the_weights_gradient_of_many_bf16_chunks_is_rounded_once(
             value = linear_logprob(batch.hidden, batch.weight, batch.target, batch.bias, **options).square().sum()
         return torch.autograd.grad(value, tensors)
 
-    truth = run([t.detach().double().requires_grad_() for t in leaves], "reference")
+    truth = run([t.detach().double().requires_grad_() for t in leaves], "naive")
     seen = folds(monkeypatch, backend)
     got = run(leaves, backend)
     assert len(seen) >= 24, "too few chunks to show"
@@ -258,13 +258,13 @@ def test_the_weights_gradient_of_many_bf16_chunks_is_rounded_once(
     weight = leaves[1].detach().double().requires_grad_()
     total, exact = torch.zeros_like(leaves[1]), torch.zeros_like(weight)
     for part in scored.split(rows // 48):
-        value = reference.linear_logprob(batch.hidden.double()[part], weight, batch.target[part])
+        value = naive.linear_logprob(batch.hidden.double()[part], weight, batch.target[part])
         (share,) = torch.autograd.grad(value.sum(), weight)
         total, exact = total + share.bfloat16(), exact + share
     assert (total.double() - exact).norm() > 3 * (exact.bfloat16().double() - exact).norm()
 
 
-@pytest.mark.parametrize("backend", ["reference", *CPU_BACKENDS])
+@pytest.mark.parametrize("backend", ["naive", *CPU_BACKENDS])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_log_probabilities_are_fp32_for_half_precision_input(backend: str, dtype: torch.dtype) -> None:
     """verl: log-probabilities came back in bf16, off by up to 1/16 nats a token near -11 nats."""
@@ -343,7 +343,7 @@ def test_the_buffer_setting_bounds_the_memory_of_training(backend: str, path: st
     for limit, found in peaks.items():
         assert found <= limit + fixed
     assert peaks[3_000_000] > peaks[200_000] + 500_000, "the setting has no effect"
-    assert peak(200_000, "reference") > 3_000_000 + fixed, "plain PyTorch would pass too"
+    assert peak(200_000, "naive") > 3_000_000 + fixed, "plain PyTorch would pass too"
 
 
 def packed_loss(
@@ -417,7 +417,7 @@ def paths(batch: Batch, options: dict[str, Any]) -> dict[str, Callable[[], Any]]
     fixed = {k: v for k, v in options.items() if k in ("tau", "loss_type", "estimator", "max_ratio")}
     given = {k: v for k, v in options.items() if k not in fixed}
     ways: dict[str, Callable[[], Any]] = {
-        "reference": lambda: mopo_loss(sequence_logprob(batch, backend="reference"), *labels, **options),
+        "naive": lambda: mopo_loss(sequence_logprob(batch, backend="naive"), *labels, **options),
     }
     for backend in CPU_BACKENDS:
         ways[f"composed, {backend}"] = lambda b=backend: mopo_loss(
@@ -441,9 +441,9 @@ def test_every_path_has_the_loss_and_the_gradients_of_the_one_equation(loss_type
         batch = make_batch(seed=seed, responses=2 + seed)
         leaves = batch.leaves("hidden", "weight", "bias")
         options = full_options(batch, loss_type, estimator)
-        token = reference.linear_logprob(batch.hidden, batch.weight, batch.target, batch.bias)
-        expected = reference.mopo_loss(
-            reference.segment_sum(token, batch.cu_seqlens),
+        token = naive.linear_logprob(batch.hidden, batch.weight, batch.target, batch.bias)
+        expected = naive.mopo_loss(
+            naive.segment_sum(token, batch.cu_seqlens),
             *(batch.ref_logprob, batch.pairs, batch.preference, batch.objective_weight),
             **options,
         )
@@ -460,13 +460,13 @@ def test_a_change_of_the_one_equation_reaches_every_path(loss_type: str, monkeyp
     batch = make_batch()
     ways = paths(batch, full_options(batch, loss_type, "pair"))
     before = {name: path().loss for name, path in ways.items()}
-    original = reference.mopo_loss
+    original = naive.mopo_loss
 
-    def changed(*arguments: Any, **options: Any) -> reference.PairLoss:
+    def changed(*arguments: Any, **options: Any) -> naive.PairLoss:
         output = original(*arguments, **options)
         return output._replace(loss=output.loss + 1)
 
-    monkeypatch.setattr(reference, "mopo_loss", changed)
+    monkeypatch.setattr(naive, "mopo_loss", changed)
     for name, path in ways.items():
         close(path().loss, before[name] + 1)
 
@@ -476,7 +476,7 @@ def oracle_loss(model: nn.Module, batch: dict[str, Tensor], weight: Tensor, **op
     logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1]
     labels = batch["labels"][:, 1:]
     token = torch.log_softmax(logits.double(), -1).gather(-1, labels.clamp(min=0)[..., None])[..., 0]
-    return reference.mopo_loss(
+    return naive.mopo_loss(
         (token * (labels != -100)).sum(1),
         *(batch["ref_logprob"].double(), batch["pairs"], batch["preference"].double(), weight.double()),
         pair_weight=batch["pair_weight"].double(),
@@ -500,14 +500,14 @@ def test_the_trainer_trains_the_loss_it_is_told_to(loss_type: str, tmp_path: Pat
         assert any((found[name] - value).abs().max() > 1e-2 * largest for name, value in expected[kind].items()), kind
 
 
-@pytest.mark.parametrize("backend", ["reference", *CPU_BACKENDS])
+@pytest.mark.parametrize("backend", ["naive", *CPU_BACKENDS])
 def test_regression_of_one_objective_is_ipo_and_sigmoid_is_dpo(backend: str) -> None:
     """ms-swift: IPO was trained as DPO. Both by the formulas of their papers, gradients included."""
     batch = make_batch(objectives=1, seed=2)
     batch.preference.fill_(1.0)
     batch.objective_weight.fill_(1.0)
     leaves = batch.leaves("hidden", "weight", "bias")
-    logprob = sequence_logprob(batch, backend="reference")
+    logprob = sequence_logprob(batch, backend="naive")
     chosen, rejected = (logprob - batch.ref_logprob)[batch.pairs].unbind(1)
     beta = 0.2
     ipo = (chosen - rejected - 1 / (2 * beta)).square().mean()
@@ -556,9 +556,9 @@ def test_tied_embeddings_get_the_gradients_of_both_their_uses(tmp_path: Path) ->
     shares = []
     for rows_from, head in ((hidden, weight.detach()), (hidden.detach(), weight)):
         rows, target, cu_seqlens = pack_responses(rows_from, batch["labels"])
-        token = reference.linear_logprob(rows, head, target)
-        loss = reference.mopo_loss(
-            reference.segment_sum(token, cu_seqlens),
+        token = naive.linear_logprob(rows, head, target)
+        loss = naive.mopo_loss(
+            naive.segment_sum(token, cu_seqlens),
             *(batch["ref_logprob"], batch["pairs"], batch["preference"].double(), objectives.double()),
             tau=trainer.args.tau,
             pair_weight=batch["pair_weight"].double(),

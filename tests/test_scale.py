@@ -23,7 +23,7 @@ def numbers(batch: Batch, backend: str, limit: int | None = None, trained: bool 
 
 
 def assert_oracle(make: dict[str, int], backend: str, limit: int | None = None, trained: bool = True) -> None:
-    expected = numbers(make_batch(**make), "reference", trained=trained)
+    expected = numbers(make_batch(**make), "naive", trained=trained)
     for got, want in zip(numbers(make_batch(**make), backend, limit, trained), expected, strict=True):
         torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-11, equal_nan=True)
 

@@ -21,7 +21,7 @@ from trainer_samples import (
 )
 from transformers import TrainerCallback
 
-from mopo_kernels import reference
+from mopo_kernels import naive
 from mopo_kernels.data import (
     DataError,
     PreferenceCollator,
@@ -139,7 +139,7 @@ def test_a_step_with_margins_has_the_oracles_loss_and_gradient(layout, error, tm
     labels = rows["labels"][:, 1:]
     token = torch.log_softmax(logits, -1).gather(-1, labels.clamp(min=0)[..., None])[..., 0]
     logprob = (token * (labels != -100)).sum(1)
-    expected = reference.mopo_loss(
+    expected = naive.mopo_loss(
         logprob,
         logprob.detach(),
         torch.tensor([[offset + index for index in (pair.i, pair.j)] for offset, pair in placed(data)]),
@@ -474,16 +474,16 @@ def test_under_a_lagged_reference_satisfaction_is_measured_from_the_first(tmp_pa
         layout = take_layout(dict(batch))
         logprob = policy.sequence_logprob(model, layout)
         first, current = policy.reference_logprob(model, layout, None)
-    expected, _ = reference.satisfaction(logprob - first, batch["pairs"], batch["preference"], batch["pair_weight"])
+    expected, _ = naive.satisfaction(logprob - first, batch["pairs"], batch["preference"], batch["pair_weight"])
     found = trainer._statistics.satisfaction(output["statistics"])[0]
     torch.testing.assert_close(found.float(), expected, rtol=1e-5, atol=1e-6)
-    other, _ = reference.satisfaction(logprob - current, batch["pairs"], batch["preference"], batch["pair_weight"])
+    other, _ = naive.satisfaction(logprob - current, batch["pairs"], batch["preference"], batch["pair_weight"])
     assert not torch.allclose(other, expected, atol=1e-3)
 
 
 @pytest.mark.parametrize("estimator", ["pair", "snis", "closed_form"])
 def test_logged_numbers_are_those_of_the_oracle(estimator, tmp_path):
-    """One batch that is the whole data set, evaluated after training, against reference.py in fp64."""
+    """One batch that is the whole data set, evaluated after training, against naive.py in fp64."""
     data = make_data(6)
     trainer = make_trainer(tmp_path, data=data, reference="model", estimator=estimator, max_steps=6, tau=0.3)
     trainer.train()
@@ -494,7 +494,7 @@ def test_logged_numbers_are_those_of_the_oracle(estimator, tmp_path):
     with torch.no_grad():
         r = (policy.sequence_logprob(*arguments) - policy.reference_logprob(*arguments, None)[0]).double()
     weight, preference = batch["pair_weight"].double(), batch["preference"].double()
-    expected = reference.mopo_loss(
+    expected = naive.mopo_loss(
         r,
         torch.zeros_like(r),
         batch["pairs"],
@@ -505,7 +505,7 @@ def test_logged_numbers_are_those_of_the_oracle(estimator, tmp_path):
         estimator=estimator,
         prompt_index=batch["prompt_index"],
     )
-    nothing = reference.mopo_loss(
+    nothing = naive.mopo_loss(
         torch.zeros_like(r),
         torch.zeros_like(r),
         batch["pairs"],
@@ -514,7 +514,7 @@ def test_logged_numbers_are_those_of_the_oracle(estimator, tmp_path):
         tau=0.3,
         pair_weight=weight,
     )
-    target = reference.pair_target(preference, trainer.dual.weight.double(), 0.3)
+    target = naive.pair_target(preference, trainer.dual.weight.double(), 0.3)
     oriented = (weight * target.sign() * expected.margin).sum() / weight[target != 0].sum()
     share = torch.softmax(r, 0)
     kl = (share * (share * len(r)).log()).sum()

@@ -24,7 +24,7 @@ from trainer_samples import (
 from transformers import AutoModelForCausalLM, LlamaConfig, TrainerCallback
 
 import mopo_kernels.trainer.forward as forward
-from mopo_kernels import reference
+from mopo_kernels import naive
 from mopo_kernels.data import PreferenceCollator, PreferenceData, PreferenceExample, PreferencePair, win_rates
 from mopo_kernels.data.dataset import prompt_key
 from mopo_kernels.dual import DualAscent, solve_labels
@@ -64,20 +64,20 @@ def test_the_standard_error_is_that_of_a_bootstrap_by_prompt():
     generator = torch.Generator().manual_seed(0)
     total = torch.exp(0.7 * torch.randn(60, 2, generator=generator, dtype=DOUBLE))
     share = torch.sigmoid(torch.randn(60, 2, generator=generator, dtype=DOUBLE) + 0.5 * total)
-    moments = reference.ratio_moments(total * share, total)
-    value, error, effective = reference.ratio_estimate(moments)
+    moments = naive.ratio_moments(total * share, total)
+    value, error, effective = naive.ratio_estimate(moments)
     drawn = torch.randint(60, (4000, 60), generator=generator)
     resampled = (total * share)[drawn].sum(1) / total[drawn].sum(1)
     torch.testing.assert_close(value, (total * share).sum(0) / total.sum(0))
     torch.testing.assert_close(error, resampled.std(0), rtol=0.05, atol=0)
     torch.testing.assert_close(effective, total.sum(0).square() / total.square().sum(0))
     # Batches and ranks merge by addition.
-    parts = sum(reference.ratio_moments((total * share)[rows], total[rows]) for rows in torch.arange(60).split(7))
-    torch.testing.assert_close(reference.ratio_estimate(parts)[1], error)
+    parts = sum(naive.ratio_moments((total * share)[rows], total[rows]) for rows in torch.arange(60).split(7))
+    torch.testing.assert_close(naive.ratio_estimate(parts)[1], error)
 
 
 def test_no_error_is_known_from_one_prompt_and_no_value_from_none():
-    value, error, effective = reference.ratio_estimate(reference.ratio_moments(*torch.tensor([[[0.3, 0]], [[1, 0]]])))
+    value, error, effective = naive.ratio_estimate(naive.ratio_moments(*torch.tensor([[[0.3, 0]], [[1, 0]]])))
     assert value[0] == pytest.approx(0.3)
     assert math.isnan(value[1])
     assert error.isnan().all()
@@ -93,12 +93,12 @@ def test_evaluation_reports_standard_errors_by_prompt(tmp_path):
     for example in data:
         batch = trainer.data_collator([example])
         ratio = trainer.model(**batch, log_ratio_only=True)["log_ratio"].double()
-        terms = reference.satisfaction_terms(
+        terms = naive.satisfaction_terms(
             ratio, batch["pairs"], batch["preference"].double(), batch["pair_weight"].double(), "snis"
         )
         a.append(terms[0].sum(0))
         b.append(terms[1].sum(0))
-    value, error, _ = reference.ratio_estimate(reference.ratio_moments(torch.stack(a), torch.stack(b)))
+    value, error, _ = naive.ratio_estimate(naive.ratio_moments(torch.stack(a), torch.stack(b)))
     for k, name in enumerate(trainer.objectives):
         assert metrics[f"eval_satisfaction/{name}"] == pytest.approx(float(value[k]), rel=1e-5)
         assert metrics[f"eval_standard_error/{name}"] == pytest.approx(float(error[k]), rel=1e-4)
@@ -131,9 +131,9 @@ def measured_by(folder, estimator):
     r = trainer.model(**batch, log_ratio_only=True)["log_ratio"].double()
     preference, pairs = batch["preference"].double(), batch["pairs"]
     weight = torch.tensor([e.weight for e in trainer.dual_dataset for _ in e.pairs], dtype=DOUBLE)
-    rho = reference.policy_ratio(preference, pairs, before[-1], 0.5, batch["prompt_index"])
-    used = reference.capped_log_ratio(r) if estimator == "snis" else r
-    expected, _ = reference.satisfaction(used, pairs, preference, weight, estimator, rho)
+    rho = naive.policy_ratio(preference, pairs, before[-1], 0.5, batch["prompt_index"])
+    used = naive.capped_log_ratio(r) if estimator == "snis" else r
+    expected, _ = naive.satisfaction(used, pairs, preference, weight, estimator, rho)
     found = [trainer.measurement.satisfaction[name] for name in trainer.objectives]
     assert found == pytest.approx(expected.tolist(), rel=1e-5), estimator
     if estimator == "snis":

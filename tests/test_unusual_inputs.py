@@ -14,7 +14,7 @@ from torch import Tensor
 from mopo_kernels import backends, linear_logprob, linear_sequence_logprob, mopo_loss
 from mopo_kernels.fused.buffer_plan import MIN_CONVERTED
 from mopo_kernels.fused.chunked_head import FARTHEST_ROWS, ChunkedHead, row_major
-from mopo_kernels.reference import LOSS_TYPES
+from mopo_kernels.naive import LOSS_TYPES
 
 # numpy's, in the interpreter of Triton, for what a mask leaves out.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")

@@ -25,7 +25,7 @@ from trainer_samples import STEERED, brevity, lora, make_config, make_data, make
 from transformers import AutoModelForCausalLM, TrainerCallback
 
 from mopo_kernels.data import PreferenceCollator, PreferenceData
-from mopo_kernels.parallel import whole
+from mopo_kernels.fused.vocab_parallel import full_tensor
 from mopo_kernels.trainer import MOPOTrainer
 
 KINDS = ("full", "lora", "lagged", "cloning", "hollow", "scarce", "judged", "experts")
@@ -46,7 +46,7 @@ class Gradients(TrainerCallback):
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         named = getattr(model, "module", model).named_parameters()
-        self.seen.append({name: whole(p.grad).clone() for name, p in named if p.grad is not None})
+        self.seen.append({name: full_tensor(p.grad).clone() for name, p in named if p.grad is not None})
 
 
 class Kill(TrainerCallback):
@@ -165,7 +165,7 @@ def run(kind: str, folder: Path, ranks: int, sharded: bool = False, stand_in: in
     parameters = dict(trainer.model.named_parameters())
     result = {
         "gradients": recorder.seen,
-        "weights": {name: whole(p.detach()) for name, p in parameters.items()},
+        "weights": {name: full_tensor(p.detach()) for name, p in parameters.items()},
         "dual": trainer.dual.state_dict(),
         "log": [line for line in trainer.state.log_history if "loss" in line],
         "measured": [line for line in trainer.state.log_history if "dual/satisfaction/brief" in line],
@@ -173,10 +173,10 @@ def run(kind: str, folder: Path, ranks: int, sharded: bool = False, stand_in: in
     }
     if sharded:
         result["units"] = [name for name, module in trainer.model.named_modules() if isinstance(module, FSDPModule)]
-        result["whole"] = [name for name, p in parameters.items() if p.to_local().numel() >= p.numel()]
+        result["full_tensor"] = [name for name, p in parameters.items() if p.to_local().numel() >= p.numel()]
         again = build(kind, folder, ranks, sharded)
         again.train(resume_from_checkpoint=str(folder / "checkpoint-2"))
-        result["resumed"] = {name: whole(p.detach()) for name, p in again.model.named_parameters()}
+        result["resumed"] = {name: full_tensor(p.detach()) for name, p in again.model.named_parameters()}
         result["resumed dual"] = again.dual.state_dict()
         trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
         trainer.save_model(str(folder / "final"))
@@ -228,7 +228,7 @@ def run_deepspeed(kind: str, folder: Path, ranks: int) -> dict[str, Any]:
     parameters = dict(trainer.model.named_parameters())
     result = {
         "weights": weights(trainer),
-        "whole": [name for name, p in parameters.items() if p.ds_tensor.numel() >= p.ds_numel],
+        "full_tensor": [name for name, p in parameters.items() if p.ds_tensor.numel() >= p.ds_numel],
         "dual": trainer.dual.state_dict(),
         "log": [line for line in trainer.state.log_history if "loss" in line],
         "ref_logprob": [example.ref_logprob for example in trainer.train_dataset],

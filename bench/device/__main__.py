@@ -93,7 +93,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         "slice", nargs="?", choices=SLICES, help="a choice of sections for a borrowed card, with a budget of its own"
     )
     parser.add_argument("--only", metavar="SECTIONS", help=f"some of {','.join(SECTIONS)}, separated by commas")
-    parser.add_argument("--tune", action="store_true", help="also try launch configurations of linear_fold")
+    parser.add_argument("--tune", action="store_true", help="also try launch configurations of linear_lse_fwd")
     budgets = ", ".join(f"{name} {one.budget:g}" for name, one in SLICES.items())
     parser.add_argument("--budget", type=float, metavar="SECONDS", help=f"for the whole run [525; {budgets}]")
     parser.add_argument(

@@ -74,7 +74,7 @@ def tiles(backend: TileBackend, device: str) -> None:
 
 
 def fused(backend: TileBackend, device: str) -> None:
-    """linear_fold, and what turns its exponentials into the gradient."""
+    """linear_lse_fwd, and what turns its exponentials into the gradient."""
     transform = LogitTransform()
     for (rows, columns, hidden), dtype in itertools.product(
         ((1, 1, 8), (130, 263, 40), (33, 520, 64)), (torch.bfloat16, torch.float16)
@@ -108,7 +108,7 @@ def fused(backend: TileBackend, device: str) -> None:
 
 
 def sequences(backend: TileBackend, device: str) -> None:
-    """segment_sum and pair_coefficient."""
+    """segment_sum and pair_loss_bwd."""
     g = torch.Generator().manual_seed(0)
     cu_seqlens = torch.tensor([0, 0, 1, 1025, 3000])
     value = torch.randn(3000, generator=g)

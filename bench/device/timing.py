@@ -171,7 +171,7 @@ def entries(shape: Shape, device: str, dropped: Collection[str] = ()) -> tuple[d
     found, reasons = {BARE: Entry(CONTENDERS[BARE])}, {}
     for backend in backends.availability():
         name = OWN + backend
-        if backend == "reference":
+        if backend == "naive":
             continue
         try:
             backends.resolve(backend, torch.device(device))

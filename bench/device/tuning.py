@@ -1,4 +1,5 @@
-"""Section "tune": launch configurations of linear_fold, in turns, beside the BLAS library's product of the same size.
+"""Section "tune": launch configurations of linear_lse_fwd, in turns, beside the BLAS library's product of the same
+size.
 
 Runs as a child too: ``python -m bench.device.tuning PLAN``. First several children compile a part of the candidates
 each, into Triton's cache on disk; then one times them all.
@@ -52,7 +53,7 @@ FIELDS = ("block_r", "block_v", "block_h", "num_warps", "num_stages")
 
 @contextmanager
 def configured(candidate: dict[str, int]) -> Iterator[None]:
-    """linear_fold as launched with the candidate's fields."""
+    """linear_lse_fwd as launched with the candidate's fields."""
     from mopo_kernels.backends.triton import linear_lse_fwd as module
     from mopo_kernels.backends.triton.math import architecture
 
@@ -107,7 +108,7 @@ class Case:
         return torch.mm(self.hidden, self.weight.T, out=self.tile)
 
     def lse_fwd(self) -> tuple[Tensor, Tensor, Tensor]:
-        """linear_fold under the configuration of the moment."""
+        """linear_lse_fwd under the configuration of the moment."""
         from mopo_kernels.backends.triton.linear_lse_fwd import linear_lse_fwd
 
         sum_exp, target_logit = torch.zeros_like(self.offset), torch.zeros_like(self.offset)
@@ -193,7 +194,7 @@ def compete(plan: dict[str, Any]) -> None:
 
 def table(data: dict[str, Any]) -> str:
     sizes = "".join(f"  R {r} V {v}{' stored' if store else ''}".rjust(24) for r, v, _, store in data["sizes"])
-    lines = [f"linear_fold over the product alone, {data['rounds']} rounds", f"{'':44}{sizes}    mean"]
+    lines = [f"linear_lse_fwd over the product alone, {data['rounds']} rounds", f"{'':44}{sizes}    mean"]
     for row in data["rows"]:
         values = row["candidate"]
         text = "x".join(str(values[k]) for k in FIELDS[:3])

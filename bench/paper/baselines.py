@@ -54,7 +54,7 @@ from bench.paper.exact import shifts, worst_slack
 from bench.paper.pairs import MergedPairs, Pairs, PairTensors, sample_pairs
 from bench.paper.structures import Structure, closed_form_policy
 from mopo_kernels import DualAscent, mopo_loss, tabular
-from mopo_kernels.reference import satisfaction
+from mopo_kernels.naive import satisfaction
 
 __all__ = [
     "FRONTS",

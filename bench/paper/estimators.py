@@ -22,7 +22,7 @@ from bench.paper.learning import learn
 from bench.paper.limits import limit, total_variation
 from bench.paper.pairs import Pairs, sample_pairs
 from bench.paper.structures import Structure, closed_form_policy
-from mopo_kernels.reference import effective_sample_size, satisfaction
+from mopo_kernels.naive import effective_sample_size, satisfaction
 from mopo_kernels.tabular import solve
 
 __all__ = ["BATCHES", "ESTIMATORS", "batch_noise", "measured", "study_estimators"]

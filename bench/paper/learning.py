@@ -29,7 +29,7 @@ from bench.paper.pairs import MergedPairs, Pairs, sample_pairs
 from bench.paper.policies import LogLinear, Policy, Rows, Transformer, log_linear, repeats, spell, table
 from bench.paper.structures import Structure
 from mopo_kernels import DualAscent, MOPOLossOutput
-from mopo_kernels.reference import policy_ratio, satisfaction
+from mopo_kernels.naive import policy_ratio, satisfaction
 from mopo_kernels.tabular import hypervolume, pareto_front, solve
 
 __all__ = [

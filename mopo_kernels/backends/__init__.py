@@ -17,7 +17,7 @@ _BACKENDS: dict[str, TileBackend] = {
     "torch": torch_ops.BACKEND,
 }
 _REASONS: dict[str, str | None] = {
-    "reference": None,
+    "naive": None,
     "torch": torch_ops.unavailable_reason(),
     "cpp": cpp.unavailable_reason(),
     "triton": triton.unavailable_reason(),

@@ -1,10 +1,11 @@
 """What a tile backend is: :class:`TileBackend`.
 
 A *tile* is an (R, W) block of ``hidden @ weight.T`` (rows: scored tokens, columns: vocabulary entries ``start`` to
-``start + W``). Every backend folds a tile of products, in the accumulation dtype (fp32, or fp64 for fp64 input), into
-running statistics and turns it into its gradient in place. A backend that *fuses* computes the products itself, for
-half precision input, and keeps a tile of exponentials instead; see :meth:`TileBackend.linear_lse_fwd`. Chunking, the
-other products and the order of accumulation belong to :mod:`mopo_kernels.fused`.
+``start + W``). Every backend takes a tile of products, in the accumulation dtype (fp32, or fp64 for fp64 input), into
+running statistics of the log-sum-exp (:class:`RowStats`) and turns it into its gradient in place. A backend that
+*fuses* computes the products itself, for half precision input, and keeps a tile of exponentials instead; see
+:meth:`TileBackend.linear_lse_fwd`. Chunking, the other products and the order of accumulation belong to
+:mod:`mopo_kernels.fused`.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from mopo_kernels import coefficients, reference
+from mopo_kernels import naive, naive_grad
 from mopo_kernels.arguments import LogitTransform, PairBatch
 
 # A target that no tile holds: the token is not scored. Its statistics mean nothing and its gradient is exactly 0.
@@ -140,7 +141,7 @@ class TileBackend:
     def row_statistics(self, row_max: Tensor, sum_exp: Tensor, target_logit: Tensor) -> tuple[Tensor, Tensor]:
         """(R,) each: the targets' log-probabilities, and the log-sum-exp in fp64, since its rounding would tilt the
         gradient of the whole row."""
-        # Not picked - logsumexp: the difference to the maximum is small, so it rounds less.
+        # Not target_logit - logsumexp: the difference to row_max is small, so it rounds less.
         return (target_logit - row_max) - torch.log(sum_exp), row_max.double() + torch.log(sum_exp.double())
 
     def mark_target_(
@@ -181,8 +182,8 @@ class TileBackend:
 
     def segment_sum(self, value: Tensor, cu_seqlens: Tensor) -> Tensor:
         """Sums over packed sequences, in a fixed order: (N,), (S + 1,) -> (S,)."""
-        return reference.segment_sum(value, cu_seqlens)
+        return naive.segment_sum(value, cu_seqlens)
 
     def pair_loss_bwd(self, logprob: Tensor, ref_logprob: Tensor, batch: PairBatch) -> Tensor:
-        """``g = d loss / d logprob``, (S,), in a fixed order: :func:`mopo_kernels.coefficients.coefficient`."""
-        return coefficients.coefficient(logprob, ref_logprob, batch)
+        """``g = d loss / d logprob``, (S,), in a fixed order: :func:`mopo_kernels.naive_grad.grad_logprob`."""
+        return naive_grad.grad_logprob(logprob, ref_logprob, batch)

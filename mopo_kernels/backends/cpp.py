@@ -44,18 +44,7 @@ class CppBackend(TileBackend):
         sum_exp: Tensor,
         target_logit: Tensor,
     ) -> None:
-        torch.ops.mopo_tile.fold(
-            tile,
-            bias,
-            target,
-            start,
-            transform.softcap,
-            transform.logit_scale,
-            transform.temperature,
-            row_max,
-            sum_exp,
-            target_logit,
-        )
+        torch.ops.mopo_tile.fold(tile, bias, target, start, *transform.flatten(), row_max, sum_exp, target_logit)
 
     def logits_bwd_(
         self,
@@ -67,17 +56,7 @@ class CppBackend(TileBackend):
         logsumexp: Tensor,
         grad_logprob: Tensor | None,
     ) -> None:
-        torch.ops.mopo_tile.gradient_(
-            tile,
-            bias,
-            target,
-            start,
-            transform.softcap,
-            transform.logit_scale,
-            transform.temperature,
-            logsumexp,
-            grad_logprob,
-        )
+        torch.ops.mopo_tile.gradient_(tile, bias, target, start, *transform.flatten(), logsumexp, grad_logprob)
 
     def mark_columns_(
         self,
@@ -89,9 +68,7 @@ class CppBackend(TileBackend):
         transform: LogitTransform,
         least: Tensor,
     ) -> None:
-        torch.ops.mopo_tile.mark_columns_(
-            marked, tile, bias, target, start, transform.softcap, transform.logit_scale, transform.temperature, least
-        )
+        torch.ops.mopo_tile.mark_columns_(marked, tile, bias, target, start, *transform.flatten(), least)
 
     def product_scratch(self, dtype: torch.dtype, available: int) -> int:
         if not has_native_products(dtype):

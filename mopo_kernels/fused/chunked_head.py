@@ -2,11 +2,11 @@
 
     products (R, W) -> forward: log-sum-exp and target logit -> gradient in place -> dhidden, dweight, dbias
 
-The backend does ``lse_fwd`` and ``logits_bwd_`` (or, fused, the products with the fold); everything else is here, once
-for every backend. A tile spans the whole vocabulary (W = V) whenever the buffer holds enough such rows, so that no
-product is done twice (:mod:`mopo_kernels.fused.buffer_plan`); otherwise the vocabulary is tiled too and the gradient
-computes its products again, except for a frozen head, whose gradient is rescaled from tile to tile instead.
-Accumulation is in fp32 (fp64 for fp64 input), in a fixed order, with one cast at the end.
+The backend does ``lse_fwd`` and ``logits_bwd_`` (or, fused, ``linear_lse_fwd`` both products and log-sum-exp);
+everything else is here, once for every backend. A tile spans the whole vocabulary (W = V) whenever the buffer holds
+enough such rows, so that no product is done twice (:mod:`mopo_kernels.fused.buffer_plan`); otherwise the vocabulary is
+tiled too and the gradient computes its products again, except for a frozen head, whose gradient is rescaled from tile
+to tile instead. Accumulation is in fp32 (fp64 for fp64 input), in a fixed order, with one cast at the end.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from mopo_kernels.fused import buffer_plan
 from mopo_kernels.fused.buffer_plan import FILTER_ROWS, ROW_ALIGNMENT, row_chunks
 from mopo_kernels.fused.fp16_scaling import RowPowers, split
 from mopo_kernels.fused.scored_rows import Rows, ScoredRows
-from mopo_kernels.parallel import Shard
+from mopo_kernels.fused.vocab_parallel import VocabShard
 
 # Where a filtered gradient would keep more of the columns than this, the whole tile is faster.
 FILTER_LARGEST_SHARE = 0.5
@@ -53,7 +53,7 @@ def readable(inputs: HeadInputs, options: HeadOptions) -> HeadInputs:
 
 
 class Tile(NamedTuple):
-    """(R, W) products; or, fused, exponentials: with their ``offsets`` (blocks, R), or, after a fold, the gradient of
+    """(R, W) products; or, fused, exponentials: with their ``offsets`` (blocks, R), or, after forward, the gradient of
     the rows' log-probabilities up to a factor ``scale`` (R,)."""
 
     values: Tensor
@@ -107,7 +107,7 @@ class ChunkedHead:
         self,
         inputs: HeadInputs,
         options: HeadOptions,
-        shard: Shard | None,
+        shard: VocabShard | None,
         max_buffer_bytes: int,
         *,
         copies: int = 1,
@@ -298,7 +298,7 @@ class ChunkedHead:
         return RowStats(row_max, torch.zeros_like(row_max), torch.zeros_like(row_max))
 
     def _lse_fwd(self, chunk: Chunk, start: int, stop: int, tile: Tile | None, stats: RowStats) -> None:
-        """Products of the chunk with weight rows ``start .. stop`` into the tile, folded into the statistics."""
+        """Products of the chunk with weight rows ``start .. stop`` into the tile, and into the statistics."""
         at = (self._bias(start, stop), chunk.target, self._first + start, self.transform)
         if self.fused:
             stored = (None, None) if tile is None else (tile.values, tile.offsets)
@@ -319,7 +319,7 @@ class ChunkedHead:
         if self.shard is not None:
             # The offsets of this rank's exponentials stay what they are.
             stats = RowStats(*(t.clone() for t in stats)) if self.by_row else stats
-            self.shard.merge_(*stats)
+            self.shard.all_reduce_lse_(*stats)
         logprob, logsumexp = self.backend.row_statistics(*stats)
         return TokenLogprob(self.scored.logprob(logprob, target), logsumexp)
 
@@ -342,7 +342,7 @@ class ChunkedHead:
         if self.dweight is not None and self.untouched:
             self.dweight.zero_()
         if self.shard is not None and self.dhidden is not None:
-            self.shard.sum_(self.dhidden)
+            self.shard.all_reduce_(self.dhidden)
 
     def _put_back(self, dhidden: Tensor | None, chunk: Chunk) -> None:
         """Take back rows of dhidden that were copied."""

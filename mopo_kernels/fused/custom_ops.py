@@ -21,18 +21,18 @@ from mopo_kernels import checks
 from mopo_kernels.arguments import HeadInputs, HeadOptions
 from mopo_kernels.backends import tile_backend
 from mopo_kernels.fused.buffer_plan import accumulation_dtype
-from mopo_kernels.parallel import Shard, open_shard
+from mopo_kernels.fused.vocab_parallel import VocabShard
 
 # Inputs that gradients flow through; all others are constants.
 _DIFFERENTIABLE = ("hidden", "weight", "bias")
 
 
-def shard_of(inputs: HeadInputs, options: HeadOptions) -> Shard | None:
+def shard_of(inputs: HeadInputs, options: HeadOptions) -> VocabShard | None:
     """This rank's part of the vocabulary; None without a process group."""
-    return None if options.process_group is None else open_shard(options.process_group, inputs)
+    return None if options.process_group is None else VocabShard.from_group(options.process_group, inputs)
 
 
-def check_targets(inputs: HeadInputs, options: HeadOptions, shard: Shard | None) -> None:
+def check_targets(inputs: HeadInputs, options: HeadOptions, shard: VocabShard | None) -> None:
     """The values of the targets, and of ``ignore_index`` among them."""
     vocabulary = inputs.weight.shape[0] if shard is None else shard.vocabulary
     checks.ignore_index(options.ignore_index, vocabulary)

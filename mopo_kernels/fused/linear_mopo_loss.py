@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from mopo_kernels import checks, coefficients
+from mopo_kernels import checks, naive_grad
 from mopo_kernels.arguments import HeadInputs, HeadOptions, OpArguments, PairBatch, bundle
 from mopo_kernels.fused import scored_rows
 from mopo_kernels.fused.buffer_plan import accumulation_dtype, buffer_bytes
@@ -179,7 +179,7 @@ def linear_mopo_loss(*flat: object) -> tuple[Tensor, ...]:
                         head.backward(chunk, token, grad[chunk.rows], None)
         else:
             # Either grad_logprob is known beforehand, or it only scales the rows of dhidden, which can wait.
-            known = coefficients.frozen_coefficient(batch, sequences)[segment_ids] if inputs.trained else None
+            known = naive_grad.cloning_grad_logprob(batch, sequences)[segment_ids] if inputs.trained else None
             for chunk in head.chunks():
                 token = forward(chunk, backward=inputs.frozen)
                 if known is not None:

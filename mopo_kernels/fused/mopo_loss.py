@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from mopo_kernels import checks, reference
+from mopo_kernels import checks, naive
 from mopo_kernels.arguments import OpArguments, PairBatch, bundle
 from mopo_kernels.backends import tile_backend
 from mopo_kernels.fused.buffer_plan import accumulation_dtype
@@ -54,9 +54,9 @@ class MOPOLoss(OpArguments):
     backend: str
 
 
-def evaluate(logprob: Tensor, ref_logprob: Tensor, batch: PairBatch) -> reference.PairLoss:
+def evaluate(logprob: Tensor, ref_logprob: Tensor, batch: PairBatch) -> naive.PairLoss:
     """The loss of sequence log-probabilities (S,)."""
-    return reference.mopo_loss(logprob, ref_logprob, **batch.keywords())
+    return naive.mopo_loss(logprob, ref_logprob, **batch.keywords())
 
 
 def fake_loss(like: Tensor, sequences: int, batch: PairBatch) -> tuple[Tensor, ...]:

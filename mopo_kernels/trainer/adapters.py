@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mopo_kernels.parallel import whole
+from mopo_kernels.fused.vocab_parallel import full_tensor
 from mopo_kernels.trainer.head import is_peft
 
 # What a LoRA adapter can be more than its two factors.
@@ -37,7 +37,7 @@ def _wrappers(model: nn.Module) -> Iterator[Any]:
 
 
 def _is_zero(tensor: Tensor) -> bool:
-    return not bool(whole(tensor.detach()).any())
+    return not bool(full_tensor(tensor.detach()).any())
 
 
 def _adds_nothing(layer: Any) -> bool:
@@ -72,7 +72,7 @@ def adapters_add_nothing(model: nn.Module) -> bool:
                 return False
             original = wrapper.original_module.state_dict()
             own = saved[name].state_dict()
-            if not all(torch.equal(whole(value), whole(original[key])) for key, value in own.items()):
+            if not all(torch.equal(full_tensor(value), full_tensor(original[key])) for key, value in own.items()):
                 return False
     return all(_adds_nothing(layer) for _, layer in _tuner_layers(model))
 

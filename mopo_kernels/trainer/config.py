@@ -12,7 +12,7 @@ from transformers import TrainingArguments
 from mopo_kernels.checks import LARGEST, SMALLEST
 from mopo_kernels.data.rendering import CHAT, CONTROL_TOKENS
 from mopo_kernels.mappings import parse_json, parse_mapping
-from mopo_kernels.reference import ESTIMATORS, LOSS_TYPES
+from mopo_kernels.naive import ESTIMATORS, LOSS_TYPES
 
 REFERENCES = ("auto", "precomputed", "model")
 REFERENCE_DTYPES = ("auto", "bfloat16")
@@ -129,7 +129,7 @@ class MOPOConfig(TrainingArguments):
         max_tokens_per_batch: form the training batches by tokens, as they are laid out, instead of by prompts: each at
             most this many on a device, examples of similar length together, as many batches on every rank. With
             ``train_sampling_strategy="sequential"`` the examples keep their order. None: by prompts.
-        backend: of the fused loss: ``auto``, ``reference``, ``torch``, ``cpp``, ...
+        backend: of the fused loss: ``auto``, ``naive``, ``torch``, ``cpp``, ...
         max_buffer_bytes: bytes the fused loss may hold beyond inputs, outputs and gradients; None is the default.
         gradient_filter: share of the largest element that the fused loss may leave out of its gradients, e.g. 2^-13, on
             the CPU; see ``mopo_kernels.linear_logprob``. None: exact.

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mopo_kernels import reference
+from mopo_kernels import naive
 from mopo_kernels.data import DataError, PreferenceData, PreferenceExample
 from mopo_kernels.data.dataset import prompt_key
 from mopo_kernels.data.schema import judged_text
@@ -199,16 +199,16 @@ class Controller:
         estimator, group = self.args.estimator, torch.tensor(prompts)
         rho = None
         if estimator == "closed_form":
-            rho = reference.policy_ratio(
+            rho = naive.policy_ratio(
                 preference, where, objective_weight.double(), self.args.tau, torch.tensor(places), self.args.max_ratio
             )
 
         def estimate(log_weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-            return reference.ratio_estimate(
+            return naive.ratio_estimate(
                 satisfaction_moments(log_weight, where, preference, weight, group, estimator, rho)
             )
 
-        value, error, effective = estimate(reference.capped_log_ratio(r) if estimator == "snis" else r)
+        value, error, effective = estimate(naive.capped_log_ratio(r) if estimator == "snis" else r)
         if estimator == "snis":
             # Of the weights as they are: a cap hides how few prompts carry the value, and not its bias.
             effective = estimate(r)[2]
@@ -219,7 +219,7 @@ class Controller:
             h = r[where[:, 0]] - r[where[:, 1]]
             of_policy, of_reference = (
                 weight
-                @ reference.pair_loss(
+                @ naive.pair_loss(
                     margin, preference, objective_weight.double(), self.args.tau, self.args.loss_type, rate, offset
                 )
                 for margin in (h, torch.zeros_like(h))
@@ -227,7 +227,7 @@ class Controller:
             found = dataclasses.replace(found, r_squared=float(1 - of_policy / of_reference))
         if estimator != "snis":
             return found
-        return dataclasses.replace(found, coverage=float(r.clamp(max=reference.MAX_LOG_IMPORTANCE).exp().mean()))
+        return dataclasses.replace(found, coverage=float(r.clamp(max=naive.MAX_LOG_IMPORTANCE).exp().mean()))
 
     def win_rates(self, index: int, answer: str) -> dict[str, float]:
         """Of an answer to the prompt of an example over its responses, by the judges; a tie is half a win."""
@@ -251,14 +251,14 @@ class Controller:
             [[rates[index].get(name, math.nan) for name in self.objectives] for index in order], dtype=torch.float64
         )
         total = weight * ~value.isnan()
-        group = reference.prompt_number(torch.tensor([self._prompt[index] for index in order]))
-        moments = reference.ratio_moments(
+        group = naive.prompt_number(torch.tensor([self._prompt[index] for index in order]))
+        moments = naive.ratio_moments(
             *(
                 torch.zeros_like(part).index_add(0, group, part)
                 for part in (torch.nan_to_num(value, nan=0.0) * total, total)
             )
         )
-        return self._measurement(step, len(set(group.tolist())), *reference.ratio_estimate(moments))
+        return self._measurement(step, len(set(group.tolist())), *naive.ratio_estimate(moments))
 
     def _measurement(self, step: int, prompts: int, value: Tensor, error: Tensor, effective: Tensor) -> Measurement:
         found = [

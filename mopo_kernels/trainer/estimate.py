@@ -115,7 +115,7 @@ def loss_buffer_bytes(rows: int, weight: Tensor, args: MOPOConfig, frozen: bool)
     """Working memory of the fused loss: what its plan needs for so many rows, at most ``max_buffer_bytes``."""
     name = backends.resolve(args.backend, weight.device)
     limit = args.max_buffer_bytes or default_buffer_bytes(weight)
-    if name == "reference":
+    if name == "naive":
         return rows * weight.shape[0] * 4
     filtered = args.gradient_filter is not None
     layout = layout_of(weight, backends.tile_backend(name), limit, grad_hidden_only=frozen, filtered=filtered)

@@ -16,11 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mopo_kernels import reference
+from mopo_kernels import naive
+from mopo_kernels.arguments import HeadOptions, LossOptions
 from mopo_kernels.functional import MOPOLossOutput, linear_mopo_loss, linear_sequence_logprob
-from mopo_kernels.reference import MAX_LOG_IMPORTANCE
+from mopo_kernels.naive import MAX_LOG_IMPORTANCE
 from mopo_kernels.trainer.experts import LoadBalancing
-from mopo_kernels.trainer.head import Transform, output_head
+from mopo_kernels.trainer.head import output_head
 from mopo_kernels.trainer.layout import Layout, OnHost, PaddedRows, Scored, take_layout
 from mopo_kernels.trainer.reference_model import ReferenceModel
 from mopo_kernels.trainer.statistics import (
@@ -38,41 +39,24 @@ class PolicyForward:
     """What the attached forward does with a preference batch.
 
     Args:
-        transform: map from head products to logits.
         reference: where reference log-probabilities come from when the batch has none.
         statistics: layout of the sums that are returned beside the loss.
-        tau, loss_type, estimator, max_ratio: see ``mopo_kernels.mopo_loss``.
+        loss: options of ``mopo_kernels.mopo_loss``.
+        head: options of ``mopo_kernels.linear_mopo_loss``.
         label_rate: one share per objective, or None.
         length_normalize: divide log-probabilities by the number of scored tokens.
-        backend, max_buffer_bytes, gradient_filter: see ``mopo_kernels.linear_mopo_loss``.
         primary: place of the primary objective, whose preferred responses TRL's figures are of.
         balance: the load-balancing loss of a mixture of experts that is added in training, or None.
     """
 
-    transform: Transform
     reference: ReferenceModel
     statistics: Statistics
-    tau: float
-    loss_type: str
-    estimator: str
-    max_ratio: float | None
+    loss: LossOptions
+    head: HeadOptions
     label_rate: list[float] | None
     length_normalize: bool
-    backend: str
-    max_buffer_bytes: int | None
-    gradient_filter: float | None
     primary: int = 0
     balance: LoadBalancing | None = None
-
-    @property
-    def head_options(self) -> dict[str, Any]:
-        """The options that every use of the head shares."""
-        return {
-            **self.transform._asdict(),
-            "backend": self.backend,
-            "max_buffer_bytes": self.max_buffer_bytes,
-            "gradient_filter": self.gradient_filter,
-        }
 
     def sequence_logprob(self, model: nn.Module, layout: Layout) -> Tensor:
         """Log-probability of every response under the model as it is: (S,) nats."""
@@ -82,7 +66,7 @@ class PolicyForward:
         """The same, and how many tokens of each response are scored: (S,), on the CPU."""
         scored = layout.scored(model)
         rows, weight, bias = output_head(model).operands(scored.hidden)
-        logprob = linear_sequence_logprob(rows, weight, scored.target, scored.cu_seqlens, bias, **self.head_options)
+        logprob = linear_sequence_logprob(rows, weight, scored.target, scored.cu_seqlens, bias, **self.head.keywords())
         return logprob, scored.lengths
 
     def expert_load(self, model: nn.Module, layout: Layout) -> Tensor:
@@ -191,17 +175,14 @@ class PolicyForward:
             objective_weight,
             bias,
             ref_logprob=current,
-            tau=self.tau,
-            loss_type=self.loss_type,
             pair_weight=pair_weight,
             label_rate=label_rate,
             margin=margin,
             length=length,
             prompt_index=prompt_index,
-            max_ratio=self.max_ratio,
-            estimator=self.estimator,
             normalizer=normalizer,
-            **self.head_options,
+            **self.loss.keywords(),
+            **self.head.keywords(),
         )
         loss, auxiliary = output.loss, torch.zeros((), device=device)
         if balance is not None:
@@ -232,7 +213,7 @@ class PolicyForward:
             statistics["aux_loss"] = auxiliary
             logprob = output.log_ratio * (1 if length is None else length) + current
             statistics |= preferred_sums(
-                output.log_ratio, logprob, pairs, preference[:, self.primary], pair_weight, self.tau
+                output.log_ratio, logprob, pairs, preference[:, self.primary], pair_weight, self.loss.tau
             )
             packed = self.statistics.pack(statistics.pop("moments"), statistics)
         return {"loss": loss, "statistics": packed}
@@ -260,26 +241,25 @@ class PolicyForward:
         preference, objective_weight = preference.to(first_ratio.dtype), objective_weight.to(first_ratio.dtype)
         pair_weight = pair_weight.to(first_ratio.dtype)
         rho = None
-        if self.loss_type == "cloning" or self.estimator == "closed_form":
-            rho = reference.policy_ratio(preference, pairs, objective_weight, self.tau, prompt_index, self.max_ratio)
+        loss = self.loss
+        if loss.loss_type == "cloning" or loss.estimator == "closed_form":
+            rho = naive.policy_ratio(preference, pairs, objective_weight, loss.tau, prompt_index, loss.max_ratio)
         responses = (count > 0).sum()
-        target = reference.pair_target(preference, objective_weight, self.tau, label_rate)
+        target = naive.pair_target(preference, objective_weight, loss.tau, label_rate)
         ratio = torch.exp(double(first_ratio[present]).clamp(max=MAX_LOG_IMPORTANCE)) if rho is None else rho[present]
         reference_loss = torch.zeros_like(output.loss)
-        if self.loss_type != "cloning":
+        if loss.loss_type != "cloning":
             none = torch.zeros_like(output.margin)
-            per_pair = reference.pair_loss(
-                none, preference, objective_weight, self.tau, self.loss_type, label_rate, margin
-            )
+            per_pair = naive.pair_loss(none, preference, objective_weight, loss.tau, loss.loss_type, label_rate, margin)
             total = pair_weight.sum() if normalizer is None else normalizer
             reference_loss = (pair_weight * per_pair).sum() / total
         return {
             "moments": satisfaction_moments(
-                first_ratio, pairs, preference, pair_weight, prompt_index, self.estimator, rho
+                first_ratio, pairs, preference, pair_weight, prompt_index, loss.estimator, rho
             ),
             "loss": output.loss,
             "reference_loss": reference_loss,
-            "items": responses if self.loss_type == "cloning" else pair_weight.sum(),
+            "items": responses if loss.loss_type == "cloning" else pair_weight.sum(),
             "margin": (pair_weight * torch.sign(target) * output.margin).sum(),
             "margin_weight": (pair_weight * (target != 0)).sum(),
             "responses": responses,

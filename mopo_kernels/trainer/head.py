@@ -13,20 +13,14 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
-from mopo_kernels import reference
-from mopo_kernels.parallel import is_dtensor, whole
+from mopo_kernels import naive
+from mopo_kernels.arguments import LogitTransform
+from mopo_kernels.fused.vocab_parallel import full_tensor, is_dtensor
 
 # Attributes of model configurations that scale or cap the logits. Some architectures multiply by a scale and others
 # divide by it under the same name, so both are tried; the model's own logits decide.
 _SCALES = ("logit_scale", "logits_scaling", "lm_head_multiplier", "output_multiplier_scale")
 _SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "final_logits_soft_cap")
-
-
-class Transform(NamedTuple):
-    """``z = softcap * tanh(logit_scale * (hidden @ weight.T + bias) / softcap)``, without the cap when it is None."""
-
-    softcap: float | None
-    logit_scale: float
 
 
 def is_peft(model: nn.Module) -> bool:
@@ -98,7 +92,7 @@ def last_hidden_state(model: nn.Module, input_ids: Tensor, attention_mask: Tenso
     return hidden
 
 
-class Head(NamedTuple):
+class LMHead(NamedTuple):
     """The output head: weight (V, H), bias (V,) or None, and for LoRA on it (A (r, H), B (V, r), scaling) each."""
 
     weight: Tensor
@@ -120,7 +114,7 @@ class Head(NamedTuple):
         return torch.cat(rows, dim=1), torch.cat(columns, dim=1), self.bias
 
 
-def output_head(model: nn.Module) -> Head:
+def output_head(model: nn.Module) -> LMHead:
     """The head as it is now: which adapter is active, or none, may change between calls.
 
     Raises:
@@ -144,7 +138,7 @@ def output_head(model: nn.Module) -> Head:
     return _linear_head(head)
 
 
-def _linear_head(head: nn.Module) -> Head:
+def _linear_head(head: nn.Module) -> LMHead:
     if not isinstance(head, nn.Linear) or not head.weight.is_floating_point() or head.weight.dim() != 2:
         raise ValueError(
             "model: expected an output head that is nn.Linear in floating point, alone, under LoRA, or in "
@@ -152,10 +146,10 @@ def _linear_head(head: nn.Module) -> Head:
         )
     if head.weight.is_meta:
         raise ValueError("model: expected the output head in memory; got a head offloaded elsewhere")
-    return Head(head.weight, head.bias)
+    return LMHead(head.weight, head.bias)
 
 
-def _lora_head(layer: Any) -> Head:
+def _lora_head(layer: Any) -> LMHead:
     from peft.tuners.lora.layer import Linear as LoraLinear
 
     # Under FSDP its class is a subclass made on the spot; a layer that computes something else has its own forward.
@@ -188,7 +182,7 @@ def _lora_head(layer: Any) -> Head:
     )
 
 
-def _candidates(config: Any) -> list[Transform]:
+def _candidates(config: Any) -> list[LogitTransform]:
     config = config.get_text_config() if hasattr(config, "get_text_config") else config
     caps: list[float | None] = [
         float(value) for name in _SOFTCAPS if (value := getattr(config, name, None)) not in (None, 0)
@@ -198,11 +192,11 @@ def _candidates(config: Any) -> list[Transform]:
         value = getattr(config, name, None)
         if isinstance(value, (int, float)) and value not in (0, 1):
             scales[:0] = [float(value), 1.0 / float(value)]
-    return [Transform(cap, scale) for cap in [*caps, None] for scale in scales]
+    return [LogitTransform(cap, scale) for cap in [*caps, None] for scale in scales]
 
 
 @torch.no_grad()
-def find_transform(model: nn.Module) -> Transform:
+def find_transform(model: nn.Module) -> LogitTransform:
     """The map from products to logits under which backbone and head give the model's own log-probabilities.
 
     Runs the model once on eight tokens, in evaluation mode, and tries what its configuration names.
@@ -218,7 +212,7 @@ def find_transform(model: nn.Module) -> Transform:
     model.eval()
     try:
         hidden, weight, bias = head.operands(last_hidden_state(model, tokens, mask)[0])
-        weight, bias = whole(weight), None if bias is None else whole(bias)
+        weight, bias = full_tensor(weight), None if bias is None else full_tensor(bias)
         logits = base(input_ids=tokens, attention_mask=mask, use_cache=False).logits[0]
     finally:
         for module, training in modes:
@@ -238,7 +232,7 @@ def find_transform(model: nn.Module) -> Transform:
     tolerance = max(4 * torch.finfo(head.weight.dtype).eps, 1e-4) * max(1.0, float(logits.abs().max()))
     best = float("inf")
     for candidate in _candidates(base.config):
-        found = reference.head_logits(hidden, weight, bias, candidate.softcap, candidate.logit_scale, 1.0)
+        found = naive.head_logits(hidden, weight, bias, **candidate.keywords())
         difference = float((torch.log_softmax(found.to(torch.float64), dim=-1) - expected).abs().max())
         if difference <= tolerance:
             return candidate

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from mopo_kernels.parallel import whole
+from mopo_kernels.fused.vocab_parallel import full_tensor
 from mopo_kernels.trainer.adapters import adapter_settings, adapters_add_nothing, check_adapters_act
 from mopo_kernels.trainer.head import is_peft
 
@@ -178,7 +178,7 @@ def fingerprint(model: nn.Module) -> str:
         # Weights in 4 bits are codes, of blocks whose scales are kept beside them.
         quantised = getattr(parameter, "quant_state", None)
         scales = [] if quantised is None else list(quantised.as_dict(packed=True).values())
-        for tensor in (whole(parameter.detach()), *scales):
+        for tensor in (full_tensor(parameter.detach()), *scales):
             for piece in tensor.reshape(-1).split(_HASHED_AT_ONCE):
                 digest.update(piece.cpu().view(torch.uint8).numpy())
     return digest.hexdigest()

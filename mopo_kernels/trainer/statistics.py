@@ -10,8 +10,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from mopo_kernels import reference
-from mopo_kernels.reference import MAX_LOG_IMPORTANCE
+from mopo_kernels import naive
+from mopo_kernels.naive import MAX_LOG_IMPORTANCE
 
 _SCALARS = (
     "loss",  # the preference loss of the batch
@@ -43,7 +43,7 @@ _OF_PREFERRED = ("chosen_reward", "rejected_reward", "accuracy", "chosen_logprob
 
 @dataclass(frozen=True)
 class Statistics:
-    """The layout of the vector of sums: 6 K + 21 numbers in fp64, the first 6 K those of ``reference.ratio_moments``.
+    """The layout of the vector of sums: 6 K + 21 numbers in fp64, the first 6 K those of ``naive.ratio_moments``.
 
     Args:
         objectives: names of the K objectives.
@@ -63,11 +63,11 @@ class Statistics:
         return torch.cat([moments.flatten(), torch.stack([double(scalars[name]).reshape(()) for name in self.scalars])])
 
     def satisfaction(self, sums: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """``(value, standard error by prompt, effective number of prompts)``, each (K,): ``reference.ratio_estimate``.
+        """``(value, standard error by prompt, effective number of prompts)``, each (K,): ``naive.ratio_estimate``.
 
         The value is NaN where nothing is labelled, the error where fewer than two prompts are.
         """
-        return reference.ratio_estimate(sums[: 6 * len(self.objectives)].reshape(6, -1))
+        return naive.ratio_estimate(sums[: 6 * len(self.objectives)].reshape(6, -1))
 
     def scalar(self, sums: Tensor, name: str) -> float:
         """One of the sums by name."""
@@ -189,20 +189,20 @@ def satisfaction_moments(
     estimator: str,
     rho: Tensor | None,
 ) -> Tensor:
-    """``reference.ratio_moments`` (6, K) in fp64 of a batch whose responses belong to the prompts ``prompt_index``
+    """``naive.ratio_moments`` (6, K) in fp64 of a batch whose responses belong to the prompts ``prompt_index``
     (S,).
 
-    The other arguments are those of ``reference.satisfaction``.
+    The other arguments are those of ``naive.satisfaction``.
     """
     ratio = double(log_ratio)
     pairs, prompt_index = pairs.to(ratio.device), prompt_index.to(ratio.device)
-    terms = reference.satisfaction_terms(
+    terms = naive.satisfaction_terms(
         ratio, pairs, double(preference), double(pair_weight), estimator, None if rho is None else double(rho)
     )
     # As many places as responses: how many prompts there are, only a wait for the device would tell.
-    prompt = reference.prompt_number(prompt_index)[pairs[:, 0]]
-    return reference.ratio_moments(
-        *(reference.scatter_sum(part.new_zeros(len(ratio), part.shape[1]), prompt, part) for part in terms)
+    prompt = naive.prompt_number(prompt_index)[pairs[:, 0]]
+    return naive.ratio_moments(
+        *(naive.scatter_sum(part.new_zeros(len(ratio), part.shape[1]), prompt, part) for part in terms)
     )
 
 

@@ -32,6 +32,7 @@ from transformers import (
 from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, TrainOutput
 
+from mopo_kernels.arguments import HeadOptions, LossOptions
 from mopo_kernels.data import DataError, PreferenceData, load_preferences, win_rates
 from mopo_kernels.data.dataset import prompt_key
 from mopo_kernels.dual import DualAscent, LabelSolution, ThresholdError, Unmet, solve_labels
@@ -378,18 +379,17 @@ class MOPOTrainer(Trainer):
         attach(
             model,
             PolicyForward(
-                transform=find_transform(model),
                 reference=self.reference,
                 statistics=self._statistics,
-                tau=args.tau,
-                loss_type=args.loss_type,
-                estimator=args.estimator,
-                max_ratio=args.max_ratio,
+                loss=LossOptions(args.tau, args.loss_type, args.max_ratio, args.estimator),
+                head=HeadOptions(
+                    transform=find_transform(model),
+                    backend=args.backend,
+                    max_buffer_bytes=args.max_buffer_bytes,
+                    gradient_filter=args.gradient_filter,
+                ),
                 label_rate=self._label_rate,
                 length_normalize=args.length_normalize,
-                backend=args.backend,
-                max_buffer_bytes=args.max_buffer_bytes,
-                gradient_filter=args.gradient_filter,
                 primary=self.objectives.index(self.primary),
                 balance=self._balance,
             ),

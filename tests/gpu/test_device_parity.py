@@ -17,7 +17,7 @@ from test_functional import BUFFERS, HEADS, OPTIONS
 from torch import Tensor
 
 from mopo_kernels import linear_logprob, linear_mopo_loss, linear_sequence_logprob
-from mopo_kernels.reference import ESTIMATORS, LOSS_TYPES
+from mopo_kernels.naive import ESTIMATORS, LOSS_TYPES
 
 ALL = ("hidden", "weight", "bias")
 FP32, FP64, BF16, FP16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
@@ -66,7 +66,7 @@ def assert_equal_to_oracle(got: list[Tensor], expected: list[Tensor]) -> None:
     ),
 )
 def test_every_function_equals_the_oracle_in_fp64(device: str, backend: str, kind: str, head: str, buffer: str) -> None:
-    expected = answers(kind, make_batch(), backend="reference", **HEADS[head])
+    expected = answers(kind, make_batch(), backend="naive", **HEADS[head])
     options = {"backend": backend, "max_buffer_bytes": BUFFERS[buffer], **HEADS[head]}
     # With and without values of cu_seqlens and pairs that the host can read.
     for host in (True, False):
@@ -82,7 +82,7 @@ def test_what_is_trained_does_not_change_the_numbers_in_fp64(
     device: str, backend: str, trained: tuple[str, ...]
 ) -> None:
     for kind, buffer in itertools.product(("logprob", "regression"), ("whole", "narrow")):
-        expected = answers(kind, make_batch(), trained, backend="reference")
+        expected = answers(kind, make_batch(), trained, backend="naive")
         batch = on(make_batch(), device)
         got = answers(kind, batch, trained, backend=backend, max_buffer_bytes=BUFFERS[buffer])
         assert_equal_to_oracle(got, expected)
@@ -100,7 +100,7 @@ def test_every_option_of_the_loss_has_the_same_meaning_in_fp64(device: str, back
         output = linear_mopo_loss(*batch.loss_arguments(), ref_logprob=batch.ref_logprob, backend=backend, **given)
         return [*output, *torch.autograd.grad(output.loss, leaves)]
 
-    assert_equal_to_oracle(run(on(make_batch(), device), device, backend), run(make_batch(), "cpu", "reference"))
+    assert_equal_to_oracle(run(on(make_batch(), device), device, backend), run(make_batch(), "cpu", "naive"))
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -115,7 +115,7 @@ def test_reference_hidden_states_and_estimators_in_fp64(device: str, backend: st
         return [*output, *torch.autograd.grad(output.loss, leaves)]
 
     for host, own in itertools.product((True, False), (True, False)):
-        assert_equal_to_oracle(run(on(make_batch(), device, host), backend, own), run(make_batch(), "reference", own))
+        assert_equal_to_oracle(run(on(make_batch(), device, host), backend, own), run(make_batch(), "naive", own))
 
 
 # A column short of, at and beyond every block there is.
@@ -134,7 +134,7 @@ def test_ragged_vocabularies_and_one_token_responses(device: str, backend: str, 
     for vocabulary, longest in itertools.product(vocabularies, (1, 5)):
         batch = make_batch(vocabulary=vocabulary, longest=longest, responses=2, scale=0.5, dtype=dtype)
         exact = Batch(**{**vars(batch), **{name: getattr(batch, name).double() for name in ALL}})
-        expected = answers("regression", exact, backend="reference")
+        expected = answers("regression", exact, backend="naive")
         got = answers("regression", on(batch, device), backend=backend)
         for a, b in zip(got, expected, strict=True):
             torch.testing.assert_close(a.cpu().double(), b, rtol=tolerance, atol=tolerance * b.abs().max().item())
@@ -182,8 +182,8 @@ def test_error_is_within_the_budget_of_plain_pytorch(
             host=seed % 2 == 0,
         )
         exact = Batch(**{**vars(batch), **{name: getattr(batch, name).double() for name in ALL}})
-        truth = answers(kind, exact, backend="reference", **HEADS[head])
-        plain = answers(kind, batch, backend="reference", **HEADS[head])
+        truth = answers(kind, exact, backend="naive", **HEADS[head])
+        plain = answers(kind, batch, backend="naive", **HEADS[head])
         fused = answers(kind, batch, backend=backend, max_buffer_bytes=limit, **HEADS[head])
         errors.append(torch.stack([(a.double() - b).norm() ** 2 for a, b in zip(fused, truth, strict=True)]))
         budgets.append(torch.stack([(a.double() - b).norm() ** 2 for a, b in zip(plain, truth, strict=True)]))
@@ -249,7 +249,7 @@ def test_columns_of_minus_infinity_have_probability_zero(device: str, backend: s
     batch.bias[:300] = -torch.inf
     batch.target[(batch.target >= 0) & (batch.target < 300)] += 300
     exact = Batch(**{**vars(batch), **{name: getattr(batch, name).double() for name in ALL}})
-    expected = answers("logprob", exact, ("hidden", "weight"), backend="reference")
+    expected = answers("logprob", exact, ("hidden", "weight"), backend="naive")
     tolerance = {FP64: 1e-9, FP32: 1e-4}.get(dtype, 0.05)
     # Across the vocabulary in one, and in tiles of which some have no other column.
     for limit in (1 << 20, 20_000):
@@ -265,7 +265,7 @@ def test_columns_of_minus_infinity_have_probability_zero(device: str, backend: s
 def test_large_logits_overflow_nowhere(device: str, backend: str, dtype: torch.dtype) -> None:
     batch = on(make_batch(dtype=dtype, scale=40.0), device)
     exact = Batch(**{**vars(batch), **{name: getattr(batch, name).double() for name in ALL}})
-    got, expected = answers("logprob", batch, backend=backend), answers("logprob", exact, backend="reference")
+    got, expected = answers("logprob", batch, backend=backend), answers("logprob", exact, backend="naive")
     torch.testing.assert_close(got[0].double(), expected[0], rtol=1e-4, atol=0.1)
     assert all(torch.isfinite(t).all() for t in got)
 

@@ -1,4 +1,4 @@
-"""The Triton kernels as a tile backend. For bf16 and fp16 input it fuses: products are folded in registers, and a tile
+"""The Triton kernels as a tile backend. For bf16 and fp16 input it fuses: products stay in registers, and a tile
 holds exponentials in the input's dtype."""
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Multiplies hidden and weight and folds the product's logits without storing them.
+"""Multiplies hidden and weight and takes the product's logits into their log-sum-exp without storing them.
 
 ``linear_lse_fwd_kernel``: one program a block of rows and a block of the vocabulary. It leaves the sum of each row's
 exponentials over its block, the target's logit and, if asked to, the exponentials themselves, all relative to an offset
@@ -7,7 +7,7 @@ of the row:
 * bf16, with the exponents of fp32: any number within some tens of nats of the log-sum-exp, so that it is chosen before
   the product (:mod:`mopo_kernels.backends.triton.row_offset`) and is the same for every block. ``merge_sums_kernel``
   adds the blocks' sums up in a fixed order, and computes again the rows whose offset turns out to lie too far away.
-* fp16: the maximum of the block. ``merge_kernel`` folds maxima and sums into the rows' running ones, in a fixed order.
+* fp16: the maximum of the block. ``merge_kernel`` takes maxima and sums into the rows' running ones, in a fixed order.
 """
 
 from __future__ import annotations

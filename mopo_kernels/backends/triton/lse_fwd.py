@@ -1,4 +1,4 @@
-"""Folds a tile of products into running statistics of its rows: one program a row."""
+"""Takes a tile of products into running statistics of its rows: one program a row."""
 
 from __future__ import annotations
 

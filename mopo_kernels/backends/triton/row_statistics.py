@@ -29,7 +29,7 @@ def row_statistics_kernel(
     summed = tl.load(sum_exp + r, mask=r < rows, other=1.0)
     z = tl.load(target_logit + r, mask=r < rows, other=0.0)
     lp = (z - offset) - tl.log(summed)
-    # The target's own part of the sum, bit by bit as linear_fold has it, whose compiler joins these two operations.
+    # The target's own part of the sum, bit by bit as linear_lse_fwd has it, whose compiler joins these two operations.
     # Where it is nearly all of the sum, what is left says more.
     share = tl.exp2(tl.fma(z, tl.full((BLOCK,), LOG2_E, tl.float32), -(offset * LOG2_E)))
     left = (summed - share) / share

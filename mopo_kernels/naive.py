@@ -55,8 +55,8 @@ def linear_logprob(
     logits = head_logits(hidden, weight, bias, softcap, logit_scale, temperature)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     scored = target != ignore_index
-    picked = torch.log_softmax(logits, dim=-1).gather(-1, target.where(scored, 0)[:, None])[:, 0]
-    return torch.where(scored, picked, torch.zeros_like(picked))
+    logprob = torch.log_softmax(logits, dim=-1).gather(-1, target.where(scored, 0)[:, None])[:, 0]
+    return torch.where(scored, logprob, torch.zeros_like(logprob))
 
 
 def scatter_sum(start: Tensor, index: Tensor, value: Tensor) -> Tensor:
@@ -70,8 +70,8 @@ def scatter_sum(start: Tensor, index: Tensor, value: Tensor) -> Tensor:
 def segment_sum(value: Tensor, cu_seqlens: Tensor) -> Tensor:
     """``[value[a:b].sum() for a, b in zip(cu_seqlens, cu_seqlens[1:])]``: value (N,), cu_seqlens (S + 1,) -> (S,)."""
     lengths = cu_seqlens[1:] - cu_seqlens[:-1]
-    owner = torch.repeat_interleave(lengths, output_size=value.shape[0])
-    return scatter_sum(value.new_zeros(lengths.shape[0]), owner, value)
+    segment_ids = torch.repeat_interleave(lengths, output_size=value.shape[0])
+    return scatter_sum(value.new_zeros(lengths.shape[0]), segment_ids, value)
 
 
 def pair_target(

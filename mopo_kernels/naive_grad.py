@@ -1,6 +1,6 @@
 """``g_s = d loss / d logprob_s``: the one number a sequence through which every token of it feels the loss.
 
-The derivatives of the losses in :mod:`mopo_kernels.reference`, written out because they are needed inside a forward
+The derivatives of the losses in :mod:`mopo_kernels.naive`, written out because they are needed inside a forward
 pass, where autograd does not reach. Tests hold them against autograd of the reference in fp64.
 """
 
@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mopo_kernels import reference
+from mopo_kernels import naive
 from mopo_kernels.arguments import PairBatch
 
 
@@ -25,7 +25,7 @@ def pair_slope(
 ) -> Tensor:
     """``d loss_p / d h_p`` of a pair of weight 1, (P,): the slope in eq. (32) of docs/method.md."""
     if loss_type == "regression":
-        return 2 * (margin - reference.pair_target(preference, objective_weight, tau, label_rate))
+        return 2 * (margin - naive.pair_target(preference, objective_weight, tau, label_rate))
     u = tau * margin if offset is None else tau * margin - offset
     scale = objective_weight if label_rate is None else objective_weight / label_rate
     # z sig(-u) - (1 - z) sig(u) = z - sig(u)
@@ -33,13 +33,13 @@ def pair_slope(
     return tau * (residual * scale).sum(dim=1)
 
 
-def sequence_coefficient(slope: Tensor, pairs: Tensor, sequences: int) -> Tensor:
+def sequence_grad(slope: Tensor, pairs: Tensor, sequences: int) -> Tensor:
     """``sum_p slope_p (1[s = i_p] - 1[s = j_p])``: slope (P,), pairs (P, 2) -> (S,).
 
     The sum in eq. (32) of docs/method.md.
     """
     g = slope.new_zeros(sequences)
-    return reference.scatter_sum(reference.scatter_sum(g, pairs[:, 0], slope), pairs[:, 1], -slope)
+    return naive.scatter_sum(naive.scatter_sum(g, pairs[:, 0], slope), pairs[:, 1], -slope)
 
 
 def divisor(batch: PairBatch, sequences: int) -> Tensor:
@@ -56,10 +56,10 @@ def divisor(batch: PairBatch, sequences: int) -> Tensor:
     return torch.where(count == 0, 1.0, count)
 
 
-def frozen_coefficient(batch: PairBatch, sequences: int) -> Tensor:
+def cloning_grad_logprob(batch: PairBatch, sequences: int) -> Tensor:
     """g for "cloning", (S,): minus the frozen ratio, whatever the policy: eq. (32) of docs/method.md."""
     assert batch.prompt_index is not None
-    rho = reference.policy_ratio(
+    rho = naive.policy_ratio(
         batch.preference,
         batch.pairs,
         batch.objective_weight,
@@ -71,13 +71,13 @@ def frozen_coefficient(batch: PairBatch, sequences: int) -> Tensor:
     return g if batch.length is None else g / batch.length
 
 
-def coefficient(logprob: Tensor, ref_logprob: Tensor, batch: PairBatch) -> Tensor:
+def grad_logprob(logprob: Tensor, ref_logprob: Tensor, batch: PairBatch) -> Tensor:
     """``g = d loss / d logprob``, (S,). That of a sequence depends on those it is paired with alone.
 
     See eq. (31) of docs/method.md.
     """
     if batch.options.loss_type == "cloning":
-        return frozen_coefficient(batch, logprob.shape[0])
+        return cloning_grad_logprob(batch, logprob.shape[0])
     log_ratio = logprob - ref_logprob
     if batch.length is not None:
         log_ratio = log_ratio / batch.length
@@ -93,5 +93,5 @@ def coefficient(logprob: Tensor, ref_logprob: Tensor, batch: PairBatch) -> Tenso
     )
     if batch.pair_weight is not None:
         slope = slope * batch.pair_weight
-    g = sequence_coefficient(slope, batch.pairs, logprob.shape[0]) / divisor(batch, logprob.shape[0])
+    g = sequence_grad(slope, batch.pairs, logprob.shape[0]) / divisor(batch, logprob.shape[0])
     return g if batch.length is None else g / batch.length
