@@ -27,7 +27,7 @@ def canonical(prompt: str = "p", **labels: float) -> dict[str, Any]:
     return {"prompt": prompt, "responses": ["a", "b"], "pairs": [{"i": 0, "j": 1, "preference": labels or {"a": 1.0}}]}
 
 
-BAD = canonical() | {"responses": ["a", ""]}
+BAD = canonical() | {"responses": ["a", " "]}
 
 
 def trl(chosen: str, rejected: str) -> dict[str, str]:

@@ -90,6 +90,14 @@ class TestSplits:
         assert len(load_preferences(tmp_path / "shards")) == 2
         assert not caplog.messages
 
+    def test_files_of_forms_that_are_not_read_are_named(self, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+        write(tmp_path / "train-0.jsonl", row())
+        for name in ("train-1.csv", "train-2.JSONL", "train-3.jsonl.zst", "notes.txt", ".hidden.csv"):
+            (tmp_path / name).write_bytes(b"")
+        assert len(load_preferences(tmp_path)) == 1
+        (told,) = caplog.messages
+        assert told.endswith(": train-1.csv, train-2.JSONL, train-3.jsonl.zst")
+
     @pytest.mark.parametrize("other", ["train.parquet", "train.jsonl.gz", "train.ndjson"])
     def test_one_file_in_two_forms_is_refused(self, tmp_path: Path, other: str) -> None:
         write(tmp_path / "train.jsonl", row())

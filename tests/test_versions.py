@@ -20,9 +20,8 @@ else:
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 PYTHONS = ("3.10", "3.11", "3.12", "3.13", "3.14")
-# Extras that `make install` leaves out: another optimiser's, weights in 4 bits, and what stands in
-# requirements/no_deps.txt.
-NOT_LOCKED = ("lean", "qlora", "peers")
+# Extras that `make install` leaves out: another optimiser's, and what stands in requirements/no_deps.txt.
+NOT_LOCKED = ("lean", "peers")
 # What `make install` put where this interpreter is.
 INSTALLED = Path(sys.prefix) / "lock.txt"
 
@@ -68,7 +67,7 @@ def test_what_is_installed_is_what_the_lock_says() -> None:
     needed = {
         canonicalize_name(requirement.name)
         for place, requirement in ranges()
-        if place not in ("lean", "qlora", "docs") and (requirement.marker is None or requirement.marker.evaluate())
+        if place not in ("lean", "docs") and (requirement.marker is None or requirement.marker.evaluate())
     }
     assert needed <= locked.keys() & found.keys()
 

@@ -19,11 +19,13 @@ import yaml
 from mopo_kernels.data.converters import Row
 from mopo_kernels.data.dataset import import_datasets
 from mopo_kernels.data.schema import DataError, PreferenceExample
-from mopo_kernels.text import one_line
+from mopo_kernels.text import one_line, some
 
 logger = logging.getLogger(__name__)
 
 _TEXT_SUFFIXES = (".jsonl", ".ndjson", ".json", ".jsonl.gz", ".ndjson.gz", ".json.gz")
+# Forms of rows that are not read.
+_OTHER_SUFFIXES = (".csv", ".tsv", ".arrow", ".feather", ".orc", ".avro", ".bz2", ".xz", ".zst", ".zip")
 # What the hub's libraries keep beside the rows.
 _NO_DATA = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
 _HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+")
@@ -282,10 +284,20 @@ def _split_of(path: Path, root: Path) -> str | None:
 def _by_convention(folder: Path) -> dict[str | None, list[Path]]:
     """Split -> its data files, by the names of files and folders."""
     by_split: dict[str | None, list[Path]] = {}
+    others = []
     for path in sorted(folder.rglob("*")):
         hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
-        if path.is_file() and _is_data(path) and not hidden:
+        if hidden or not path.is_file() or path.name in _NO_DATA:
+            continue
+        if _is_data(path):
             by_split.setdefault(_split_of(path, folder), []).append(path)
+        elif path.name.lower().endswith((*_TEXT_SUFFIXES, ".parquet", *_OTHER_SUFFIXES)):
+            others.append(str(path.relative_to(folder)))
+    if others:
+        expected = ", ".join((*_TEXT_SUFFIXES, ".parquet"))
+        logger.warning(
+            f"{one_line(str(folder))}: files that are not read, as their names do not end in {expected}: {some(others)}"
+        )
     if not by_split:
         raise DataError("no JSON Lines or parquet file in this folder", str(folder))
     return by_split

@@ -7,6 +7,8 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from pyarrow import compute
+
 from mopo_kernels.checks import LARGEST
 from mopo_kernels.data import DataError, PreferenceCollator, PreferenceData
 from mopo_kernels.mappings import parse_json
@@ -140,8 +142,9 @@ def check_labels(
 
 def _check_weights(argument: str, data: PreferenceData) -> None:
     """The loss is divided by the pairs' weights of a step: all of them together must not be too many for it."""
-    rows = data.dataset.select_columns(["weight", "pairs"])
-    total = sum(row["weight"] * len(row["pairs"]) for row in rows)
+    columns = data.dataset.select_columns(["weight", "pairs"]).with_format("arrow")[:]
+    pairs = compute.list_value_length(columns["pairs"])
+    total = compute.sum(compute.multiply(columns["weight"], pairs)).as_py()
     if total > LARGEST:
         raise ValueError(
             f"{argument}: expected weights of all pairs that sum to {LARGEST:g} at most (only their ratios count); got "
