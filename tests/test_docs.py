@@ -70,7 +70,7 @@ def run_page(page: str) -> tuple[dict[str, Any], list[str]]:
         if language == "python":
             exec(compile(text, f"{page}, block {number}", "exec"), namespace)
         elif language == "bash":
-            for line in text.splitlines():
+            for line in text.replace("\\\n", "").splitlines():
                 if line.startswith("mopo "):
                     assert main(shlex.split(line, comments=True)[1:]) == 0, line
                 else:
@@ -202,3 +202,17 @@ def test_tables_are_made_from_the_committed_results(page: str) -> None:
     assert figure is not None
     changed = text[: figure.start(1)] + str((int(figure[1]) + 1) % 10) + text[figure.end(1) :]
     assert tables.replaced(page, changed) == text
+
+
+def test_every_command_is_in_the_reference() -> None:
+    import typer
+
+    from mopo_kernels.cli.app import app
+    from mopo_kernels.cli.data import data_app
+
+    def names(of: typer.Typer) -> set[str]:
+        return set(typer.main.get_command(of).commands)  # type: ignore[attr-defined]
+
+    wanted = names(app) - {"data"} | {f"data {name}" for name in names(data_app)}
+    page = (ROOT / "docs/reference/command_line.md").read_text(encoding="utf-8")
+    assert set(re.findall(r"^```\{mopo-command\} (.*)$", page, re.MULTILINE)) == wanted
