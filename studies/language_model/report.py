@@ -438,8 +438,8 @@ def plot_control(explored: Mapping[str, Any], names: Sequence[str], path: Path) 
             ("eval_r_squared", "pairs of other prompts", "tab:green"),
         ):
             lines = [line for line in history if key in line]
-            values = [line[key] for line in lines]
-            panels[2, column].plot([line["step"] for line in lines], values, color=colour, label=label)
+            steps, shares = [line["step"] for line in lines], [line[key] for line in lines]
+            panels[2, column].plot(steps, shares, color=colour, label=label)
         panels[2, column].axhline(0.0, color="black", linewidth=0.6, linestyle=":")
         panels[0, column].set_title(name, fontsize=10)
         panels[2, column].set_xlabel("optimiser steps")
