@@ -536,9 +536,8 @@ def test_offsets_of_another_layout_are_refused() -> None:
 
 
 def test_statistics_take_no_more_room_than_is_set_aside_for_them() -> None:
-    from mopo_kernels.transform import STATISTICS_BYTES
-
     from mopo_kernels.backends.triton.linear_lse_fwd import CONFIGURATIONS, OTHER
+    from mopo_kernels.fused.buffer_plan import STATISTICS_BYTES
 
     for configuration in (*CONFIGURATIONS.values(), OTHER):
         assert 2 * 4 / configuration.block_v <= STATISTICS_BYTES
