@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 # has already in that version, for another CUDA, say. `make install LOCK=/dev/null` takes the newest of the ranges.
 LOCK ?= requirements/lock.txt
 STAMP := $(VENV)/.installed
-EXTRAS := train qlora plot pareto demo test bench
+EXTRAS := train plot pareto demo test bench
 comma := ,
 empty :=
 space := $(empty) $(empty)
@@ -34,7 +34,7 @@ $(STAMP): pyproject.toml setup.py $(LOCK) requirements/no_deps.txt $(wildcard cs
 
 # The newest versions that pyproject.toml and requirements/held.txt allow, for every Python and platform.
 RESOLVE = $(BIN)/uv pip compile --quiet --no-header --no-annotate --no-python-downloads pyproject.toml \
-	--group build --group docs $(addprefix --extra ,$(EXTRAS))
+	--group build --group docs --extra qlora $(addprefix --extra ,$(EXTRAS))
 lock: install ## renew requirements/lock.txt
 	$(RESOLVE) --universal --python-version 3.10 --constraint requirements/held.txt --upgrade -o requirements/lock.txt
 
@@ -44,7 +44,9 @@ demo: install ## tune a 135M chat model under thresholds, and check what the dem
 # A process a core; a file's tests stay together, as its fixtures are made once.
 PYTEST := python -m pytest -q -n auto --dist loadfile
 
+# bitsandbytes is for the tests alone: on a CPU it asks, whenever peft is imported, for a package that downloads kernels.
 test: install lint ## lint, and every test that needs no GPU; about 11 minutes on 2 cores
+	$(BIN)/python -m pip install --quiet --constraint $(LOCK) bitsandbytes
 	$(BIN)/$(PYTEST)
 
 # A model of 1.4 billion parameters, trained for two steps in less than 12 GB; every causal architecture of transformers.
