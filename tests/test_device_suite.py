@@ -640,7 +640,7 @@ class ForgetsTheTarget(TorchBackend):
 
 def test_what_the_sanitizer_runs_is_right_and_would_be_noticed_if_not() -> None:
     sanitizing.child("torch", "cpu")
-    with pytest.raises(AssertionError, match="gradient_: off by"):
+    with pytest.raises(AssertionError, match="logits_bwd_: off by"):
         sanitizing.tiles(ForgetsTheTarget(), "cpu")
 
 

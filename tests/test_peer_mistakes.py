@@ -60,13 +60,13 @@ def loss_of(batch: Batch, **options: Any) -> Tensor:
 def folds(patch: pytest.MonkeyPatch, backend: str) -> list[int]:
     """A list that grows by the rows of every tile that ``backend`` folds from now on."""
     served = type(backends.tile_backend(backend))
-    original, seen = served.fold, []
+    original, seen = served.lse_fwd, []
 
     def counting(self: Any, tile: Tensor, *arguments: Any, **options: Any) -> None:
         seen.append(tile.shape[0])
         original(self, tile, *arguments, **options)
 
-    patch.setattr(served, "fold", counting)
+    patch.setattr(served, "lse_fwd", counting)
     return seen
 
 
