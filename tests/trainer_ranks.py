@@ -173,7 +173,7 @@ def run(kind: str, folder: Path, ranks: int, sharded: bool = False, stand_in: in
     }
     if sharded:
         result["units"] = [name for name, module in trainer.model.named_modules() if isinstance(module, FSDPModule)]
-        result["full_tensor"] = [name for name, p in parameters.items() if p.to_local().numel() >= p.numel()]
+        result["whole"] = [name for name, p in parameters.items() if p.to_local().numel() >= p.numel()]
         again = build(kind, folder, ranks, sharded)
         again.train(resume_from_checkpoint=str(folder / "checkpoint-2"))
         result["resumed"] = {name: full_tensor(p.detach()) for name, p in again.model.named_parameters()}
@@ -228,7 +228,7 @@ def run_deepspeed(kind: str, folder: Path, ranks: int) -> dict[str, Any]:
     parameters = dict(trainer.model.named_parameters())
     result = {
         "weights": weights(trainer),
-        "full_tensor": [name for name, p in parameters.items() if p.ds_tensor.numel() >= p.ds_numel],
+        "whole": [name for name, p in parameters.items() if p.ds_tensor.numel() >= p.ds_numel],
         "dual": trainer.dual.state_dict(),
         "log": [line for line in trainer.state.log_history if "loss" in line],
         "ref_logprob": [example.ref_logprob for example in trainer.train_dataset],

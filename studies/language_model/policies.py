@@ -140,6 +140,10 @@ class Mixture:
 
     training = False
 
+    def get_input_embeddings(self) -> Any:
+        """The first model's."""
+        return self.models[0].get_input_embeddings()
+
     def eval(self) -> Mixture:
         return self
 
