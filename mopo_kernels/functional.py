@@ -174,31 +174,36 @@ def linear_logprob(
     (:func:`pack_responses`).
 
     Args:
-        hidden: (..., H) floating, last hidden states. weight: (V, H), the head, same dtype and device as hidden (under
-        autocast any floating dtype). target: (...) int64, in 0 .. V - 1 or ``ignore_index``, not shifted: ``hidden[t]``
-        predicts ``target[t]``. bias: (V,) or None. ignore_index: the target that marks a token as not scored. softcap:
-        cap of Gemma 2's tanh, in logits, 1e-10 to 1e5, or None. logit_scale: factor on the products, e.g. Cohere's, at
-        most 1e10 in size. temperature: divisor of the logits, 1e-10 to 1e10. backend: "auto", "naive" (the unchunked
-        oracle), "torch", "cpp", "triton" or "cuda"; only "auto" falls back. max_buffer_bytes: bound on the memory
-        beyond inputs, outputs and gradients, in bytes; default 256 MiB, on a GPU what 4096 rows of logits take if that
-        is more. A few dozen bytes a token come on top, and with "triton" in half precision a copy of a weight whose
-        rows are not contiguous. With "naive" it has no effect. gradient_filter: None for exact gradients, or the share
-        of the largest element that may be left out of them, e.g. 2^-12, on the CPU ("gradient filtering" of cut
-        cross-entropy, arXiv:2411.09009). A model's distributions are peaked: nearly all of ``d logprob / d logits`` is
-        nothing beside the rest. With rows of coefficient ``g_t`` (the upstream gradient; 1 with a frozen head), 128 at
-        a time, only the vocabulary entries v are multiplied for which ``|g_t| p_tv`` of one of these rows reaches this
-        share of the largest ``|g|`` of the chunk; targets always are. A row of dweight then lacks what the small
-        probabilities of its entry would have added: a rare token is still pushed up where it is the target, but no
-        longer pushed down where nothing expects it. Log-probabilities are exact. Of three products with a trained head
-        two become small, of two with a frozen one one. Where more than half of the vocabulary would be kept, or what is
-        kept has less than half of the probability (looked at where a tile spans the vocabulary, on one rank), the
-        gradient is exact, at the usual cost. With "naive" it has no effect. process_group: ranks that each hold some
-        rows of one head: weight (W, H) and bias (W,) are this rank's, W may differ, and rank after rank they are the V
-        rows. Every rank passes the same hidden and target, whose ids are those of the whole vocabulary, and gets the
-        same log-probabilities and the whole gradient for hidden. All ranks must make the call, with the same options;
-        it waits for the device and the other ranks once, to exchange sizes. Products are not kept for backward: four
-        with a trained head. A weight (and bias) that is a ``DTensor`` (V, H), placed ``(VocabShard(0),)`` over a mesh
-        of one dimension, names its group itself: None will do, and the gradients are ``DTensor`` of the same placement.
+        hidden: (..., H) floating, last hidden states.
+        weight: (V, H), the head, same dtype and device as hidden (under autocast any floating dtype).
+        target: (...) int64, in 0 .. V - 1 or ``ignore_index``, not shifted: ``hidden[t]`` predicts ``target[t]``.
+        bias: (V,) or None.
+        ignore_index: the target that marks a token as not scored.
+        softcap: cap of Gemma 2's tanh, in logits, 1e-10 to 1e5, or None.
+        logit_scale: factor on the products, e.g. Cohere's, at most 1e10 in size.
+        temperature: divisor of the logits, 1e-10 to 1e10.
+        backend: "auto", "naive" (the unchunked oracle), "torch", "cpp", "triton" or "cuda"; only "auto" falls back.
+        max_buffer_bytes: bound on the memory beyond inputs, outputs and gradients, in bytes; default 256 MiB, on a GPU
+            what 4096 rows of logits take if that is more. A few dozen bytes a token come on top, and with "triton" in
+            half precision a copy of a weight whose rows are not contiguous. With "naive" it has no effect.
+        gradient_filter: None for exact gradients, or the share of the largest element that may be left out of them,
+            e.g. 2^-12, on the CPU ("gradient filtering" of cut cross-entropy, arXiv:2411.09009). A model's
+            distributions are peaked: nearly all of ``d logprob / d logits`` is nothing beside the rest. With rows of
+            coefficient ``g_t`` (the upstream gradient; 1 with a frozen head), 128 at a time, only the vocabulary
+            entries v are multiplied for which ``|g_t| p_tv`` of one of these rows reaches this share of the largest
+            ``|g|`` of the chunk; targets always are. A row of dweight then lacks what the small probabilities of its
+            entry would have added: a rare token is still pushed up where it is the target, but no longer pushed down
+            where nothing expects it. Log-probabilities are exact. Of three products with a trained head two become
+            small, of two with a frozen one one. Where more than half of the vocabulary would be kept, or what is kept
+            has less than half of the probability (looked at where a tile spans the vocabulary, on one rank), the
+            gradient is exact, at the usual cost. With "naive" it has no effect.
+        process_group: ranks that each hold some rows of one head: weight (W, H) and bias (W,) are this rank's, W may
+            differ, and rank after rank they are the V rows. Every rank passes the same hidden and target, whose ids are
+            those of the whole vocabulary, and gets the same log-probabilities and the whole gradient for hidden. All
+            ranks must make the call, with the same options; it waits for the device and the other ranks once, to
+            exchange sizes. Products are not kept for backward: four with a trained head. A weight (and bias) that is a
+            ``DTensor`` (V, H), placed ``(Shard(0),)`` over a mesh of one dimension, names its group itself: None will
+            do, and the gradients are ``DTensor`` of the same placement.
 
     Returns:
         (...) log-probabilities in nats, fp32 (fp64 for fp64 input).
