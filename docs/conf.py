@@ -53,6 +53,7 @@ PAGES = {
     "CONTRIBUTING.md": "contributing",
     "SECURITY.md": "security",
     "examples/paper/README.md": "paper_experiment",
+    "studies/language_model/README.md": "language_model",
 }
 
 
