@@ -604,7 +604,7 @@ def test_every_promised_number_is_logged(tmp_path):
     [
         {},
         {"loss_type": "sigmoid", "tau": 0.5},
-        {"label_rate": {"brief": 0.5}},
+        {"label_rate": {"helpful": 0.5}},
         {"length_normalize": True, "tau": 2.0},
         {"loss_type": "cloning", "estimator": "closed_form"},
     ],
@@ -630,6 +630,16 @@ def test_the_share_of_the_pairs_explained_is_the_same_of_dual_and_evaluation_dat
     assert abs(after["eval_r_squared"]) > 1e-4
     assert measured["dual/r_squared"] == pytest.approx(after["eval_r_squared"], abs=1e-5)
     assert lines[0]["in_sample/r_squared"] == pytest.approx(0.0, abs=1e-6)
+
+
+def test_a_batch_whose_pairs_all_weigh_nothing_adds_nothing(tmp_path):
+    """As repeats do, with which the last round of several ranks is filled up."""
+    trainer = make_trainer(tmp_path, reference="model")
+    batch = trainer.data_collator(list(make_data(2)))
+    weightless = {**batch, "pair_weight": torch.zeros_like(batch["pair_weight"])}
+    with torch.no_grad():
+        output = trainer.model(**weightless, objective_weight=trainer.dual.weight)
+    assert trainer._statistics.scalar(output["statistics"], "reference_loss") == 0
 
 
 def test_the_effective_sample_size_is_that_of_a_step_however_many_a_log_line_covers(tmp_path):

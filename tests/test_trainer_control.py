@@ -244,6 +244,18 @@ def test_weights_that_do_not_cover_the_policy_move_nothing(tmp_path):
         assert logs.get("dual/coverage") == coverage
 
 
+def test_dual_data_of_ties_say_nothing_of_what_is_explained(tmp_path):
+    """The regression's targets are 0: no loss of the reference to compare with, and no NaN in the log."""
+    ties = [
+        PreferenceExample(f"q {index}", ("a", "b"), (PreferencePair(0, 1, {"helpful": 0.5, "brief": 0.5}),))
+        for index in range(4)
+    ]
+    data = PreferenceData.from_examples(ties, ("helpful", "brief"))
+    controller = Controller(make_config(tmp_path, **STEERED), data.objectives, data, {"brief": 0.2})
+    ratios = {index: [0.3, -0.2] for index in range(4)}
+    assert controller.from_log_ratios(1, ratios, torch.ones(2)).r_squared is None
+
+
 def test_parts_of_the_dual_data_take_turns(tmp_path):
     controller = Controller(
         make_config(tmp_path, dual_prompts=3), ("helpful", "brief"), make_dual_data(8), {"brief": 0.2}

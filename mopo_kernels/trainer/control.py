@@ -47,8 +47,8 @@ class Measurement:
         effective_prompts: the effective number of prompts behind each value, by objective.
         coverage: with importance weights, their mean, which is 1 as long as the reference wrote the responses and the
             policy's own are among them; what is short of 1 is where the policy writes what the data do not have.
-        r_squared: by the labels' pairs, how much of what the loss asks for the policy explains on them; None where the
-            log-ratios are not the policy's to the loss's own reference.
+        r_squared: by the labels' pairs, how much of what the loss asks for the policy explains on them; None where it
+            asks for nothing, or the log-ratios are not the policy's to the loss's own reference.
     """
 
     step: int
@@ -224,7 +224,9 @@ class Controller:
                 )
                 for margin in (h, torch.zeros_like(h))
             )
-            found = dataclasses.replace(found, r_squared=float(1 - of_policy / of_reference))
+            # A regression on ties alone asks for nothing.
+            if of_reference > 0:
+                found = dataclasses.replace(found, r_squared=float(1 - of_policy / of_reference))
         if estimator != "snis":
             return found
         return dataclasses.replace(found, coverage=float(r.clamp(max=naive.MAX_LOG_IMPORTANCE).exp().mean()))

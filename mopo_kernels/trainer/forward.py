@@ -251,8 +251,9 @@ class PolicyForward:
         if loss.loss_type != "cloning":
             none = torch.zeros_like(output.margin)
             per_pair = naive.pair_loss(none, preference, objective_weight, loss.tau, loss.loss_type, label_rate, margin)
-            total = pair_weight.sum() if normalizer is None else normalizer
-            reference_loss = (pair_weight * per_pair).sum() / total
+            total = torch.as_tensor(pair_weight.sum() if normalizer is None else normalizer)
+            # As the loss: a batch whose pairs all weigh nothing has 0.
+            reference_loss = (pair_weight * per_pair).sum() / torch.where(total == 0, 1.0, total)
         return {
             "moments": satisfaction_moments(
                 first_ratio, pairs, preference, pair_weight, prompt_index, loss.estimator, rho
