@@ -14,7 +14,6 @@ import study_errands
 import torch
 from trainer_samples import make_model, make_tokenizer
 
-from mopo_kernels import load_preferences
 from mopo_kernels.evaluation import load_policy, win_rate
 from studies.language_model import __main__ as command
 from studies.language_model import (
@@ -62,17 +61,17 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The first lines of the demo's preference data."""
-    path = tmp_path_factory.mktemp("data") / "preferences.jsonl"
-    lines = problem.DATA.read_text(encoding="utf-8").splitlines()[:16]
-    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+def answers(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """To the first of the training prompts, six each."""
+    path = tmp_path_factory.mktemp("answers") / "answers.jsonl"
+    every = problem.read_answers(problem.ANSWERS)
+    problem.write_answers(path, {prompt: every[prompt][:6] for prompt in list(every)[:16]})
     return path
 
 
 @pytest.fixture(scope="module")
-def settings(model: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> work.Settings:
-    return work.Settings(model, data, tmp_path_factory.mktemp("out"), runs.Device.of("cpu"))
+def settings(model: Path, answers: Path, tmp_path_factory: pytest.TempPathFactory) -> work.Settings:
+    return work.Settings(model, answers, tmp_path_factory.mktemp("out"), runs.Device.of("cpu"))
 
 
 def test_the_exploration_runs_on_two_processes_and_is_not_run_again(
@@ -147,7 +146,7 @@ TINY = study.Settings(
 
 
 def test_the_study_tunes_and_tests_every_method_and_writes_its_report(settings: work.Settings, tmp_path: Path) -> None:
-    some = problem.some_prompts(load_preferences(settings.data), 12)
+    some = problem.some_prompts(problem.labelled_pairs(problem.read_answers(settings.answers), 4), 12)
     tiny = study.Study(TINY, SCALE, study.label_multipliers(some, TINY))
     assert {candidate.method for candidate in tiny.candidates} == set(study.METHODS)
     placed = dataclasses.replace(settings, out=tmp_path)
@@ -267,7 +266,7 @@ def test_merged_updates_are_the_scaled_and_summed_adapters_and_leave_no_trace(
     folders = []
     for seed in (0, 1):
         run = runs.Run(f"r{seed}", steps=2, seed=seed, prompts=4, prompts_per_step=2, lora_rank=2, learning_rate=0.05)
-        runs.train(run, shared, load_preferences(settings.data), tmp_path, settings.device)
+        runs.train(run, shared, problem.read_answers(settings.answers), tmp_path, settings.device)
         folders.append(str(tmp_path / "adapters" / run.name))
     weights = {folders[0]: 0.7, folders[1]: -0.4}
     expected = load_policy(settings.model, weights)
@@ -280,7 +279,7 @@ def test_merged_updates_are_the_scaled_and_summed_adapters_and_leave_no_trace(
 
 
 def test_a_run_goes_on_from_another_and_refers_to_it(settings: work.Settings, tmp_path: Path) -> None:
-    shared, data = policies.Policies(settings.model, torch.device("cpu")), load_preferences(settings.data)
+    shared, data = policies.Policies(settings.model, torch.device("cpu")), problem.read_answers(settings.answers)
     common: dict[str, Any] = {"prompts": 4, "prompts_per_step": 2, "lora_rank": 2, "learning_rate": 0.05, "steps": 2}
     runs.train(runs.Run("first", **common), shared, data, tmp_path, settings.device)
     # Laid out and computed as on a GPU, but for the device.
@@ -360,7 +359,7 @@ def test_a_wrong_backend_is_seen(settings: work.Settings, monkeypatch: pytest.Mo
 
 
 def test_margins_are_differences_of_rewards_first_response_minus_second(settings: work.Settings) -> None:
-    data = problem.some_prompts(load_preferences(settings.data), 3)
+    data = problem.some_prompts(problem.labelled_pairs(problem.read_answers(settings.answers), 4), 3)
     ratios = [[float(10 * x + y) ** 0.5 for y in range(4)] for x in range(3)]
     found = runs.with_margins(data, [(ratios, 0.2), (ratios, 0.1)])
     for x, example in enumerate(found):
@@ -397,7 +396,7 @@ def test_a_threshold_is_kept_with_its_margin_or_not() -> None:
 
 
 def test_the_labels_optimum_keeps_thresholds_and_beats_the_unconstrained_one_turned_down() -> None:
-    data = load_preferences(problem.DATA)
+    data = problem.labelled_pairs(problem.read_answers(problem.ANSWERS), 4)
     thresholds = jobs.parity(0.47)
     found = labels.label_solutions(data, problem.PRIMARY, thresholds, 0.15, data.objectives)
     value, rival = found["constrained"]["satisfaction"], found["turned_down"]["satisfaction"]
@@ -466,7 +465,17 @@ def test_the_command_lists_its_jobs(words: list[str], tmp_path: Path, capsys: py
 
 
 def test_the_command_is_noted_without_folders() -> None:
-    words = ["study", "--model", "/somewhere", "--tau", "0.1", "--data=/else/where.jsonl", "--small", "--output", "x"]
+    words = [
+        "study",
+        "--model",
+        "/somewhere",
+        "--tau",
+        "0.1",
+        "--answers=/else/where.jsonl",
+        "--small",
+        "--output",
+        "x",
+    ]
     assert command.shown(words)[3:] == ["study", "--tau", "0.1", "--small"]
 
 

@@ -113,6 +113,8 @@ class MOPOConfig(TrainingArguments):
         length_normalize: divide log-probabilities by the number of scored tokens.
         max_length: tokens of prompt plus response; None is no limit.
         max_response_length: tokens of a response; None is no limit.
+        truncate_responses: a response beyond these limits is cut, and loses its end token, in place of an error: what
+            a sampler that stopped at ``max_response_length`` tokens has drawn of it.
         chat: what prompts that are strings are. ``always``: a user's turn, which goes through the chat template;
             ``never``: text that the responses continue; ``auto``: by what each row is
             (``mopo_kernels.data.rendering.Renderer``).
@@ -210,6 +212,7 @@ class MOPOConfig(TrainingArguments):
     length_normalize: bool = field(default=False, metadata={"help": "Divide log-probabilities by token counts."})
     max_length: int | None = field(default=None, metadata={"help": "Tokens of prompt plus response."})
     max_response_length: int | None = field(default=None, metadata={"help": "Tokens of a response."})
+    truncate_responses: bool = field(default=False, metadata={"help": "Cut longer responses, in place of an error."})
     chat: str = field(default="auto", metadata={"help": f"String prompts as user turns: one of {', '.join(CHAT)}."})
     control_tokens: str = field(
         default="neutralize", metadata={"help": f"Control tokens in texts: one of {', '.join(CONTROL_TOKENS)}."}

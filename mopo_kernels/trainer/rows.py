@@ -39,6 +39,7 @@ def make_collator(
         objectives,
         max_length=args.max_length,
         max_response_length=args.max_response_length,
+        truncate=args.truncate_responses,
         shared_prompts=shared_prompts,
         chat=args.chat,
         control_tokens=args.control_tokens,

@@ -126,6 +126,7 @@ _PROBLEM = (
     "fixed_multipliers",
     "max_length",
     "max_response_length",
+    "truncate_responses",
     "optim",
     "chat",
     "control_tokens",

@@ -3,6 +3,7 @@
     python -m studies.language_model explore            # what limits a policy; validation prompts only
     python -m studies.language_model study              # MOPO and its rivals: tuned on validation, judged on test
     python -m studies.language_model study --small      # about three hours on 2 CPU cores
+    python -m studies.language_model sample             # the base model's answers to the training prompts, anew
     python -m studies.language_model report             # README, tables and pictures, from the bundle of results
 
 Everything goes on where it was stopped: a result that is there is not made again. `--device cuda` puts several
@@ -25,8 +26,18 @@ from typing import Any
 
 from bench.provenance import origin
 from studies.language_model.explore import best_constrained, explore_jobs, explore_multipliers, explore_table
-from studies.language_model.jobs import Scale
-from studies.language_model.problem import DATA, ROOT, SPLITS, split_digest
+from studies.language_model.jobs import Scale, answer_jobs
+from studies.language_model.problem import (
+    ANSWERS,
+    RESPONSES,
+    ROOT,
+    SPLITS,
+    labelled_pairs,
+    read_answers,
+    split_digest,
+    train_prompts,
+    write_answers,
+)
 from studies.language_model.report import summary, write_report
 from studies.language_model.runs import Device
 from studies.language_model.scheduler import BUNDLE, Job, bundle, is_done, read_bundle, run_jobs
@@ -36,10 +47,10 @@ from studies.language_model.work import Settings, set_up, versions
 
 # Of the time until the deadline, in which candidates are trained and judged on validation; the rest is for test.
 _TUNING_SHARE = 0.6
-# Seconds a step takes for each process that shares a GPU: they take turns, 12 steps a second in all on an H100.
-_STEPS_ON_A_GPU = 0.08
+# Seconds of a GPU that a step takes: processes take turns on it, and made 12 steps a second in all on an H100.
+_STEP_ON_A_GPU = 0.08
 # Options that say where things are.
-_PLACES = ("--model", "--data", "--output", "--commit", "--results", "--explored", "--bundle")
+_PLACES = ("--model", "--answers", "--output", "--commit", "--results", "--explored", "--bundle")
 SMALL_SCALE = Scale(validation_samples=2, test_samples=4, base_samples=8, kl_samples=1)
 
 
@@ -59,9 +70,9 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m studies.language_model", description=(__doc__ or "").splitlines()[0]
     )
-    parser.add_argument("command", choices=("explore", "study", "report"))
+    parser.add_argument("command", choices=("explore", "study", "sample", "report"))
     parser.add_argument("--model", type=Path, default=ROOT / "runs/demo/model", help="folder of the model")
-    parser.add_argument("--data", type=Path, default=DATA, help="preference file of the training prompts")
+    parser.add_argument("--answers", type=Path, default=ANSWERS, help="file of the base model's answers")
     parser.add_argument("--output", type=Path, help="folder of the results; default runs/study/COMMAND")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument(
@@ -71,6 +82,12 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--workers", type=int, help="processes; default 2 on a CPU, 6 on a GPU")
     parser.add_argument("--deadline", type=float, metavar="SECONDS", help="begin no job after so many seconds")
+    parser.add_argument(
+        "--pace",
+        type=float,
+        metavar="SECONDS",
+        help="that a process takes for a step, until some were timed; default on a GPU 0.08 for each process",
+    )
     parser.add_argument(
         "--choose-by", type=float, metavar="SECONDS", help="study: go on to test then; default 0.6 of it"
     )
@@ -117,13 +134,11 @@ def selected(jobs: list[Job], beginnings: list[str] | None) -> list[Job]:
 
 def study_of(options: argparse.Namespace, scale: Scale) -> Study:
     """The study with the options' settings."""
-    from mopo_kernels import load_preferences
-
     settings = SMALL if options.small else StudySettings()
     changes = {"epochs": options.epochs, "tau": options.tau, "learning_rate": options.learning_rate}
     changes |= {"lora_rank": options.lora_rank, "seeds": options.seeds}
     settings = replace(settings, **{name: value for name, value in changes.items() if value is not None})
-    return Study(settings, scale, label_multipliers(load_preferences(options.data), settings))
+    return Study(settings, scale, label_multipliers(labelled_pairs(read_answers(options.answers), RESPONSES), settings))
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -137,7 +152,7 @@ def main(argv: list[str] | None = None) -> int:
     out = options.output or ROOT / "runs/study" / options.command
     workers = options.workers or (6 if options.device == "cuda" else 2)
     threads = max(1, (os.cpu_count() or 1) // workers)
-    settings = Settings(options.model, options.data, out, Device.of(options.device, options.precision, threads))
+    settings = Settings(options.model, options.answers, out, Device.of(options.device, options.precision, threads))
     scale = SMALL_SCALE if options.small else Scale()
     if options.prompts_per_step:
         scale = scale.with_batch(options.prompts_per_step)
@@ -152,7 +167,9 @@ def main(argv: list[str] | None = None) -> int:
     }
     follow_up = None
     if options.command == "explore":
-        jobs = explore_jobs(explore_multipliers(options.data, scale), scale)
+        jobs = explore_jobs(explore_multipliers(read_answers(options.answers), scale), scale)
+    elif options.command == "sample":
+        jobs = answer_jobs(len(train_prompts()), scale)
     else:
         study = study_of(options, scale)
         jobs, follow_up = study.tuning(), study.testing
@@ -189,8 +206,14 @@ def main(argv: list[str] | None = None) -> int:
         follow_up_by=choose_by,
         keep=keep,
         grace=options.grace,
-        first_pace=workers * _STEPS_ON_A_GPU if options.device == "cuda" else None,
+        first_pace=options.pace or (workers * _STEP_ON_A_GPU if options.device == "cuda" else None),
     )
+    if options.command == "sample":
+        if any("result" not in found.get(job.name, {}) for job in jobs):
+            return 1
+        drawn = {prompt: row for job in jobs for prompt, row in found[job.name]["result"]["answers"].items()}
+        write_answers(options.answers, drawn)
+        return 0
     about["seconds"] = round(time.monotonic() - begun, 1)
     written = bundle(out, about, options.adapters, options.bundle)
     for path in written:

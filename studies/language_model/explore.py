@@ -7,13 +7,12 @@ after it.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from studies.language_model.jobs import Scale, base_job, judge_job, labels_job, parity, train_job
-from studies.language_model.problem import HELD, OBJECTIVES, PRIMARY
+from studies.language_model.problem import HELD, OBJECTIVES, PRIMARY, RESPONSES, labelled_pairs, some_prompts
 from studies.language_model.runs import Run
 from studies.language_model.scheduler import Job
 from studies.language_model.statistics import estimate, keeps, rates
@@ -58,14 +57,13 @@ def explore_jobs(multipliers: Mapping[str, float], scale: Scale) -> list[Job]:
         )
 
     # How long control lasts, by fresh answers and by the dual data's labels.
-    add("judged-10-s0", 10, (1, 3, 6), **judged)
-    add("judged-3-s0", 3, (1, 2), **judged)
-    add("constrained-3-s0", 3, (1, 2), **held)
-    for seed in SEEDS[1:]:
+    add("constrained-10-s0", 10, (1, 3, 6), **held)
+    for seed in SEEDS:
+        add(f"constrained-3-s{seed}", 3, (1, 2), seed=seed, **held)
         add(f"judged-3-s{seed}", 3, (1, 2), seed=seed, **judged)
     for seed in SEEDS:
+        add(f"constrained-1-s{seed}", 1, seed=seed, **held)
         add(f"judged-1-s{seed}", 1, seed=seed, **judged)
-    add("constrained-1-s0", 1, **held)
     turned_down(add("unconstrained-1-s0", 1, **free))
     add("fixed-1-s0", 1, **fixed)
     # Why a policy falls short of its labels: one factor at a time about constrained-1-s0.
@@ -77,16 +75,17 @@ def explore_jobs(multipliers: Mapping[str, float], scale: Scale) -> list[Job]:
     add("rank-64", 1, lora_rank=64, **held)
     # As many epochs over fewer prompts are fewer steps: as many steps, so that nothing else differs.
     add("prompts-350", 1, prompts=350, **held)
+    add("responses-12", 1, responses=12, **held)
     add("loss-sigmoid", 1, loss_type="sigmoid", **held)
     add("estimator-pair", 1, estimator="pair", **held)
-    # The rivals for as long.
+    # The rivals, and the factors that more training may need, for as long.
     turned_down(add("unconstrained-3-s0", 3, (1, 2), **free))
     add("fixed-3-s0", 3, (1, 2), **fixed)
-    for seed in SEEDS[1:]:
-        add(f"constrained-3-s{seed}", 3, (1, 2), seed=seed, **held)
-        add(f"constrained-1-s{seed}", 1, seed=seed, **held)
-    add("constrained-10-s0", 10, (1, 3, 6), **held)
+    add("rate-0.0002-3", 3, learning_rate=2e-4, **held)
+    add("tau-0.08-3", 3, tau=0.08, **held)
+    add("responses-12-3", 3, responses=12, **held)
     add("unconstrained-10-s0", 10, (1, 3, 6), **free)
+    add("judged-10-s0", 10, (1, 3, 6), **judged)
 
     jobs = [base_job("validation", scale)]
     jobs += [labels_job(f"tau-{tau:g}", THRESHOLDS, tau, scale.training_prompts) for tau in (0.08, 0.15, 0.3)]
@@ -146,13 +145,10 @@ def best_constrained(found: Mapping[str, Mapping[str, Any]], margin: float = 0.0
     return None if best is None else best[1]
 
 
-def explore_multipliers(data: Path, scale: Scale) -> dict[str, float]:
+def explore_multipliers(answers: Mapping[str, Sequence[str]], scale: Scale) -> dict[str, float]:
     """The labels' solution at the centre, for the runs with fixed multipliers."""
-    from mopo_kernels import load_preferences
     from studies.language_model.labels import label_solutions
-    from studies.language_model.problem import some_prompts
 
-    loaded = load_preferences(data)
-    part = some_prompts(loaded, scale.training_prompts)
-    found = label_solutions(part, PRIMARY, THRESHOLDS, CENTRE["tau"], loaded.objectives)
+    part = some_prompts(labelled_pairs(answers, RESPONSES), scale.training_prompts)
+    found = label_solutions(part, PRIMARY, THRESHOLDS, CENTRE["tau"], OBJECTIVES)
     return {name: round(value, 4) for name, value in found["multiplier"].items()}

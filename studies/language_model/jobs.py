@@ -15,6 +15,9 @@ from studies.language_model.work import spec_of
 BASE_SAMPLES = 16
 # Of the base model's answers; those of the policies are drawn with the seed of the judging, 0, 1, ...
 _BASE_SEED = 1_000_003
+# Of its answers to training prompts, which are drawn in blocks of so many prompts.
+_ANSWER_SEED = 20261128
+_BLOCK = 100
 # What a run takes beside its steps, in steps.
 _SETUP_STEPS = 20
 
@@ -29,7 +32,7 @@ class Scale:
             ``prompts_per_step``.
         prompts_per_step: of every run.
         prompts: of a split that are answered; 0 for all.
-        validation_samples, test_samples, base_samples: answers a prompt.
+        training_samples, validation_samples, test_samples, base_samples: answers a prompt.
         kl_samples: of the test answers a prompt, scored for the divergence from the base.
         tokens: most of an answer.
         changes: of every run.
@@ -39,6 +42,7 @@ class Scale:
     epoch: int = 70
     prompts_per_step: int = 8
     prompts: int = 0
+    training_samples: int = 12
     validation_samples: int = 8
     test_samples: int = 8
     base_samples: int = BASE_SAMPLES
@@ -80,6 +84,24 @@ def train_job(run: Run) -> Job:
 def ratios_job(run: str) -> Job:
     """Log-ratios of all training responses under a run: the rewards that MODPO's margins are made of."""
     return Job(f"ratios.{run}", "ratios", {"run": run}, (run,))
+
+
+def answer_jobs(prompts: int, scale: Scale) -> list[Job]:
+    """The base model's answers to the first ``prompts`` training prompts, in blocks."""
+    return [
+        Job(
+            f"answers.{first // _BLOCK}",
+            "answers",
+            {
+                "first": first,
+                "prompts": min(_BLOCK, prompts - first),
+                "samples": scale.training_samples,
+                "seed": _ANSWER_SEED + first,
+                "tokens": scale.tokens,
+            },
+        )
+        for first in range(0, prompts, _BLOCK)
+    ]
 
 
 def base_job(split: str, scale: Scale) -> Job:

@@ -22,12 +22,15 @@ from mopo_kernels.evaluation import encode_prompt, judge_responses, sample_respo
 from mopo_kernels.trainer.trainer import peak_memory_mib
 from studies.language_model.policies import Mixture, Policies, Weights, response_logprobs
 from studies.language_model.problem import (
+    DUAL_SHARE,
     JUDGES,
     MAX_NEW_TOKENS,
     OBJECTIVES,
     PRIMARY,
+    RESPONSES,
     has_fast_bfloat16,
     held_out_pairs,
+    labelled_pairs,
     some_prompts,
 )
 
@@ -103,7 +106,8 @@ class Run:
         learning_rate: its peak; a cosine to 0.
         lora_rank: of all linear layers; alpha is twice that.
         steps: of the optimiser.
-        prompts_per_step: each with its 4 responses and 6 pairs.
+        prompts_per_step: each with its responses and all their pairs.
+        responses: of a prompt that the loss fits; the dual data have all answers there are.
         prompts: number of training prompts, dual data included; 0 is all.
         seed: of the adapter, the order, and the split into loss and dual data.
         judged: whether the multipliers follow fresh judged answers in place of the dual data's labels.
@@ -129,6 +133,7 @@ class Run:
     lora_rank: int = 16
     steps: int = 70
     prompts_per_step: int = 8
+    responses: int = RESPONSES
     prompts: int = 0
     seed: int = 0
     judged: bool = False
@@ -173,6 +178,8 @@ def _config(run: Run, folder: Path, reference: Path, device: Device, **changes: 
         "max_steps": run.steps,
         "per_device_train_batch_size": run.prompts_per_step,
         "per_device_eval_batch_size": device.forward,
+        "max_response_length": MAX_NEW_TOKENS,
+        "truncate_responses": True,
         "learning_rate": run.learning_rate,
         "lr_scheduler_type": "cosine",
         "warmup_steps": _WARMUP,
@@ -224,7 +231,10 @@ def with_margins(data: PreferenceData, ratios: Sequence[tuple[Sequence[Sequence[
 
 def log_ratios(policies: Policies, weights: Weights, data: PreferenceData, device: Device) -> list[list[float]]:
     """[example][response] log-probability of the data's responses under a policy over that under the base, nats."""
-    items = PreferenceCollator(policies.tokenizer, data.objectives).tokenize(list(data))
+    collator = PreferenceCollator(
+        policies.tokenizer, data.objectives, max_response_length=MAX_NEW_TOKENS, truncate=True
+    )
+    items = collator.tokenize(list(data))
     sequences = [(item.prompt, response) for item in items for response in item.responses]
     rows = 4 * device.forward
     base = response_logprobs(policies.model, sequences, rows, device.backend)
@@ -238,7 +248,7 @@ def log_ratios(policies: Policies, weights: Weights, data: PreferenceData, devic
 def train(
     run: Run,
     policies: Policies,
-    data: PreferenceData,
+    answers: Mapping[str, Sequence[str]],
     out: Path,
     device: Device,
     ratios: Mapping[str, Sequence[Sequence[float]]] | None = None,
@@ -249,8 +259,9 @@ def train(
     process comes first computes them, in ``out/reference``, and the others wait for it.
 
     Args:
-        run, policies, data, out, device: what, on what, where.
-        ratios: for ``run.margins``, by run, the log-ratios of all of ``data``.
+        run, policies, out, device: what, of which model, where.
+        answers: of the base model, by prompt. With thresholds the multipliers follow a fifth of the prompts.
+        ratios: for ``run.margins``, by run, the log-ratios of the first ``run.responses`` answers to every prompt.
 
     Returns:
         log history, final multipliers, the last measurement on the dual data, the labels' own solution, seconds and
@@ -258,9 +269,14 @@ def train(
     """
     folder = out / "adapters" / run.name
     begun = time.perf_counter()
+    data = labelled_pairs(answers, run.responses)
     if run.margins:
         assert ratios is not None
         data = with_margins(data, [(ratios[name], factor) for name, factor in run.margins.items()])
+    data, dual = some_prompts(data, run.prompts), None
+    if run.thresholds:
+        rest, held = data.split_indices(DUAL_SHARE, run.seed)
+        data, dual = data.select(rest), some_prompts(labelled_pairs(answers), run.prompts).select(held)
     model = policies.copied({str(out / "adapters" / name): factor for name, factor in run.start.items()})
     torch.manual_seed(run.seed)
     policy = get_peft_model(
@@ -270,7 +286,8 @@ def train(
     trainer = MOPOTrainer(
         model=policy,
         args=_config(run, folder, out / "reference", device),
-        train_dataset=some_prompts(data, run.prompts),
+        train_dataset=data,
+        dual_dataset=dual,
         eval_dataset=held_out_pairs(run.held_out) if run.held_out else None,
         processing_class=policies.tokenizer,
         judges={name: JUDGES[name] for name in OBJECTIVES} if run.judged else None,
@@ -299,6 +316,28 @@ def train(
             "peak_memory_mib": peak_memory_mib(device.torch),
             "backend": device.backend,
         }
+    )
+
+
+def draw(
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[str],
+    samples: int,
+    seed: int,
+    rows: int,
+    tokens: int = MAX_NEW_TOKENS,
+) -> list[list[str]]:
+    """[prompt][sample] answers at temperature 1, of at most ``tokens`` tokens, ``rows`` of them at once."""
+    return sample_responses(
+        model,
+        tokenizer,
+        prompts,
+        samples_per_prompt=samples,
+        max_new_tokens=tokens,
+        batch_size=rows,
+        seed=seed,
+        progress=False,
     )
 
 
@@ -333,16 +372,7 @@ def evaluate(
     begun = time.perf_counter()
 
     def sample(model: Any, rows: int) -> list[list[str]]:
-        return sample_responses(
-            model,
-            policies.tokenizer,
-            prompts,
-            samples_per_prompt=samples,
-            max_new_tokens=tokens,
-            batch_size=rows,
-            seed=seed,
-            progress=False,
-        )
+        return draw(model, policies.tokenizer, prompts, samples, seed, rows, tokens)
 
     kl: list[float] | None = None
     if mixture:

@@ -393,7 +393,7 @@ def _candidates(settings: Settings, multipliers: Mapping[tuple[float, float], tu
 
 
 def label_multipliers(data: PreferenceData, settings: Settings) -> Multipliers:
-    """The exact dual's solution on the labels, for every aim."""
+    """The exact dual's solution on the labels of the pairs that the loss fits, for every aim."""
     found = {}
     for aim in settings.aims:
         solution = label_solutions(data, PRIMARY, dict(zip(HELD, aim, strict=True)), settings.tau, data.objectives)

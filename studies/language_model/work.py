@@ -10,16 +10,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from studies.language_model.runs import Device, Run, checked_backend, evaluate, log_ratios, rounded, train
+from mopo_kernels.data import PreferenceData
+from studies.language_model.runs import Device, Run, checked_backend, draw, evaluate, log_ratios, rounded, train
 from studies.language_model.scheduler import Job, Perform, read_result
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Where everything is: model folder, preference file, output folder, and how to compute."""
+    """Where everything is: model folder, file of the base model's answers, output folder, and how to compute."""
 
     model: Path
-    data: Path
+    answers: Path
     out: Path
     device: Device
 
@@ -36,10 +37,17 @@ def set_up(settings: Settings) -> Perform:
     import torch
     import transformers
 
-    from mopo_kernels import load_preferences
     from studies.language_model.labels import label_solutions
     from studies.language_model.policies import Policies
-    from studies.language_model.problem import SPLITS, some_prompts
+    from studies.language_model.problem import (
+        OBJECTIVES,
+        RESPONSES,
+        SPLITS,
+        labelled_pairs,
+        read_answers,
+        some_prompts,
+        train_prompts,
+    )
 
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     transformers.utils.logging.set_verbosity_error()
@@ -49,7 +57,11 @@ def set_up(settings: Settings) -> Perform:
     settings.device.prepare()
     policies = Policies(settings.model, settings.device.torch)
     device = checked_backend(policies.model, settings.device)
-    data = load_preferences(settings.data)
+    # Not there yet where they are to be drawn.
+    answers = read_answers(settings.answers) if settings.answers.is_file() else {}
+
+    def pairs() -> PreferenceData:
+        return labelled_pairs(answers, RESPONSES)
 
     def perform(job: Job) -> Mapping[str, Any]:
         spec = job.spec
@@ -59,10 +71,22 @@ def set_up(settings: Settings) -> Perform:
                     torch.cuda.reset_peak_memory_stats()
                 run = run_of(spec)
                 ratios = {name: _ratios(settings.out, name) for name in run.margins}
-                return train(run, policies, data, settings.out, device, ratios)
+                return train(run, policies, answers, settings.out, device, ratios)
+            if job.kind == "answers":
+                prompts = train_prompts()[spec["first"] : spec["first"] + spec["prompts"]]
+                drawn = draw(
+                    policies.model,
+                    policies.tokenizer,
+                    prompts,
+                    spec["samples"],
+                    spec["seed"],
+                    2 * device.rows,
+                    spec["tokens"],
+                )
+                return {"answers": dict(zip(prompts, drawn, strict=True))}
             if job.kind == "ratios":
                 folder = str(settings.out / "adapters" / spec["run"])
-                return {"ratios": rounded(log_ratios(policies, {folder: 1.0}, data, device), 6)}
+                return {"ratios": rounded(log_ratios(policies, {folder: 1.0}, pairs(), device), 6)}
             if job.kind == "evaluate":
                 weights = {str(settings.out / "adapters" / name): factor for name, factor in spec["weights"].items()}
                 prompts = SPLITS[spec["split"]]()
@@ -79,8 +103,8 @@ def set_up(settings: Settings) -> Perform:
                     tokens=spec["tokens"],
                 )
             if job.kind == "labels":
-                part = some_prompts(data, spec["prompts"])
-                found = label_solutions(part, spec["primary"], spec["thresholds"], spec["tau"], data.objectives)
+                part = some_prompts(pairs(), spec["prompts"])
+                found = label_solutions(part, spec["primary"], spec["thresholds"], spec["tau"], OBJECTIVES)
                 return dict(rounded(found))
             raise ValueError(f"job {job.name} must be of a known kind, got {job.kind!r}")
         finally:
