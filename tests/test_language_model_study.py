@@ -253,6 +253,22 @@ def test_jobs_left_at_the_time_of_the_follow_up_are_given_up_for_it(tmp_path: Pa
 # -------------------------------------------------------------------------------------------------------- the policies
 
 
+def test_answers_to_the_training_prompts_are_drawn_in_blocks_and_the_same_again(
+    settings: work.Settings, tmp_path: Path
+) -> None:
+    placed = dataclasses.replace(settings, answers=tmp_path / "none yet")
+    _, second = jobs.answer_jobs(103, SCALE)
+    assert [second.spec[name] for name in ("first", "prompts")] == [100, 3]
+    drawn = work.set_up(placed)(second)["answers"]
+    assert list(drawn) == problem.train_prompts()[100:103]
+    assert [len(row) for row in drawn.values()] == [SCALE.training_samples] * 3
+    assert work.set_up(placed)(second)["answers"] == drawn
+    problem.write_answers(placed.answers, drawn)
+    assert problem.read_answers(placed.answers) == drawn
+    blank = {"a prompt": [" ", "one", "two words"], "another": ["x", "", "y", "z"]}
+    assert [example.responses for example in problem.labelled_pairs(blank, 2)] == [("one", "two words"), ("x", "y")]
+
+
 def logits(model: Any) -> torch.Tensor:
     with torch.no_grad():
         return model(input_ids=torch.arange(3, 12)[None]).logits
