@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from trainer_samples import VOCABULARY, fresh, lora, make_trainer
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from mopo_kernels.trainer.head import product_step
 from mopo_kernels.trainer.noise import NoiseOff, check_noise_off
 
 _HIDDEN = {"vocab_size": VOCABULARY, "hidden_size": 16, "num_attention_heads": 2, "num_hidden_layers": 2}
@@ -94,3 +95,25 @@ def test_the_probe_leaves_modes_and_random_states_as_they_were(tmp_path):
     check_noise_off(model)
     assert modes == [module.training for module in model.modules()]
     assert torch.equal(state, torch.get_rng_state())
+
+
+def test_products_in_tf32_pass_for_rounding_where_they_may_be_made_so(tmp_path, monkeypatch):
+    """A GPU's kernel depends on the shape: the same numbers, in another batch, come out a few 1e-4 away."""
+    right = torch.nn.functional.linear
+
+    def rough(inputs, *rest):
+        product = right(inputs, *rest)
+        generator = torch.Generator().manual_seed(product.numel())
+        return product * (1 + 3e-4 * torch.randn(product.shape, generator=generator))
+
+    monkeypatch.setattr(torch.nn.functional, "linear", rough)
+    with pytest.raises(ValueError, match="to compute a row as it computes it alone"):
+        make_trainer(tmp_path)
+    torch.set_float32_matmul_precision("high")
+    try:
+        make_trainer(tmp_path)
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    weight = torch.ones(1)
+    assert product_step(weight) == torch.finfo(torch.float32).eps
+    assert product_step(weight.bfloat16()) == torch.finfo(torch.bfloat16).eps

@@ -18,7 +18,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from mopo_kernels.trainer.head import causal_lm
+from mopo_kernels.trainer.head import causal_lm, product_step
 from mopo_kernels.transfer import to_device
 
 SEGMENTED = "sdpa_shared_prompts"
@@ -183,8 +183,8 @@ def share_prompts(model: nn.Module, max_length: int | None) -> str | None:
         except Exception as error:  # whatever a model's forward says to a row that it was not written for
             failure = f"its forward fails over a shared prompt: {' '.join(str(error).split())[:200]}"
             continue
-        # Rounding, of hidden states whose norm is 1; a token that sees what it must not moves them by tenths.
-        if difference <= max(1e-4, 8 * torch.finfo(next(base.parameters()).dtype).eps):
+        # A token that sees what it must not moves hidden states by tenths of their norm.
+        if difference <= max(1e-4, 8 * product_step(next(base.parameters()))):
             return None
         failure = f"its hidden states over a shared prompt are off by {difference:.2g} of their norm"
     base.set_attn_implementation("sdpa" if implementation == SEGMENTED else implementation)
@@ -267,7 +267,7 @@ def check_padded_rows(model: nn.Module) -> None:
         return
     found = torch.cat([together[0, :4], together[1]]).float()
     difference = float((found - alone).norm() / alone.norm())
-    if not difference <= max(1e-4, 8 * torch.finfo(embedding.dtype).eps):
+    if not difference <= max(1e-4, 8 * product_step(embedding)):
         raise ValueError(
             f"model: expected {type(base).__name__} to compute a row as it computes it alone; padded beside a longer "
             f"one its hidden states are off by {difference:.2g} of their norm, and so would log-probabilities be"

@@ -23,6 +23,16 @@ _SCALES = ("logit_scale", "logits_scaling", "lm_head_multiplier", "output_multip
 _SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "final_logits_soft_cap")
 
 
+def product_step(weight: Tensor) -> float:
+    """The step between numbers next to 1 in the format in which products of ``weight`` are made, which is coarser than
+    its own where fp32 is multiplied in tf32 or bf16."""
+    precision = torch.get_float32_matmul_precision()
+    if weight.dtype == torch.float32 and (weight.is_cuda or precision != "highest"):
+        # A GPU can be told so in more ways than one, so that of fp32 there tf32 is expected.
+        return torch.finfo(torch.bfloat16).eps if precision == "medium" else 2.0**-10
+    return torch.finfo(weight.dtype).eps
+
+
 def is_peft(model: nn.Module) -> bool:
     """Whether ``model`` is a ``peft.PeftModel``."""
     try:
@@ -229,7 +239,7 @@ def find_transform(model: nn.Module) -> LogitTransform:
         )
     expected = torch.log_softmax(logits.to(torch.float64), dim=-1)
     # The model rounds its logits to its own dtype, which moves a log-probability by about eps * |logit|.
-    tolerance = max(4 * torch.finfo(head.weight.dtype).eps, 1e-4) * max(1.0, float(logits.abs().max()))
+    tolerance = max(4 * product_step(head.weight), 1e-4) * max(1.0, float(logits.abs().max()))
     best = float("inf")
     for candidate in _candidates(base.config):
         found = naive.head_logits(hidden, weight, bias, **candidate.keywords())

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 
-from mopo_kernels.trainer.head import causal_lm
+from mopo_kernels.trainer.head import causal_lm, product_step
 
 # Dropout of units, layers, paths and attention, and the noise of a router: attention_dropout, resid_pdrop, layerdrop,
 # router_jitter_noise, ...
@@ -122,7 +122,7 @@ def check_noise_off(model: nn.Module) -> None:
     rounding = float((again - expected).norm() / scale)
     noise = max(float((other - trained[0]).norm() / scale) for other in trained[1:])
     off = float((trained[0] - expected).norm() / scale)
-    if noise <= 4 * rounding and off <= max(1e-4, 8 * torch.finfo(embedding.dtype).eps):
+    if noise <= 4 * rounding and off <= max(1e-4, 8 * product_step(embedding)):
         return
     what = (
         f"it draws noise, {noise:.2g} of its hidden states' norm, which disable_dropout does not find"
