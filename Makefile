@@ -11,7 +11,7 @@ comma := ,
 empty :=
 space := $(empty) $(empty)
 
-.PHONY: help install lock demo test test-slow fuzz test-oldest test-newest lint docs paper bench device wheels-for-device clean
+.PHONY: help install lock demo test test-slow fuzz test-oldest test-newest lint docs structures bench device wheels-for-device clean
 
 # Every target has a line of help behind ##.
 help: ## this list
@@ -58,7 +58,8 @@ fuzz: install ## the property tests on fresh examples; about an hour
 	HYPOTHESIS_PROFILE=fuzz $(BIN)/$(PYTEST) --timeout 0 tests/test_fuzz_*.py
 
 # What other versions of packages can change: not the benchmarks and studies, what other compilers build, or the demo.
-BESIDE_VERSIONS := bench% paper% device% demo% gate estimate cuda_build cuda_kernels compile_report scaling docs large
+BESIDE_VERSIONS := bench% canonical% certificate% device% demo% gate estimate cuda_build cuda_kernels compile_report \
+	cost_model docs large
 ANY_VERSIONS = $(filter-out $(BESIDE_VERSIONS:%=tests/test_%.py),$(wildcard tests/test_*.py))
 # In a copy of the tree with an environment of its own, as the extension is built for one version of torch. $(1): its
 # name; $(2): its lock.
@@ -90,9 +91,9 @@ docs: install ## the site, in docs/_build/html; warnings are errors
 	$(BIN)/python -m pip install --quiet --constraint $(LOCK) --group docs
 	$(BIN)/python -m sphinx --builder html --fail-on-warning --keep-going docs docs/_build/html
 
-# Every table and picture of docs/results: about 20 minutes on 2 cores.
-paper: install ## every table and picture of docs/results; about 20 minutes
-	$(BIN)/python -m bench.paper
+# Every table and picture of studies/canonical_structures/results: about 20 minutes on 2 cores.
+structures: install ## every table and picture of studies/canonical_structures; about 20 minutes
+	$(BIN)/python -m studies.canonical_structures
 
 # Every figure of bench/results: an hour and a half on 2 cores, we estimate. `mopo bench --quick` takes three minutes.
 bench: install ## every figure of bench/results; about an hour and a half

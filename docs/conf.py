@@ -53,7 +53,12 @@ PAGES = {
     "CONTRIBUTING.md": "contributing",
     "SECURITY.md": "security",
     "examples/paper/README.md": "paper_experiment",
+    "studies/architectures/README.md": "architectures",
     "studies/language_model/README.md": "language_model",
+    **{
+        f"studies/canonical_structures/results/{page.name}": f"canonical_structures/{page.stem}"
+        for page in (ROOT / "docs" / "canonical_structures").glob("*.md")
+    },
 }
 
 
