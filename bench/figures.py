@@ -10,7 +10,7 @@ from mopo_kernels.plots import BLUE, GREEN, VERMILION, make_figure, save_figure,
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-# Of Okabe and Ito's palette; each contender has a marker of its own as well.
+# Of Okabe and Ito's palette; each implementation has a marker of its own as well.
 _BARE = "0.35"
 _COLOURS = (BLUE, VERMILION, GREEN, "#CC79A7", "#E69F00", "#56B4E9")
 _MARKERS = "osD^vPX"
@@ -23,11 +23,11 @@ _ROWS = {
 }
 
 
-def plot_growth(record: dict[str, Any], dtype: str, path: Path) -> Path:
+def plot_scaling_curves(record: dict[str, Any], dtype: str, path: Path) -> Path:
     """Draw the curves of a dtype: a column for each axis; time, time / bare products and peak memory below each other.
 
     Args:
-        record: what ``bench.growth`` writes.
+        record: what ``bench.scaling_curves`` writes.
         path: the PNG to write.
 
     Returns:

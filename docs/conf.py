@@ -86,7 +86,8 @@ def read_source(app: Sphinx, name: str, content: list[str]) -> None:
 
 def read_included(app: Sphinx, path: Path, name: str, content: list[str]) -> None:
     file = PurePosixPath((ROOT / "docs" / path).resolve().relative_to(ROOT).as_posix())
-    content[0] = link_pages(content[0], file, PurePosixPath("docs") / f"{name}.md")
+    # MyST names the page without its folder.
+    content[0] = link_pages(content[0], file, PurePosixPath("docs") / f"{app.env.docname}.md")
 
 
 def setup(app: Sphinx) -> None:

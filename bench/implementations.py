@@ -1,11 +1,12 @@
 """What is compared: one preference batch, and each way of getting its loss and gradients.
 
-Every contender does the same work: policy forward and backward, reference log-probabilities from reference hidden
+Every implementation does the same work: policy forward and backward, reference log-probabilities from reference hidden
 states, the regression loss with K objectives. ``bare products`` is the floor: the matrix products alone. A peer that
-cannot express that loss runs its own on the same rows; then ``Contender.loss`` says which, and plain PyTorch with that
-loss is what its result is held against. A contender that cannot run here stays in the registry, with the reason.
+cannot express that loss runs its own on the same rows; then ``Implementation.loss`` says which, and plain PyTorch with
+that loss is what its result is held against. An implementation that cannot run here stays in the registry, with the
+reason.
 
-One unit is one N x V x H product over the scored rows; "all rows" contenders multiply prompts and padding as well.
+One unit is one N x V x H product over the scored rows; "all rows" implementations multiply prompts and padding as well.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from mopo_kernels import backends, linear_mopo_loss, naive, pack_responses
 
 TAU = 0.1
 BARE = "bare products"
-# Buffers of contenders that take a size: this library's default.
+# Buffers of implementations that take a size: this library's default.
 BUFFER_BYTES = 256 << 20
 
 
@@ -109,14 +110,14 @@ def always() -> str | None:
 
 
 @dataclass(frozen=True)
-class Contender:
+class Implementation:
     """A way of doing the work.
 
     Attributes:
         run: inputs -> loss and the gradients of ``inputs.leaves()``.
         expected: plain PyTorch for the same loss, with which ``run`` must agree; None for the bare products.
         loss: the name of the loss.
-        unavailable: why it cannot run here, None if it can. Imports what the contender needs.
+        unavailable: why it cannot run here, None if it can. Imports what the implementation needs.
     """
 
     run: Callable[[Inputs], Result]
@@ -133,25 +134,25 @@ def _loss(x: Inputs, logprob: Tensor, ref_logprob: Tensor) -> Result:
     return loss, *torch.autograd.grad(loss, x.leaves())
 
 
-def _both(x: Inputs, logprob: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+def policy_and_reference(x: Inputs, logprob: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
     """Log-probabilities (S,) of the policy and, without a graph, of the reference: from hidden (B, T, H) each."""
     with torch.no_grad():
         ref_logprob = logprob(x.ref_hidden)
     return logprob(x.hidden), ref_logprob
 
 
-def _on_scored_rows(x: Inputs, token_logprob: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Result:
+def on_scored_rows(x: Inputs, token_logprob: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Result:
     """The work by way of ``token_logprob(rows (N, H), weight, target (N,)) -> (N,)``."""
 
     def logprob(hidden: Tensor) -> Tensor:
         rows, target, cu_seqlens = pack_responses(hidden, x.labels)
         return naive.segment_sum(token_logprob(rows, x.weight, target).float(), cu_seqlens)
 
-    return _loss(x, *_both(x, logprob))
+    return _loss(x, *policy_and_reference(x, logprob))
 
 
 def _on_all_rows(x: Inputs, token_logprob: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Result:
-    """As :func:`_on_scored_rows` with every row, prompts and padding included; what is not scored is dropped after."""
+    """As :func:`on_scored_rows` with every row, prompts and padding included; what is not scored is dropped after."""
     target = x.labels[:, 1:]
     scored = target != -100
     flat = target.where(scored, 0).flatten()
@@ -160,7 +161,7 @@ def _on_all_rows(x: Inputs, token_logprob: Callable[[Tensor, Tensor, Tensor], Te
         picked = token_logprob(hidden[:, :-1].flatten(0, 1), x.weight, flat)
         return (picked.float().view_as(target) * scored).sum(dim=1)
 
-    return _loss(x, *_both(x, logprob))
+    return _loss(x, *policy_and_reference(x, logprob))
 
 
 def _plain_logprob(rows: Tensor, weight: Tensor, target: Tensor) -> Tensor:
@@ -175,17 +176,17 @@ def plain(x: Inputs) -> Result:
 
 def plain_compacted(x: Inputs) -> Result:
     """Logits of the scored rows only. Units: policy 3 (frozen 2), reference 1."""
-    return _on_scored_rows(x, _plain_logprob)
+    return on_scored_rows(x, _plain_logprob)
 
 
 def plain_dpo(x: Inputs) -> Result:
-    """DPO on the scored rows, the first response of every pair preferred: what Liger's contenders are held against."""
+    """DPO on the scored rows, the first response of every pair preferred: what Liger's results are held against."""
 
     def logprob(hidden: Tensor) -> Tensor:
         rows, target, cu_seqlens = pack_responses(hidden, x.labels)
         return naive.segment_sum(_plain_logprob(rows, x.weight, target), cu_seqlens)
 
-    policy, ref = _both(x, logprob)
+    policy, ref = policy_and_reference(x, logprob)
     h = (policy - ref)[x.pairs]
     loss = -F.logsigmoid(TAU * (h[:, 0] - h[:, 1])).mean()
     return loss, *torch.autograd.grad(loss, x.leaves())
@@ -199,7 +200,7 @@ def _compiled_logprob() -> Callable[[Tensor, Tensor, Tensor], Tensor]:
 
 def plain_compiled(x: Inputs) -> Result:
     """As :func:`plain_compacted`, the log-probabilities under ``torch.compile``. Same units."""
-    return _on_scored_rows(x, _compiled_logprob())
+    return on_scored_rows(x, _compiled_logprob())
 
 
 def no_compiler() -> str | None:
@@ -260,7 +261,7 @@ def _no_backend(name: str) -> Callable[[], str | None]:
 
 
 @functools.cache
-def _importable(module: str) -> str | None:
+def import_error(module: str) -> str | None:
     """None if ``module`` can be imported, else one line that says why not, whatever its import ran into."""
     try:
         importlib.import_module(module)
@@ -270,7 +271,7 @@ def _importable(module: str) -> str | None:
 
 
 def _needs(*modules: str) -> Callable[[], str | None]:
-    return lambda: next((reason for module in modules if (reason := _importable(module))), None)
+    return lambda: next((reason for module in modules if (reason := import_error(module))), None)
 
 
 def _trl(rows: Tensor, weight: Tensor, target: Tensor) -> Tensor:
@@ -287,7 +288,7 @@ def _trl(rows: Tensor, weight: Tensor, target: Tensor) -> Tensor:
 def trl(x: Inputs) -> Result:
     """TRL's ``ChunkedLogProbFunction`` given the scored rows, as its trainers give them on a GPU. Units: policy 4
     (frozen 3; backward recomputes the products), reference 1."""
-    return _on_scored_rows(x, _trl)
+    return on_scored_rows(x, _trl)
 
 
 def trl_all_rows(x: Inputs) -> Result:
@@ -305,14 +306,14 @@ def _linear_cross_entropy(rows: Tensor, weight: Tensor, target: Tensor, batch_ch
 def linear_cross_entropy(x: Inputs) -> Result:
     """``F.linear_cross_entropy(reduction="none")`` on the scored rows, chunked as PyTorch chooses. Units: policy 4
     (frozen 3; backward recomputes the products), reference 1. Log-probabilities come back in the inputs' dtype."""
-    return _on_scored_rows(x, functools.partial(_linear_cross_entropy, batch_chunk_size=None))
+    return on_scored_rows(x, functools.partial(_linear_cross_entropy, batch_chunk_size=None))
 
 
 def linear_cross_entropy_large(x: Inputs) -> Result:
     """As :func:`linear_cross_entropy` with as many rows a chunk as have fp32 logits of 256 MiB, this library's buffer:
     PyTorch's own choice for a large vocabulary is a few rows."""
     rows = max(1, BUFFER_BYTES // (4 * x.weight.shape[0]))
-    return _on_scored_rows(x, functools.partial(_linear_cross_entropy, batch_chunk_size=rows))
+    return on_scored_rows(x, functools.partial(_linear_cross_entropy, batch_chunk_size=rows))
 
 
 def _no_linear_cross_entropy() -> str | None:
@@ -354,45 +355,47 @@ def liger(compiled: bool) -> Callable[[Inputs], Result]:
 
 
 def _not_here(module: str, reason: str) -> Callable[[], str | None]:
-    return lambda: f"{reason} ({_importable(module) or 'installed'})"
+    return lambda: f"{reason} ({import_error(module) or 'installed'})"
 
 
 def _cannot_run(x: Inputs) -> Any:
-    raise NotImplementedError("this contender has nothing to run on the CPU")
+    raise NotImplementedError("this implementation has nothing to run on the CPU")
 
 
-CONTENDERS: dict[str, Contender] = {
-    BARE: Contender(bare, None, loss="none"),
+IMPLEMENTATIONS: dict[str, Implementation] = {
+    BARE: Implementation(bare, None, loss="none"),
     **{
-        f"mopo_kernels {name}": Contender(fused(name), plain_compacted, unavailable=_no_backend(name))
+        f"mopo_kernels {name}": Implementation(fused(name), plain_compacted, unavailable=_no_backend(name))
         for name in backends.availability()
         if name != "naive"
     },
-    "plain PyTorch, scored rows": Contender(plain_compacted, plain_compacted),
-    "plain PyTorch, scored rows, compiled": Contender(plain_compiled, plain_compacted, unavailable=no_compiler),
-    "plain PyTorch, all rows": Contender(plain, plain_compacted),
-    "TRL ChunkedLogProb, scored rows": Contender(trl, plain_compacted, unavailable=_needs("trl.trainer.utils")),
-    "TRL ChunkedLogProb, all rows": Contender(trl_all_rows, plain_compacted, unavailable=_needs("trl.trainer.utils")),
-    "F.linear_cross_entropy, chunks auto": Contender(
+    "plain PyTorch, scored rows": Implementation(plain_compacted, plain_compacted),
+    "plain PyTorch, scored rows, compiled": Implementation(plain_compiled, plain_compacted, unavailable=no_compiler),
+    "plain PyTorch, all rows": Implementation(plain, plain_compacted),
+    "TRL ChunkedLogProb, scored rows": Implementation(trl, plain_compacted, unavailable=_needs("trl.trainer.utils")),
+    "TRL ChunkedLogProb, all rows": Implementation(
+        trl_all_rows, plain_compacted, unavailable=_needs("trl.trainer.utils")
+    ),
+    "F.linear_cross_entropy, chunks auto": Implementation(
         linear_cross_entropy, plain_compacted, unavailable=_no_linear_cross_entropy
     ),
-    "F.linear_cross_entropy, chunks 256 MiB": Contender(
+    "F.linear_cross_entropy, chunks 256 MiB": Implementation(
         linear_cross_entropy_large, plain_compacted, unavailable=_no_linear_cross_entropy
     ),
-    "Liger DPO, scored rows": Contender(liger(False), plain_dpo, "DPO", _needs("liger_kernel.chunked_loss")),
-    "Liger DPO, scored rows, compiled": Contender(
-        liger(True), plain_dpo, "DPO", lambda: _importable("liger_kernel.chunked_loss") or no_compiler()
+    "Liger DPO, scored rows": Implementation(liger(False), plain_dpo, "DPO", _needs("liger_kernel.chunked_loss")),
+    "Liger DPO, scored rows, compiled": Implementation(
+        liger(True), plain_dpo, "DPO", lambda: import_error("liger_kernel.chunked_loss") or no_compiler()
     ),
-    "Liger DPO, all rows": Contender(liger_all_rows, plain_dpo, "DPO", _needs("liger_kernel.chunked_loss")),
-    "cut-cross-entropy": Contender(
+    "Liger DPO, all rows": Implementation(liger_all_rows, plain_dpo, "DPO", _needs("liger_kernel.chunked_loss")),
+    "cut-cross-entropy": Implementation(
         _cannot_run,
         plain_compacted,
         unavailable=_not_here(
             "cut_cross_entropy",
-            "its kernels need a CUDA device; on a CPU it would compile the plain logits, as another contender does",
+            "its kernels need a CUDA device; on a CPU it would compile the plain logits, as another entry does",
         ),
     ),
-    "QuACK": Contender(
+    "QuACK": Implementation(
         _cannot_run,
         plain_compacted,
         unavailable=_not_here(
@@ -402,23 +405,23 @@ CONTENDERS: dict[str, Contender] = {
 }
 
 
-def available(names: tuple[str, ...] = ()) -> tuple[dict[str, Contender], dict[str, str]]:
-    """Contenders that can run here, the bare products first, and the others' reasons; of those whose name contains one
-    of ``names``, if any are given (the bare products, which are the unit of time, always).
+def available(names: tuple[str, ...] = ()) -> tuple[dict[str, Implementation], dict[str, str]]:
+    """Implementations that can run here, the bare products first, and the others' reasons; of those whose name contains
+    one of ``names``, if any are given (the bare products, which are the unit of time, always).
 
     Raises:
         ValueError: nothing is called like one of ``names``.
     """
     for part in names:
-        if not any(part in name for name in CONTENDERS):
-            raise ValueError(f"no contender is called like {part!r}; there are {', '.join(CONTENDERS)}")
+        if not any(part in name for name in IMPLEMENTATIONS):
+            raise ValueError(f"no implementation is called like {part!r}; there are {', '.join(IMPLEMENTATIONS)}")
     chosen = {
-        name: contender
-        for name, contender in CONTENDERS.items()
+        name: implementation
+        for name, implementation in IMPLEMENTATIONS.items()
         if name == BARE or not names or any(part in name for part in names)
     }
-    reasons = {name: contender.unavailable() for name, contender in chosen.items()}
+    reasons = {name: implementation.unavailable() for name, implementation in chosen.items()}
     return (
-        {name: contender for name, contender in chosen.items() if reasons[name] is None},
+        {name: implementation for name, implementation in chosen.items() if reasons[name] is None},
         {name: reason for name, reason in reasons.items() if reason is not None},
     )

@@ -1,10 +1,10 @@
 """How time and memory of the loss over the head grow with tokens N, vocabulary V, objectives K and the prompt's share.
 
-    python -m bench.growth                   # about 9 minutes on 2 cores; --quick for small sizes, half a minute
+    python -m bench.scaling_curves     # about 9 minutes on 2 cores; --quick for small sizes, half a minute
 
 One of the four moves and the others stay; the prompt's share moves at the same number of scored tokens. At each point
-contenders are checked, take turns and are timed as in ``bench.head``, with the allocator's peak. Afterwards each runs
-every point once more in a process of its own, for that process's high-water mark during the call (``VmHWM``, reset
+implementations are checked, take turns and are timed as in ``bench.head``, with the allocator's peak. Afterwards each
+runs every point once more in a process of its own, for that process's high-water mark during the call (``VmHWM``, reset
 before; where that is not permitted, the greatest resident size since it began) beyond what was held before it.
 
 Over N and V a power is fitted, by least squares in the logarithms: 1 is proportional, 0 is constant. Over K and the
@@ -32,8 +32,8 @@ from rich.progress import track
 from rich.table import Table
 
 from bench import figures
-from bench.contenders import BARE, CONTENDERS, Inputs, Workload, available
 from bench.head import DTYPES, check, measure
+from bench.implementations import BARE, IMPLEMENTATIONS, Inputs, Workload, available
 from bench.provenance import ROOT, provenance
 from bench.step import Meter
 from mopo_kernels import backends
@@ -124,7 +124,7 @@ def quotient(measured: Sequence[float]) -> float | None:
 
 
 def fits(axis: str, points: list[dict[str, Any]]) -> dict[str, dict[str, float | None]]:
-    """Contender -> measure -> power (N, V) or quotient (K, prompt share), of those measured at every point."""
+    """Implementation -> measure -> power (N, V) or quotient (K, prompt share), of those measured at every point."""
     found: dict[str, dict[str, float | None]] = {}
     for name in points[0]["results"]:
         if any(name not in point["results"] for point in points):
@@ -137,13 +137,13 @@ def fits(axis: str, points: list[dict[str, Any]]) -> dict[str, dict[str, float |
     return found
 
 
-# ------------------------------------------------------------------------------------------------ a contender's process
+# ------------------------------------------------------------------------------------------ an implementation's process
 
 
 def child() -> None:
-    """Reads a contender's name and its works, one JSON on stdin; answers with a JSON line a work."""
+    """Reads an implementation's name and its works, one JSON on stdin; answers with a JSON line a work."""
     job = json.load(sys.stdin)
-    run = CONTENDERS[job["contender"]].run
+    run = IMPLEMENTATIONS[job["implementation"]].run
     for fields in job["works"]:
         work = Workload(**{**fields, "dtype": DTYPES[fields["dtype"]]})
         meter = Meter("cpu")
@@ -160,7 +160,7 @@ def child() -> None:
 
 
 def high_water(name: str, works: list[Workload]) -> list[dict[str, Any]]:
-    """Of a contender, at each work: the high-water mark, and what of it was not held before the call, MiB.
+    """Of an implementation, at each work: the high-water mark, and what of it was not held before the call, MiB.
 
     Raises:
         SystemExit: its process failed.
@@ -168,10 +168,10 @@ def high_water(name: str, works: list[Workload]) -> list[dict[str, Any]]:
     fields = [{**asdict(work), "dtype": dtype_name(work)} for work in works]
     try:
         done = subprocess.run(
-            [sys.executable, "-m", "bench.growth", "--child"],
+            [sys.executable, "-m", "bench.scaling_curves", "--child"],
             cwd=ROOT,
             env={**os.environ, **CHILD_ENVIRONMENT},
-            input=json.dumps({"contender": name, "works": fields}),
+            input=json.dumps({"implementation": name, "works": fields}),
             capture_output=True,
             text=True,
             timeout=PATIENCE,
@@ -199,12 +199,12 @@ def groups(dtypes: Sequence[str]) -> Iterator[tuple[str, bool]]:
 
 
 def explore(plan: Plan, names: Sequence[str], dtypes: Sequence[str], rounds: int, console: Console) -> dict[str, Any]:
-    """Curves with their fits, and the largest difference of each contender from plain PyTorch.
+    """Curves with their fits, and the largest difference of each implementation from plain PyTorch.
 
     Raises:
-        SystemExit: a contender disagrees with plain PyTorch, or its process failed.
+        SystemExit: an implementation disagrees with plain PyTorch, or its process failed.
     """
-    chosen = {name: CONTENDERS[name] for name in names}
+    chosen = {name: IMPLEMENTATIONS[name] for name in names}
     measured: dict[Workload, dict[str, dict[str, Any]]] = {}
     differences: dict[str, float] = {}
     axes = plan.curves()
@@ -220,14 +220,14 @@ def explore(plan: Plan, names: Sequence[str], dtypes: Sequence[str], rounds: int
         for work in track(distinct, description=title, console=console):
             # Beyond the scored rows there is something to see only where prompts move.
             there = work in works["prompt share"].values()
-            contenders = {name: one for name, one in chosen.items() if there or not name.endswith("all rows")}
+            implementations = {name: one for name, one in chosen.items() if there or not name.endswith("all rows")}
             with (
                 contextlib.redirect_stdout(io.StringIO()),
                 torch._dynamo.config.patch(fail_on_recompile_limit_hit=True),
             ):
-                for name, difference in check(work, contenders).items():
+                for name, difference in check(work, implementations).items():
                     differences[name] = max(difference, differences.get(name, 0.0))
-                measured[work] = measure(work, contenders, rounds * (3 if plan.is_small(work) else 1))
+                measured[work] = measure(work, implementations, rounds * (3 if plan.is_small(work) else 1))
     for name in track(chosen, description="high-water marks", console=console):
         works_of = [work for work, results in measured.items() if name in results]
         for work, answer in zip(works_of, high_water(name, works_of), strict=True):
@@ -271,7 +271,7 @@ def show(record: dict[str, Any], console: Console) -> None:
             f"{plan['tokens']}, V {plan['vocabulary']}, K {plan['objectives']}, prompt share {plan['share']:g}, H "
             f"{plan['hidden']}, {record['threads']} threads"
         )
-        table.add_column("contender", no_wrap=True)
+        table.add_column("implementation", no_wrap=True)
         for what in ("time", "peak"):
             for heading in over:
                 table.add_column(f"{what}\n{heading}", justify="right")
@@ -303,7 +303,11 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=list(DTYPES))
     parser.add_argument("--rounds", type=int, default=3, help="at least 2 (default 3); small points get thrice as many")
     parser.add_argument(
-        "--contenders", nargs="+", default=[], metavar="NAME", help="those whose name contains one of these instead"
+        "--implementations",
+        nargs="+",
+        default=[],
+        metavar="NAME",
+        help="those whose name contains one of these instead",
     )
     parser.add_argument("--output", type=Path, help="JSON file to write, and beside it a picture for each dtype")
     options = parser.parse_args(arguments)
@@ -318,10 +322,10 @@ def main(arguments: list[str] | None = None) -> None:
         except ValueError as error:
             parser.error(str(error))
     try:
-        runs, reasons = available(tuple(options.contenders))
+        runs, reasons = available(tuple(options.implementations))
     except ValueError as error:
-        parser.error(f"argument --contenders: {error}")
-    asked = [*runs, *reasons] if options.contenders else defaults(options.quick)
+        parser.error(f"argument --implementations: {error}")
+    asked = [*runs, *reasons] if options.implementations else defaults(options.quick)
     plan = QUICK if options.quick else FULL
     dtypes = list(dict.fromkeys(options.dtype))
     explored = explore(plan, [name for name in asked if name in runs], dtypes, options.rounds, Console(stderr=True))
@@ -330,7 +334,7 @@ def main(arguments: list[str] | None = None) -> None:
         **explored,
         "unavailable": {name: reasons[name] for name in asked if name in reasons},
         "rounds": options.rounds,
-        **provenance("bench.growth", sys.argv[1:] if arguments is None else arguments),
+        **provenance("bench.scaling_curves", sys.argv[1:] if arguments is None else arguments),
     }
     show(record, Console(width=max(130, Console().width)))
     print(json.dumps(record))
@@ -338,7 +342,9 @@ def main(arguments: list[str] | None = None) -> None:
         options.output.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
         try:
             for dtype in dtypes:
-                figures.plot_growth(record, dtype, options.output.with_name(f"{options.output.stem}_{dtype}.png"))
+                figures.plot_scaling_curves(
+                    record, dtype, options.output.with_name(f"{options.output.stem}_{dtype}.png")
+                )
         except ModuleNotFoundError as error:
             print(f"no picture was drawn: {error}", file=sys.stderr)
 

@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from bench.device import children
-from bench.device.children import device_answers
+from bench.device import subprocesses
+from bench.device.subprocesses import device_answers
 
 # Environment of a worker: "i/n", names of stages, a file of the tests that are done, seconds it has, "cuda" or "cpu",
 # most tests to take.
@@ -83,7 +83,7 @@ class Recorder:
         self.session: Any = None
 
     def put(self, test: str, outcome: str, seconds: float, why: str) -> None:
-        children.report(test=test, outcome=outcome, seconds=round(seconds, 2), why=why)
+        subprocesses.report(test=test, outcome=outcome, seconds=round(seconds, 2), why=why)
 
     def pytest_sessionstart(self, session: Any) -> None:
         self.session = session
@@ -93,7 +93,7 @@ class Recorder:
         here = [item for item in items if wanted(item, os.environ[DEVICE]) and stage(item) in self.stages]
         here.sort(key=lambda item: urgency(item, self.stages))
         mine = shared_out(here, self.index, self.workers)[: self.most]
-        children.report(share=[item.nodeid for item in mine])
+        subprocesses.report(share=[item.nodeid for item in mine])
         items[:] = [item for item in mine if item.nodeid not in self.done]
 
     def pytest_collectreport(self, report: Any) -> None:
@@ -101,7 +101,7 @@ class Recorder:
             self.put(report.nodeid, "failed", 0.0, str(report.longrepr)[-1500:])
 
     def pytest_runtest_logstart(self, nodeid: str) -> None:
-        children.report(begun=nodeid)
+        subprocesses.report(begun=nodeid)
 
     def pytest_runtest_logreport(self, report: Any) -> None:
         if report.when == "call" or (report.when == "setup" and not report.passed) or report.failed:
