@@ -11,7 +11,8 @@ comma := ,
 empty :=
 space := $(empty) $(empty)
 
-.PHONY: help install lock demo test test-slow fuzz test-oldest test-newest lint docs structures bench device wheels-for-device clean
+.PHONY: help install lock demo test test-fast test-slow fuzz test-oldest test-newest lint docs structures bench device \
+	wheels-for-device clean
 
 # Every target has a line of help behind ##.
 help: ## this list
@@ -48,6 +49,13 @@ PYTEST := python -m pytest -q -n auto --dist loadfile
 test: install lint ## lint, and every test that needs no GPU; about 11 minutes on 2 cores
 	$(BIN)/python -m pip install --quiet --constraint $(LOCK) bitsandbytes
 	$(BIN)/$(PYTEST)
+
+# What needs seconds a file: no training, compilers, Triton's interpreter, benchmarks or studies, and few other processes.
+FAST := arguments autograd_modes backends certify chat_templates checks core_edges data_collator data_columns data_loaders \
+	data_report data_schema data_sources dual evaluation front functional import labelling mappings rewards structure \
+	tabular unusual_inputs versions
+test-fast: install ## the tests for the inner loop: about a minute on 2 cores
+	$(BIN)/$(PYTEST) $(FAST:%=tests/test_%.py)
 
 # A model of 1.4 billion parameters, trained for two steps in less than 12 GB; every causal architecture of transformers.
 test-slow: install ## a model of 1.4 billion parameters, every causal architecture of transformers

@@ -1,13 +1,22 @@
-"""Which tests a run takes: those for a GPU only where there is one, said in a line."""
+"""Which tests a run takes: those for a GPU only where there is one, said in a line; the fast ones by file."""
 
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
+
+
+def test_files_of_the_fast_tests_are_there() -> None:
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8").replace("\\\n", " ")
+    (names,) = re.findall(r"^FAST := (.*)$", makefile, re.MULTILINE)
+    assert len(names.split()) > 20
+    for name in names.split():
+        assert (ROOT / "tests" / f"test_{name}.py").is_file(), name
 
 
 def pytest_output(*arguments: str) -> str:
