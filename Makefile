@@ -11,7 +11,8 @@ comma := ,
 empty :=
 space := $(empty) $(empty)
 
-.PHONY: help install lock demo test test-slow fuzz test-oldest test-newest lint docs paper bench device wheels-for-device clean
+.PHONY: help install lock demo test test-fast test-slow fuzz test-oldest test-newest lint docs structures bench device \
+	wheels-for-device clean
 
 # Every target has a line of help behind ##.
 help: ## this list
@@ -49,6 +50,13 @@ test: install lint ## lint, and every test that needs no GPU; about 11 minutes o
 	$(BIN)/python -m pip install --quiet --constraint $(LOCK) bitsandbytes
 	$(BIN)/$(PYTEST)
 
+# What needs seconds a file: no training, compilers, Triton's interpreter, benchmarks or studies, and few other processes.
+FAST := arguments autograd_modes backends certify chat_templates checks core_edges data_collator data_columns data_loaders \
+	data_report data_schema data_sources dual evaluation front functional import labelling mappings rewards structure \
+	tabular unusual_inputs versions
+test-fast: install ## the tests for the inner loop: about a minute on 2 cores
+	$(BIN)/$(PYTEST) $(FAST:%=tests/test_%.py)
+
 # A model of 1.4 billion parameters, trained for two steps in less than 12 GB; every causal architecture of transformers.
 test-slow: install ## a model of 1.4 billion parameters, every causal architecture of transformers
 	$(BIN)/python -m pytest -q -m slow
@@ -58,7 +66,8 @@ fuzz: install ## the property tests on fresh examples; about an hour
 	HYPOTHESIS_PROFILE=fuzz $(BIN)/$(PYTEST) --timeout 0 tests/test_fuzz_*.py
 
 # What other versions of packages can change: not the benchmarks and studies, what other compilers build, or the demo.
-BESIDE_VERSIONS := bench% paper% device% demo% gate estimate cuda_build cuda_kernels compile_report scaling docs large
+BESIDE_VERSIONS := bench% canonical% certificate% device% demo% gate estimate cuda_build cuda_kernels compile_report \
+	cost_model docs large
 ANY_VERSIONS = $(filter-out $(BESIDE_VERSIONS:%=tests/test_%.py),$(wildcard tests/test_*.py))
 # In a copy of the tree with an environment of its own, as the extension is built for one version of torch. $(1): its
 # name; $(2): its lock.
@@ -90,9 +99,9 @@ docs: install ## the site, in docs/_build/html; warnings are errors
 	$(BIN)/python -m pip install --quiet --constraint $(LOCK) --group docs
 	$(BIN)/python -m sphinx --builder html --fail-on-warning --keep-going docs docs/_build/html
 
-# Every table and picture of docs/results: about 20 minutes on 2 cores.
-paper: install ## every table and picture of docs/results; about 20 minutes
-	$(BIN)/python -m bench.paper
+# Every table and picture of studies/canonical_structures/results: about 20 minutes on 2 cores.
+structures: install ## every table and picture of studies/canonical_structures; about 20 minutes
+	$(BIN)/python -m studies.canonical_structures
 
 # Every figure of bench/results: an hour and a half on 2 cores, we estimate. `mopo bench --quick` takes three minutes.
 bench: install ## every figure of bench/results; about an hour and a half

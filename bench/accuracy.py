@@ -1,11 +1,11 @@
-"""Error of the loss over the head against fp64: each contender's loss and gradients on the same rounded numbers.
+"""Error of the loss over the head against fp64: each implementation's loss and gradients on the same rounded numbers.
 
     python -m bench.accuracy                 # about a minute; --output FILE
 
-The truth is plain PyTorch in fp64, on the inputs as they are in the contender's dtype. An error is relative, by the
-Euclidean norm, and the root mean square over several random inputs, as a single one is a matter of luck: what is summed
-in another order rounds otherwise. Beside it stands its multiple of the error of plain PyTorch in that dtype with the
-same loss.
+The truth is plain PyTorch in fp64, on the inputs as they are in the implementation's dtype. An error is relative, by
+the Euclidean norm, and the root mean square over several random inputs, as a single one is a matter of luck: what is
+summed in another order rounds otherwise. Beside it stands its multiple of the error of plain PyTorch in that dtype with
+the same loss.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from bench.contenders import TAU, Contender, Inputs, Result, Workload, _both, available
-from bench.growth import groups
 from bench.head import DTYPES
+from bench.implementations import TAU, Implementation, Inputs, Result, Workload, available, policy_and_reference
 from bench.provenance import provenance
+from bench.scaling_curves import groups
 from mopo_kernels import naive, pack_responses
 from mopo_kernels.cli.output import prepare_file
 
@@ -52,7 +52,7 @@ def truth(x: Inputs, loss: str) -> Result:
         picked = (rows @ exact.weight.T).log_softmax(dim=-1).gather(-1, target[:, None])[:, 0]
         return naive.segment_sum(picked, cu_seqlens)
 
-    policy, ref = _both(exact, logprob)
+    policy, ref = policy_and_reference(exact, logprob)
     preference, weight, loss_type = exact.preference.double(), exact.objective_weight.double(), "regression"
     if loss == "DPO":
         # One objective, and the first response preferred.
@@ -67,25 +67,25 @@ def error(got: Result, expected: Result) -> dict[str, float]:
     return {"loss": loss, "gradient": max(gradients)}
 
 
-def errors(work: Workload, contenders: dict[str, Contender], draws: int = DRAWS) -> dict[str, dict[str, Any]]:
-    """Of every contender with a loss: its errors, and the gradient's as a multiple of plain PyTorch's."""
-    judged = {name: one for name, one in contenders.items() if one.expected is not None}
+def errors(work: Workload, implementations: dict[str, Implementation], draws: int = DRAWS) -> dict[str, dict[str, Any]]:
+    """Of every implementation with a loss: its errors, and the gradient's as a multiple of plain PyTorch's."""
+    judged = {name: one for name, one in implementations.items() if one.expected is not None}
     plain: dict[Callable[[Inputs], Result], list[dict[str, float]]] = {}
     own: dict[str, list[dict[str, float]]] = {name: [] for name in judged}
     for seed in range(draws):
         x = Inputs.make(work, seed)
         expected = {loss: truth(x, loss) for loss in {one.loss for one in judged.values()}}
-        for name, contender in judged.items():
-            assert contender.expected is not None
-            if len(known := plain.setdefault(contender.expected, [])) == seed:
-                known.append(error(contender.expected(x), expected[contender.loss]))
-            own[name].append(error(contender.run(x), expected[contender.loss]))
+        for name, implementation in judged.items():
+            assert implementation.expected is not None
+            if len(known := plain.setdefault(implementation.expected, [])) == seed:
+                known.append(error(implementation.expected(x), expected[implementation.loss]))
+            own[name].append(error(implementation.run(x), expected[implementation.loss]))
     found = {}
-    for name, contender in judged.items():
-        assert contender.expected is not None
+    for name, implementation in judged.items():
+        assert implementation.expected is not None
         rms = {key: statistics.fmean(row[key] ** 2 for row in own[name]) ** 0.5 for key in ("loss", "gradient")}
-        usual = statistics.fmean(row["gradient"] ** 2 for row in plain[contender.expected]) ** 0.5
-        found[name] = {**rms, "times_plain": rms["gradient"] / usual, "against": contender.loss}
+        usual = statistics.fmean(row["gradient"] ** 2 for row in plain[implementation.expected]) ** 0.5
+        found[name] = {**rms, "times_plain": rms["gradient"] / usual, "against": implementation.loss}
     return found
 
 
@@ -95,7 +95,7 @@ def show(record: dict[str, Any], console: Console) -> None:
     table = Table(
         title=f"error of the gradients against fp64: N {work['scored']}, H {work['hidden']}, V {work['vocabulary']}"
     )
-    table.add_column("contender", no_wrap=True)
+    table.add_column("implementation", no_wrap=True)
     for group in record["groups"]:
         table.add_column(f"{group['dtype']}, {'trained' if group['trained'] else 'frozen'}", justify="right")
     for name in dict.fromkeys(name for group in record["groups"] for name in group["results"]):
@@ -107,7 +107,7 @@ def show(record: dict[str, Any], console: Console) -> None:
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument(
-        "--contenders", nargs="+", default=[], metavar="NAME", help="only those whose name contains one of these"
+        "--implementations", nargs="+", default=[], metavar="NAME", help="only those whose name contains one of these"
     )
     parser.add_argument("--draws", type=int, default=DRAWS, help="random inputs of each kind")
     parser.add_argument("--output", type=Path, help="JSON file to write")
@@ -120,13 +120,13 @@ def main(arguments: list[str] | None = None) -> None:
         except ValueError as problem:
             parser.error(str(problem))
     try:
-        contenders, unavailable = available(tuple(options.contenders))
+        implementations, unavailable = available(tuple(options.implementations))
     except ValueError as problem:
-        parser.error(f"argument --contenders: {problem}")
+        parser.error(f"argument --implementations: {problem}")
     found = []
     for dtype, trained in groups(tuple(DTYPES)):
         work = replace(SMALL, trained=trained, dtype=DTYPES[dtype])
-        found.append({"dtype": dtype, "trained": trained, "results": errors(work, contenders, options.draws)})
+        found.append({"dtype": dtype, "trained": trained, "results": errors(work, implementations, options.draws)})
     record = {
         "workload": {**asdict(SMALL), "dtype": None, "trained": None, "scored": SMALL.scored},
         "draws": options.draws,

@@ -5,14 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mopo_kernels.plots import _BLUE, _GREEN, _VERMILION, _figure, _save, _tidy
+from mopo_kernels.plots import BLUE, GREEN, VERMILION, make_figure, save_figure, tidy_axes
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-# Of Okabe and Ito's palette; each contender has a marker of its own as well.
+# Of Okabe and Ito's palette; each implementation has a marker of its own as well.
 _BARE = "0.35"
-_COLOURS = (_BLUE, _VERMILION, _GREEN, "#CC79A7", "#E69F00", "#56B4E9")
+_COLOURS = (BLUE, VERMILION, GREEN, "#CC79A7", "#E69F00", "#56B4E9")
 _MARKERS = "osD^vPX"
 _LABELS = {"N": "scored tokens N", "V": "vocabulary V", "K": "objectives K", "prompt share": "prompt's share of a row"}
 _RATIO_TICKS = (0.5, 0.7, 1.0, 1.2, 1.5, 2.0, 3.0, 5.0, 7.0, 10.0, 20.0, 50.0)
@@ -23,11 +23,11 @@ _ROWS = {
 }
 
 
-def plot_growth(record: dict[str, Any], dtype: str, path: Path) -> Path:
+def plot_scaling_curves(record: dict[str, Any], dtype: str, path: Path) -> Path:
     """Draw the curves of a dtype: a column for each axis; time, time / bare products and peak memory below each other.
 
     Args:
-        record: what ``bench.growth`` writes.
+        record: what ``bench.scaling_curves`` writes.
         path: the PNG to write.
 
     Returns:
@@ -39,7 +39,7 @@ def plot_growth(record: dict[str, Any], dtype: str, path: Path) -> Path:
     curves = [curve for curve in record["curves"] if curve["dtype"] == dtype]
     axes_names = list(dict.fromkeys(curve["axis"] for curve in curves))
     names = list(dict.fromkeys(name for curve in curves for point in curve["points"] for name in point["results"]))
-    figure = _figure(3.6 * len(axes_names), 3.0 * len(_ROWS) + 0.8)
+    figure = make_figure(3.6 * len(axes_names), 3.0 * len(_ROWS) + 0.8)
     grid = figure.subplots(len(_ROWS), len(axes_names), squeeze=False, sharex="col", sharey="row")
     for curve in curves:
         column = axes_names.index(curve["axis"])
@@ -82,7 +82,7 @@ def plot_growth(record: dict[str, Any], dtype: str, path: Path) -> Path:
     figure.legend(
         labelled.values(), labelled, loc="outside lower center", ncols=min(4, len(names)), frameon=False, fontsize=9
     )
-    return _save(figure, path)
+    return save_figure(figure, path)
 
 
 def _curve(curves: list[dict[str, Any]], axis: str) -> dict[str, Any]:
@@ -91,7 +91,7 @@ def _curve(curves: list[dict[str, Any]], axis: str) -> dict[str, Any]:
 
 def _scales(axes: Axes, axis: str, values: list[float], key: str) -> None:
     """Logarithms but for the share; a tick at each point."""
-    _tidy(axes)
+    tidy_axes(axes)
     if axis != "prompt share":
         axes.set_xscale("log", base=2)
     axes.set_xticks(values, [f"{value:g}" for value in values])

@@ -5,8 +5,8 @@
 
 Rows of SmolLM2 are the demo's training answers: 5,864 scored tokens, as often as it takes. Rows for a random head are
 made so that 64 of its entries, drawn for each row by Zipf's law, have the probabilities by rank that SmolLM2 gives on
-average, and the others share 1 %: the least hidden state with these logits. Contenders take turns; medians are over
-rounds. Errors are of dhidden and dweight against the exact gradients in fp32 of the same numbers, beside plain
+average, and the others share 1 %: the least hidden state with these logits. Implementations take turns; medians are
+over rounds. Errors are of dhidden and dweight against the exact gradients in fp32 of the same numbers, beside plain
 PyTorch's own.
 """
 
@@ -30,8 +30,8 @@ from rich.progress import track
 from rich.table import Table
 from torch import Tensor
 
-from bench.contenders import BARE, BUFFER_BYTES
 from bench.head import DTYPES, peak_mib
+from bench.implementations import BARE, BUFFER_BYTES
 from bench.provenance import provenance
 from mopo_kernels import backends, linear_mopo_loss, naive
 from mopo_kernels.cli.output import prepare_file

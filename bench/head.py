@@ -2,9 +2,9 @@
 
     python -m bench.head                     # the shape of the README's table; --help for others
 
-Contenders take turns, each with fresh inputs; medians are over rounds, and every contender's result is compared with
-plain PyTorch's, in fp32 on the same numbers, before it is timed. Memory is the allocator's peak during the call,
-gradients included. What cannot run here is listed with the reason.
+Implementations take turns, each with fresh inputs; medians are over rounds, and every implementation's result is
+compared with plain PyTorch's, in fp32 on the same numbers, before it is timed. Memory is the allocator's peak during
+the call, gradients included. What cannot run here is listed with the reason.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from bench.contenders import BARE, Contender, Inputs, Workload, available
+from bench.implementations import BARE, Implementation, Inputs, Workload, available
 from bench.provenance import provenance
 from mopo_kernels.cli.output import prepare_file
 
@@ -47,9 +47,9 @@ def peak_mib(call: Callable[[], Any]) -> float:
     return peak / 2**20
 
 
-def check(work: Workload, contenders: dict[str, Contender]) -> dict[str, float]:
-    """Largest relative difference of each contender's loss and gradients from plain PyTorch's with the same loss, in
-    fp32.
+def check(work: Workload, implementations: dict[str, Implementation]) -> dict[str, float]:
+    """Largest relative difference of each implementation's loss and gradients from plain PyTorch's with the same loss,
+    in fp32.
 
     Raises:
         SystemExit: one is above ``TOLERANCE``.
@@ -57,43 +57,43 @@ def check(work: Workload, contenders: dict[str, Contender]) -> dict[str, float]:
     inputs = Inputs.make(work, 0)
     expected = {}
     errors = {}
-    for name, contender in contenders.items():
-        if contender.expected is None:
+    for name, implementation in implementations.items():
+        if implementation.expected is None:
             continue
-        if contender.loss not in expected:
-            expected[contender.loss] = contender.expected(inputs.in_fp32())
-        got = contender.run(inputs)
+        if implementation.loss not in expected:
+            expected[implementation.loss] = implementation.expected(inputs.in_fp32())
+        got = implementation.run(inputs)
         errors[name] = max(
-            ((a.float() - b).norm() / b.norm()).item() for a, b in zip(got, expected[contender.loss], strict=True)
+            ((a.float() - b).norm() / b.norm()).item() for a, b in zip(got, expected[implementation.loss], strict=True)
         )
         if not errors[name] < TOLERANCE[work.dtype]:
             raise SystemExit(f"{name} disagrees with plain PyTorch by {errors[name]:.1e}: nothing is reported")
     return errors
 
 
-def measure(work: Workload, contenders: dict[str, Contender], rounds: int) -> dict[str, dict[str, Any]]:
-    """Per contender: seconds (median, p20, p80), ratio to bare products (median over rounds), peak MiB, its loss."""
-    seconds: dict[str, list[float]] = {name: [] for name in contenders}
+def measure(work: Workload, implementations: dict[str, Implementation], rounds: int) -> dict[str, dict[str, Any]]:
+    """Per implementation: seconds (median, p20, p80), ratio to bare products (median over rounds), peak MiB, loss."""
+    seconds: dict[str, list[float]] = {name: [] for name in implementations}
     for seed in track(range(rounds + 1), description="rounds"):
         inputs = Inputs.make(work, seed)
-        for name, contender in contenders.items():
+        for name, implementation in implementations.items():
             start = time.perf_counter()
-            contender.run(inputs)
+            implementation.run(inputs)
             seconds[name].append(time.perf_counter() - start)
     # The first round warms up.
     floor = seconds[BARE][1:]
     inputs = Inputs.make(work, 0)
     results = {}
-    for name, contender in contenders.items():
+    for name, implementation in implementations.items():
         taken = seconds[name][1:]
         cuts = statistics.quantiles(taken, n=10, method="inclusive")
         results[name] = {
-            "loss": contender.loss,
+            "loss": implementation.loss,
             "seconds": statistics.median(taken),
             "p20": cuts[1],
             "p80": cuts[7],
             "ratio": statistics.median(a / b for a, b in zip(taken, floor, strict=True)),
-            "peak_mib": peak_mib(functools.partial(contender.run, inputs)),
+            "peak_mib": peak_mib(functools.partial(implementation.run, inputs)),
         }
     return results
 
@@ -104,7 +104,7 @@ def show(work: Workload, results: dict[str, dict[str, Any]], unavailable: dict[s
         title=f"N {work.scored} scored tokens, H {work.hidden}, V {work.vocabulary}, {work.units} units, "
         f"{torch.get_num_threads()} threads, {str(work.dtype).removeprefix('torch.')}"
     )
-    for heading in ("contender", "time / bare", "seconds", "p20 to p80", "peak MiB"):
+    for heading in ("implementation", "time / bare", "seconds", "p20 to p80", "peak MiB"):
         table.add_column(heading, no_wrap=True)
     for name, row in results.items():
         table.add_row(
@@ -136,7 +136,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of hidden states and head")
     parser.add_argument("--rounds", type=int, default=9, help="at least 2")
     parser.add_argument(
-        "--contenders", nargs="+", default=[], metavar="NAME", help="only those whose name contains one of these"
+        "--implementations", nargs="+", default=[], metavar="NAME", help="only those whose name contains one of these"
     )
     parser.add_argument("--output", type=Path, help="JSON file to write")
     options = parser.parse_args(arguments)
@@ -156,9 +156,9 @@ def main(arguments: list[str] | None = None) -> None:
         except ValueError as error:
             parser.error(str(error))
     try:
-        contenders, unavailable = available(tuple(options.contenders))
+        implementations, unavailable = available(tuple(options.implementations))
     except ValueError as error:
-        parser.error(f"argument --contenders: {error}")
+        parser.error(f"argument --implementations: {error}")
     work = Workload(
         hidden=options.hidden,
         vocabulary=options.vocabulary,
@@ -168,8 +168,8 @@ def main(arguments: list[str] | None = None) -> None:
         trained=not options.frozen,
         dtype=DTYPES[options.dtype],
     )
-    errors = check(work, contenders)
-    results = measure(work, contenders, options.rounds)
+    errors = check(work, implementations)
+    results = measure(work, implementations, options.rounds)
     show(work, results, unavailable)
     record = {
         "workload": {**work.__dict__, "dtype": str(work.dtype), "scored": work.scored},

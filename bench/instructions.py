@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import ctypes
 import gc
+import importlib.util
 import json
 import os
 import platform
@@ -196,9 +197,10 @@ def count(names: Iterable[str]) -> dict[str, int]:
 
 def built_with() -> str:
     """The compiler that the C++ extension was built with, as it stands in the file."""
-    from mopo_kernels import _C
-
-    found = re.search(rb"GCC: [^\0]+|clang version [^\0]+", Path(_C.__file__).read_bytes())
+    extension = importlib.util.find_spec("mopo_kernels._C")
+    assert extension is not None
+    assert extension.origin is not None
+    found = re.search(rb"GCC: [^\0]+|clang version [^\0]+", Path(extension.origin).read_bytes())
     return found.group().decode() if found else "unknown"
 
 

@@ -1,7 +1,7 @@
 """All benchmarks of this machine: what `mopo bench` and `make bench` run.
 
-    python -m bench.run                      # everything, into bench/results; --only NAME for some of it
-    python -m bench.run --quick              # small sizes, into runs/bench, in under three minutes on 2 cores
+    mopo bench                      # everything, into bench/results; --only NAME for some of it
+    mopo bench --quick              # small sizes, into runs/bench, in under three minutes on 2 cores
 
 First come tests that fast results equal the plain ones: if one is red, nothing is reported. Every section is a process
 of its own that writes its JSON; one that fails is named at the end, and the others go on.
@@ -61,7 +61,7 @@ def _layout(responses: int, pairs: str) -> Section:
     only = ("mopo_kernels", "mopo_kernels, a row a response")
     shares = ("0.2", "0.5", "0.8")
     arguments = ("--responses", str(responses), "--pairs", pairs, "--prompt-share", *shares, "--tuning", "LoRA")
-    return Section(f"step_layout_n{responses}_cpu", "step", (*arguments, "--contenders", *only))
+    return Section(f"step_layout_n{responses}_cpu", "step", (*arguments, "--implementations", *only))
 
 
 _V51200 = ("--hidden", "2048", "--vocabulary", "51200", "--rounds", "3")
@@ -73,7 +73,7 @@ _V128256 = (
     "128256",
     "--rounds",
     "3",
-    "--contenders",
+    "--implementations",
     "mopo_kernels cpp",
     "compiled",
 )
@@ -88,7 +88,7 @@ FULL = (
     _head("head_v51200_frozen_cpu", *_V51200, "--frozen"),
     _head("head_v128256_cpu", *_V128256),
     _head("head_v128256_frozen_cpu", *_V128256, "--frozen"),
-    Section("growth_cpu", "growth"),
+    Section("scaling_curves_cpu", "scaling_curves"),
     Section("step_cpu", "step"),
     Section("step_demo_cpu", "step", ("--demo",)),
     _layout(2, "4"),
@@ -101,7 +101,7 @@ QUICK = (
     _head("head_cpu", *_SMALL),
     _head("head_frozen_cpu", *_SMALL, "--frozen"),
     _head("head_bf16_cpu", *_SMALL, "--dtype", "bfloat16"),
-    Section("growth_cpu", "growth", ("--quick",)),
+    Section("scaling_curves_cpu", "scaling_curves", ("--quick",)),
     Section("step_cpu", "step", ("--quick",)),
 )
 
@@ -172,7 +172,7 @@ def load(folder: Path, name: str) -> dict[str, Any] | None:
 
 
 def head_table(record: dict[str, Any], accuracy: dict[str, Any] | None) -> Table:
-    """Time / bare products, memory and the error against fp64 of every contender; reasons stand below the table.
+    """Time / bare products, memory and the error against fp64 of every implementation; reasons stand below the table.
 
     Args:
         accuracy: what ``bench.accuracy`` wrote, if it did.
@@ -192,7 +192,7 @@ def head_table(record: dict[str, Any], accuracy: dict[str, Any] | None) -> Table
         f"V {work['vocabulary']}, K {work['objectives']}, {record['threads']} threads, medians of {record['rounds']} "
         "rounds"
     )
-    table.add_column("contender", no_wrap=True)
+    table.add_column("implementation", no_wrap=True)
     for heading in ("time / bare", "seconds", "peak MiB", "error, fp64", "x plain"):
         table.add_column(heading, justify="right", no_wrap=True)
     for name, row in record["results"].items():
@@ -262,9 +262,9 @@ class _Parser(argparse.ArgumentParser):
         raise ValueError(message)
 
 
-def make_parser(program: str) -> argparse.ArgumentParser:
-    """The arguments of this module and of ``mopo bench``."""
-    parser = _Parser(prog=program, description=(__doc__ or "").splitlines()[0])
+def make_parser() -> argparse.ArgumentParser:
+    """The arguments of ``mopo bench``."""
+    parser = _Parser(prog="mopo bench", description=(__doc__ or "").splitlines()[0])
     names = [section.name for section in FULL]
     parser.add_argument("--quick", action="store_true", help="small sizes, under three minutes on 2 cores")
     parser.add_argument("--only", nargs="+", choices=names, default=names, metavar="NAME", help=", ".join(names))
@@ -272,8 +272,8 @@ def make_parser(program: str) -> argparse.ArgumentParser:
     return parser
 
 
-def _options(arguments: Sequence[str], program: str) -> argparse.Namespace:
-    options = make_parser(program).parse_args(arguments)
+def _options(arguments: Sequence[str]) -> argparse.Namespace:
+    options = make_parser().parse_args(arguments)
     if options.output is None:
         options.output = ROOT / "runs" / "bench" if options.quick else ROOT / "bench" / "results"
     options.output = options.output.resolve()
@@ -290,14 +290,14 @@ def _terminated(number: int, frame: object) -> NoReturn:
     raise SystemExit(128 + number)
 
 
-def main(arguments: Sequence[str], program: str = "python -m bench.run") -> int:
+def main(arguments: Sequence[str]) -> int:
     """Run the benchmarks and return the exit code: 1 if tests are red or a section failed.
 
     Raises:
         ValueError: an argument is wrong.
         KeyboardInterrupt: interrupted; no process is left.
     """
-    options = _options(arguments, program)
+    options = _options(arguments)
     sections = [section for section in (QUICK if options.quick else FULL) if section.name in options.only]
     if not sections:
         raise ValueError(f"argument --only: with --quick there is no {' '.join(options.only)}")
@@ -323,13 +323,17 @@ def main(arguments: Sequence[str], program: str = "python -m bench.run") -> int:
     return 1 if failed else 0
 
 
-if __name__ == "__main__":
+def run_command(arguments: Sequence[str]) -> int:
+    """Run the benchmarks and return the exit code: what :func:`main` raises becomes a line, and 2 or 130."""
     try:
-        status = main(sys.argv[1:])
+        return main(arguments)
     except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        status = 2
+        print(f"mopo: error: {error}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        status = 130
-    sys.exit(status)
+        print("mopo: interrupted", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(sys.argv[1:]))

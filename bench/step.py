@@ -4,12 +4,12 @@
     python -m bench.step --demo              # the demo's model and data, 2 prompts with 4 responses a step
     python -m bench.step --device cuda --shape phi-1b --length 1024 --dtype bfloat16
 
-Every contender trains in a process of its own, which is told to do one step at a time; contenders with the same
-trained weights and the same gradient checkpointing take turns. With n responses to a prompt every two of them are a
-pair; TRL's trainer gets each pair as a row of its own, as that is what it takes. A step is all that a trainer does
+Every implementation trains in a process of its own, which is told to do one step at a time; implementations with the
+same trained weights and the same gradient checkpointing take turns. With n responses to a prompt every two of them are
+a pair; TRL's trainer gets each pair as a row of its own, as that is what it takes. A step is all that a trainer does
 between two of them: the next batch, forward, backward, clipping, optimiser, its metrics. Reference log-probabilities
 computed beforehand are not part of a step. Before anything is timed, the first loss and gradient norm of every
-contender with the same loss are compared, as are the rows they trained on. What cannot run here is listed with the
+implementation with the same loss are compared, as are the rows they trained on. What cannot run here is listed with the
 reason.
 
 Memory is the process's high-water mark during a step (``VmHWM``, reset before each; where that is not permitted, the
@@ -48,7 +48,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from bench.contenders import _importable
+from bench.implementations import import_error
 from bench.provenance import ROOT, provenance
 from examples.demo.make_model import DEFAULT_FOLDER, ensure_model
 
@@ -65,14 +65,14 @@ DTYPES = {
 # Relative, of loss and gradient norm.
 TOLERANCE = {"float32": 1e-4, "autocast": 5e-2, "bfloat16": 5e-2}
 DEMO_DATA = ROOT / "examples" / "demo" / "data" / "preferences.jsonl"
-# Seconds that a contender may take to answer.
+# Seconds that an implementation may take to answer.
 PATIENCE = 1800.0
 CHILD = [sys.executable, "-m", "bench.step", "--child"]
 
 
 @dataclass(frozen=True)
 class Work:
-    """What every contender trains on: ``pairs`` pairs a step, each response's row at most ``length`` tokens.
+    """What every implementation trains on: ``pairs`` pairs a step, each response's row at most ``length`` tokens.
 
     A prompt has ``responses`` responses, every two of which are a pair. A step's rows have one of ``shares`` as the
     prompt's part of the longest row; steps go through the shares in turn. With ``data``, a JSON Lines file of
@@ -174,7 +174,7 @@ def prompt_share(data: Path, model: Path, responses: int) -> float:
     return round(before / (before + tokens([text for example in examples for text in example["responses"]])), 2)
 
 
-# ----------------------------------------------------------------------------------------------------------- contenders
+# ------------------------------------------------------------------------------------------------------ implementations
 
 
 def always(work: Work) -> str | None:
@@ -183,16 +183,16 @@ def always(work: Work) -> str | None:
 
 
 @dataclass(frozen=True)
-class Contender:
+class Implementation:
     """A trainer with its settings.
 
     Attributes:
         trainer: ``mopo`` or ``trl``.
         settings: of its configuration, beside :func:`settings_of`.
-        checkpointing: gradient checkpointing; contenders that have the same take turns.
+        checkpointing: gradient checkpointing; implementations that have the same take turns.
         objectives: K.
         apart: each pair is an example of its own, its prompt and responses computed for it alone, as TRL does.
-        loss: contenders with the same loss must agree.
+        loss: implementations with the same loss must agree.
         about: what the settings come to.
         unavailable: why it cannot run such work here, None if it can.
     """
@@ -208,7 +208,7 @@ class Contender:
 
 
 def _trl_missing(work: Work) -> str | None:
-    return _importable("trl")
+    return import_error("trl")
 
 
 def _no_liger(work: Work) -> str | None:
@@ -217,7 +217,7 @@ def _no_liger(work: Work) -> str | None:
             "use_liger_kernel replaces layers by Triton kernels, which need a GPU (on a CPU it stops with "
             "RuntimeError: 0 active drivers)"
         )
-    return _trl_missing(work) or _importable("liger_kernel.transformers")
+    return _trl_missing(work) or import_error("liger_kernel.transformers")
 
 
 def _no_offloading(work: Work) -> str | None:
@@ -247,30 +247,32 @@ MANY = {
     "on_infeasible": "warn",
 }
 TRL = {"beta": BETA, "precompute_ref_log_probs": True}
-CONTENDERS = {
-    "mopo_kernels": Contender("mopo", MOPO, about="reference beforehand"),
-    "mopo_kernels, a row a response": Contender(
+IMPLEMENTATIONS = {
+    "mopo_kernels": Implementation("mopo", MOPO, about="reference beforehand"),
+    "mopo_kernels, a row a response": Implementation(
         "mopo", {**MOPO, "shared_prompts": "never"}, about="reference beforehand, prompts not shared"
     ),
-    "mopo_kernels, two rows a pair": Contender(
+    "mopo_kernels, two rows a pair": Implementation(
         "mopo", {**MOPO, "shared_prompts": "never"}, apart=True, about="reference beforehand, nothing shared"
     ),
-    "mopo_kernels, 4 objectives": Contender(
+    "mopo_kernels, 4 objectives": Implementation(
         "mopo", MANY, objectives=4, loss="regression", about="reference beforehand, 3 thresholds"
     ),
-    "TRL, fastest": Contender("trl", TRL, about="reference beforehand", unavailable=_trl_missing),
-    "TRL, Liger's layers": Contender(
+    "TRL, fastest": Implementation("trl", TRL, about="reference beforehand", unavailable=_trl_missing),
+    "TRL, Liger's layers": Implementation(
         "trl", {**TRL, "use_liger_kernel": True}, about="reference beforehand, Liger's layers", unavailable=_no_liger
     ),
-    "TRL, Hub's kernels": Contender("trl", unavailable=_no_hub),
-    "TRL, padding-free": Contender("trl", {**TRL, "padding_free": True}, unavailable=_no_padding_free),
-    "mopo_kernels, checkpointing": Contender("mopo", MOPO, True, about="reference beforehand"),
-    "mopo_kernels, checkpointing, reference each step": Contender(
+    "TRL, Hub's kernels": Implementation("trl", unavailable=_no_hub),
+    "TRL, padding-free": Implementation("trl", {**TRL, "padding_free": True}, unavailable=_no_padding_free),
+    "mopo_kernels, checkpointing": Implementation("mopo", MOPO, True, about="reference beforehand"),
+    "mopo_kernels, checkpointing, reference each step": Implementation(
         "mopo", {**MOPO, "reference": "model"}, True, about="reference in every step"
     ),
-    "TRL, defaults": Contender("trl", {"beta": BETA}, True, about="reference in every step", unavailable=_trl_missing),
-    "TRL, leanest": Contender("trl", TRL, True, about="reference beforehand", unavailable=_trl_missing),
-    "TRL, activations offloaded": Contender(
+    "TRL, defaults": Implementation(
+        "trl", {"beta": BETA}, True, about="reference in every step", unavailable=_trl_missing
+    ),
+    "TRL, leanest": Implementation("trl", TRL, True, about="reference beforehand", unavailable=_trl_missing),
+    "TRL, activations offloaded": Implementation(
         "trl",
         {**TRL, "activation_offloading": True},
         True,
@@ -282,9 +284,9 @@ CONTENDERS = {
 QUICK = ("mopo_kernels", "TRL, fastest", "TRL, Liger's layers", "TRL, padding-free", "TRL, activations offloaded")
 
 
-def settings_of(contender: Contender, work: Work, rounds: int) -> dict[str, Any]:
+def settings_of(implementation: Implementation, work: Work, rounds: int) -> dict[str, Any]:
     """Of its configuration: the same for all but for its own, and for what an item of its batch is."""
-    by_pair = contender.apart or contender.trainer == "trl"
+    by_pair = implementation.apart or implementation.trainer == "trl"
     return {
         "per_device_train_batch_size": work.pairs if by_pair else work.prompts,
         "max_steps": len(work.shares) * (1 + rounds),
@@ -301,8 +303,8 @@ def settings_of(contender: Contender, work: Work, rounds: int) -> dict[str, Any]
         "report_to": "none",
         "disable_tqdm": True,
         "seed": SEED,
-        "gradient_checkpointing": contender.checkpointing,
-        **contender.settings,
+        "gradient_checkpointing": implementation.checkpointing,
+        **implementation.settings,
     }
 
 
@@ -355,8 +357,8 @@ def make_tokenizer(vocabulary: int) -> Any:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>")
 
 
-def make_trainer(contender: Contender, work: Work, rounds: int, model_folder: str, output: str) -> Any:
-    """The contender's trainer over the rows of ``work``.
+def make_trainer(implementation: Implementation, work: Work, rounds: int, model_folder: str, output: str) -> Any:
+    """The implementation's trainer over the rows of ``work``.
 
     Args:
         model_folder: of the model, which is loaded from there; so is TRL's copy that serves as reference.
@@ -373,24 +375,24 @@ def make_trainer(contender: Contender, work: Work, rounds: int, model_folder: st
         tokenizer.chat_template = None
     else:
         tokenizer = make_tokenizer(model.get_input_embeddings().weight.shape[0])
-    return trainer_of(contender, work, rounds, model, tokenizer, output)
+    return trainer_of(implementation, work, rounds, model, tokenizer, output)
 
 
-def trainer_of(contender: Contender, work: Work, rounds: int, model: Any, tokenizer: Any, output: str) -> Any:
+def trainer_of(implementation: Implementation, work: Work, rounds: int, model: Any, tokenizer: Any, output: str) -> Any:
     """:func:`make_trainer` of a model that is made already; one that was not loaded from a folder cannot serve TRL as a
     reference in every step."""
     from peft import LoraConfig, get_peft_model
     from transformers import set_seed
 
     data = prompts(work, model.get_input_embeddings().weight.shape[0], rounds)
-    settings = {"output_dir": output, **settings_of(contender, work, rounds)}
+    settings = {"output_dir": output, **settings_of(implementation, work, rounds)}
     if settings.get("use_liger_kernel"):
         from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN
 
         if model.config.model_type not in MODEL_TYPE_TO_APPLY_LIGER_FN:
             raise ValueError(f"Liger has no layers for a model of type {model.config.model_type}")
     lora = LoraConfig(**LORA, task_type="CAUSAL_LM") if work.tuning == "LoRA" else None
-    if contender.trainer == "trl":
+    if implementation.trainer == "trl":
         from datasets import Dataset
         from trl import DPOConfig, DPOTrainer
 
@@ -419,13 +421,13 @@ def trainer_of(contender: Contender, work: Work, rounds: int, model: Any, tokeni
         # As TRL does, so that both start from the same adapter.
         set_seed(SEED)
         model = get_peft_model(model, lora)
-    names = OBJECTIVES[: contender.objectives]
+    names = OBJECTIVES[: implementation.objectives]
 
     def pair(i: int, j: int, first: bool) -> PreferencePair:
         # Every objective disagrees with the one before it.
         return PreferencePair(i, j, {name: float((k % 2 == 0) == first) for k, name in enumerate(names)})
 
-    if contender.apart:
+    if implementation.apart:
         examples = [
             PreferenceExample(prompt.text, (prompt.responses[i], prompt.responses[j]), (pair(0, 1, first),))
             for prompt in data
@@ -446,7 +448,7 @@ def trainer_of(contender: Contender, work: Work, rounds: int, model: Any, tokeni
     )
 
 
-# ------------------------------------------------------------------------------------------------ a contender's process
+# ------------------------------------------------------------------------------------------ an implementation's process
 
 
 def scored_rows(batch: dict[str, Any]) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
@@ -592,7 +594,9 @@ def child() -> None:
     job = json.loads(sys.stdin.readline())
     work = Work(**{**job["work"], "shares": tuple(job["work"]["shares"])})
     try:
-        trainer = make_trainer(Contender(**job["contender"]), work, job["rounds"], job["model"], tempfile.mkdtemp())
+        trainer = make_trainer(
+            Implementation(**job["implementation"]), work, job["rounds"], job["model"], tempfile.mkdtemp()
+        )
         trainer.add_callback(turns(trainer, Meter(work.device), answer, lambda: bool(sys.stdin.readline())))
         trainer.train()
     except Exception as error:
@@ -603,11 +607,11 @@ def child() -> None:
 
 
 class Stopped(RuntimeError):
-    """A contender's process ended, or failed; the message says how, in one line."""
+    """An implementation's process ended, or failed; the message says how, in one line."""
 
 
 class Child:
-    """A contender's process.
+    """An implementation's process.
 
     Args:
         job: what it is to do.
@@ -685,15 +689,15 @@ def children(jobs: dict[str, dict[str, Any]]) -> Iterator[dict[str, Child]]:
 
 
 def disagreement(firsts: dict[str, list[dict[str, Any]]], losses: dict[str, str], tolerance: float) -> dict[str, float]:
-    """Largest relative difference in loss and gradient norm from the first contender with the same loss.
+    """Largest relative difference in loss and gradient norm from the first implementation with the same loss.
 
     Args:
-        firsts: contender -> the answers to its first steps.
-        losses: contender -> name of its loss.
+        firsts: implementation -> the answers to its first steps.
+        losses: implementation -> name of its loss.
         tolerance: how large it may be.
 
     Raises:
-        SystemExit: it is larger, or a contender trained on other rows.
+        SystemExit: it is larger, or an implementation trained on other rows.
     """
     standard: dict[str, str] = {}
     found = {}
@@ -715,21 +719,21 @@ def disagreement(firsts: dict[str, list[dict[str, Any]]], losses: dict[str, str]
 
 
 def take_turns(
-    work: Work, contenders: dict[str, Contender], rounds: int, model: str, say: Callable[[str], None]
+    work: Work, implementations: dict[str, Implementation], rounds: int, model: str, say: Callable[[str], None]
 ) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
-    """Results of the contenders that held out, and why the others did not.
+    """Results of the implementations that held out, and why the others did not.
 
     Raises:
-        SystemExit: contenders disagree.
+        SystemExit: implementations disagree.
     """
     jobs = {
         name: {
-            "contender": {k: v for k, v in asdict(contender).items() if k != "unavailable"},
+            "implementation": {k: v for k, v in asdict(implementation).items() if k != "unavailable"},
             "work": asdict(work),
             "rounds": rounds,
             "model": model,
         }
-        for name, contender in contenders.items()
+        for name, implementation in implementations.items()
     }
     steps: dict[str, list[dict[str, Any]]] = {name: [] for name in jobs}
     begun: dict[str, dict[str, Any]] = {}
@@ -746,13 +750,13 @@ def take_turns(
                     alive.pop(name).close()
 
         each(Child.receive, begun.__setitem__)
-        say(f"{work.tuning}: {len(alive)} contenders are ready")
+        say(f"{work.tuning}: {len(alive)} implementations are ready")
         for number in range(rounds + 1):
             for _ in work.shares:
                 each(Child.step, lambda name, answer: steps[name].append(answer))
             if number == 0:
                 firsts = {name: steps[name] for name in alive}
-                losses = {name: contender.loss for name, contender in contenders.items()}
+                losses = {name: implementation.loss for name, implementation in implementations.items()}
                 errors = disagreement(firsts, losses, TOLERANCE[work.dtype])
         held_out = list(alive)
     standard = held_out[0] if held_out else ""
@@ -760,17 +764,17 @@ def take_turns(
     for name in held_out:
         timed = steps[name][len(work.shares) :]
         results[name] = {
-            "about": contenders[name].about,
-            "checkpointing": contenders[name].checkpointing,
-            "objectives": contenders[name].objectives,
-            "loss": contenders[name].loss,
+            "about": implementations[name].about,
+            "checkpointing": implementations[name].checkpointing,
+            "objectives": implementations[name].objectives,
+            "loss": implementations[name].loss,
             "compared_with": standard,
             "first_steps_differ": errors[name],
             "threads": begun[name]["threads"],
             "trained_parameters": begun[name]["trained"],
             "settings": {
-                "trainer": contenders[name].trainer,
-                **settings_of(contenders[name], work, rounds),
+                "trainer": implementations[name].trainer,
+                **settings_of(implementations[name], work, rounds),
                 **({"lora": LORA} if work.tuning == "LoRA" else {}),
             },
             "by_prompt_share": {
@@ -786,7 +790,7 @@ def take_turns(
 
 
 def summary(timed: list[dict[str, Any]], standard: list[dict[str, Any]], before_mib: float) -> dict[str, Any]:
-    """Of the timed steps of one prompt share, beside those of the contender they are compared with."""
+    """Of the timed steps of one prompt share, beside those of the implementation they are compared with."""
     seconds = [step["seconds"] for step in timed]
     cuts = statistics.quantiles(seconds, n=10, method="inclusive")
     median = statistics.median(seconds)
@@ -821,7 +825,7 @@ def show(record: dict[str, Any], console: Console) -> None:
                 f"{parts[0]['scored']:.0f} of them scored (prompt share {share}), {record['threads']} threads"
             )
             for heading in (
-                "contender",
+                "implementation",
                 "step, s",
                 "p20 to p80",
                 "ratio",
@@ -846,8 +850,8 @@ def show(record: dict[str, Any], console: Console) -> None:
                 )
             console.print(table)
     console.print(
-        "ratio: time over that of the first contender since the last rule, in the same rounds; beyond: MiB of the peak "
-        "that were not held before the first step, as weights are, a copy that serves as reference included",
+        "ratio: time over that of the first implementation since the last rule, in the same rounds; beyond: MiB of the "
+        "peak that were not held before the first step, as weights are, a copy that serves as reference included",
         highlight=False,
         soft_wrap=True,
     )
@@ -865,19 +869,19 @@ def show(record: dict[str, Any], console: Console) -> None:
 
 
 def measure(work: Work, tunings: list[str], names: list[str], rounds: int, model: str | None) -> dict[str, Any]:
-    """Results, failures and reasons, by tuning and contender.
+    """Results, failures and reasons, by tuning and implementation.
 
     Args:
-        names: of the contenders.
+        names: of the implementations.
         model: folder of a model; None makes one of ``work.shape``.
     """
     console = Console(stderr=True)
     record: dict[str, Any] = {"results": {}, "failed": {}, "unavailable": {}}
     runs = {}
     for name in names:
-        reason = CONTENDERS[name].unavailable(work)
+        reason = IMPLEMENTATIONS[name].unavailable(work)
         if reason is None:
-            runs[name] = CONTENDERS[name]
+            runs[name] = IMPLEMENTATIONS[name]
         else:
             record["unavailable"][name] = reason
     with tempfile.TemporaryDirectory() as folder:
@@ -917,13 +921,13 @@ def main(arguments: list[str] | None = None) -> None:
         "--dtype", choices=DTYPES, default="float32", help="; ".join(f"{k}: {v}" for k, v in DTYPES.items())
     )
     parser.add_argument(
-        "--device", choices=("cpu", "cuda"), default="cpu", help="contenders that take turns share its memory"
+        "--device", choices=("cpu", "cuda"), default="cpu", help="implementations that take turns share its memory"
     )
     parser.add_argument("--rounds", type=int, default=3, help="timed; at least 2")
     parser.add_argument(
-        "--contenders", nargs="+", default=[], metavar="NAME", help="only those whose name contains one of these"
+        "--implementations", nargs="+", default=[], metavar="NAME", help="only those whose name contains one of these"
     )
-    parser.add_argument("--quick", action="store_true", help="a tiny model, few contenders: does it work?")
+    parser.add_argument("--quick", action="store_true", help="a tiny model, few implementations: does it work?")
     parser.add_argument("--output", type=Path, help="JSON file to write")
     options = parser.parse_args(arguments)
     if options.child:
@@ -958,12 +962,14 @@ def main(arguments: list[str] | None = None) -> None:
         parser.error(f"argument --prompt-share: must be between 0 and 1; got {options.prompt_share}")
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("argument --device: there is no CUDA device here")
-    asked = options.contenders or (QUICK if options.quick else list(CONTENDERS))
+    asked = options.implementations or (QUICK if options.quick else list(IMPLEMENTATIONS))
     for part in asked:
-        if not any(part in name for name in CONTENDERS):
-            parser.error(f"argument --contenders: no contender is called like {part!r}")
-    # A whole name is that contender alone, though it may begin others' names.
-    names = [name for name in CONTENDERS if name in asked or any(part in name for part in {*asked} - {*CONTENDERS})]
+        if not any(part in name for name in IMPLEMENTATIONS):
+            parser.error(f"argument --implementations: no implementation is called like {part!r}")
+    # A whole name is that implementation alone, though it may begin others' names.
+    names = [
+        name for name in IMPLEMENTATIONS if name in asked or any(part in name for part in {*asked} - {*IMPLEMENTATIONS})
+    ]
 
     work = Work(
         shape=options.shape if options.model is None else options.model.name,

@@ -70,7 +70,7 @@ def run(arguments: list[str]) -> tuple[float, float]:
 
 
 def measure(options: argparse.Namespace, folder: Path) -> dict[str, tuple[float, float]]:
-    """Contender -> (seconds of all its processes, largest peak MiB of one), in a fresh folder."""
+    """Implementation -> (seconds of all its processes, largest peak MiB of one), in a fresh folder."""
     data = folder / "data" / "pairs.jsonl"
     vocabulary = json.loads((options.model / "config.json").read_text())["vocab_size"]
     make_rows(data, vocabulary, options.prompts, options.responses, options.length)
@@ -122,7 +122,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=4, help="prompts a step")
     parser.add_argument("--length", type=int, default=128, help="tokens of the longest row")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--rounds", type=int, default=1, help="of every contender in turn; the median counts")
+    parser.add_argument("--rounds", type=int, default=1, help="of every implementation in turn; the median counts")
     parser.add_argument("--output", type=Path, metavar="FILE", help="write the results as JSON")
     options = parser.parse_args()
     if options.device == "cuda" and not torch.cuda.is_available():
@@ -142,10 +142,10 @@ def main() -> None:
     for heading in ("", "seconds", "peak memory of a process"):
         table.add_column(heading, justify="right" if heading else "left")
     results = {}
-    for contender in rounds[0]:
-        seconds, peak = (statistics.median(found[contender][k] for found in rounds) for k in (0, 1))
-        results[contender] = {"seconds": seconds, "peak_mib": peak}
-        table.add_row(contender, f"{seconds:.1f}", f"{peak:.0f} MiB")
+    for implementation in rounds[0]:
+        seconds, peak = (statistics.median(found[implementation][k] for found in rounds) for k in (0, 1))
+        results[implementation] = {"seconds": seconds, "peak_mib": peak}
+        table.add_row(implementation, f"{seconds:.1f}", f"{peak:.0f} MiB")
     Console().print(table)
     settings = {key: str(value) for key, value in vars(options).items() if key not in ("model", "output")}
     report = {"settings": settings, "results": results, **provenance("bench.sweep", sys.argv[1:])}

@@ -89,7 +89,7 @@ def _seeds() -> str:
 def rows(
     trained: dict[str, Any], frozen: dict[str, Any], label: str = "", names: Sequence[str] | None = None
 ) -> list[str]:
-    """A table row for each contender, or for those named: ratios and peaks with the head trained and frozen."""
+    """A table row for each implementation, or for those named: ratios and peaks with the head trained and frozen."""
     lines = []
     for name in names or trained["results"]:
         row, other = trained["results"][name], frozen["results"][name]
@@ -128,7 +128,7 @@ def performance() -> str:
 
 
 def behind() -> list[str]:
-    """Every contender in these tables that is faster or leaner than "cpp", beyond the digits shown."""
+    """Every implementation in these tables that is faster or leaner than "cpp", beyond the digits shown."""
     tables = {"H 1024, V 50304, fp32": ("head_cpu.json", "head_frozen_cpu.json"), **SHAPES}
     lines = []
     for word, key, format_one, least in (
@@ -148,9 +148,9 @@ def behind() -> list[str]:
     return lines
 
 
-def growth() -> str:
+def scaling_curves() -> str:
     """How time and memory grow, from the fits."""
-    record = load("growth_cpu.json")
+    record = load("scaling_curves_cpu.json")
     plan = record["plan"]
 
     def fit(axis: str, name: str, key: str, dtype: str = "float32") -> str:
@@ -167,7 +167,8 @@ def growth() -> str:
         f"Growth from H {plan['hidden']}, N {plan['tokens']}, V {plan['vocabulary']}, K {plan['objectives']}, prompt "
         f"share {plan['share']:g} along one axis (N to {plan['axis_tokens'][-1]}, V to {plan['axis_vocabulary'][-1]}), "
         f"head trained / frozen, fp32; `{record['command']}`, commit {record['commit']}, "
-        "[picture](../bench/results/growth_cpu_float32.png), [in bf16](../bench/results/growth_cpu_bfloat16.png). "
+        "[picture](../bench/results/scaling_curves_cpu_float32.png), "
+        "[in bf16](../bench/results/scaling_curves_cpu_bfloat16.png). "
         "Powers over N and V (1: proportional), quotients over K and the prompt's share (1: no difference):\n\n",
         "| | time, power of N | of V | time / bare products, K 8 over K 1 | peak memory of the call, power of N | "
         "of V |\n",
@@ -426,7 +427,7 @@ DOCUMENTS: dict[str, dict[str, Callable[[], str]]] = {
     "docs/benchmarks.md": {
         "performance": performance,
         "gradient_filter": gradient_filter,
-        "growth": growth,
+        "scaling_curves": scaling_curves,
         "steps": steps,
         "layout": layout,
         "gpu": gpu,

@@ -53,7 +53,12 @@ PAGES = {
     "CONTRIBUTING.md": "contributing",
     "SECURITY.md": "security",
     "examples/paper/README.md": "paper_experiment",
+    "studies/architectures/README.md": "architectures",
     "studies/language_model/README.md": "language_model",
+    **{
+        f"studies/canonical_structures/results/{page.name}": f"canonical_structures/{page.stem}"
+        for page in (ROOT / "docs" / "canonical_structures").glob("*.md")
+    },
 }
 
 
@@ -81,7 +86,8 @@ def read_source(app: Sphinx, name: str, content: list[str]) -> None:
 
 def read_included(app: Sphinx, path: Path, name: str, content: list[str]) -> None:
     file = PurePosixPath((ROOT / "docs" / path).resolve().relative_to(ROOT).as_posix())
-    content[0] = link_pages(content[0], file, PurePosixPath("docs") / f"{name}.md")
+    # MyST names the page without its folder.
+    content[0] = link_pages(content[0], file, PurePosixPath("docs") / f"{app.env.docname}.md")
 
 
 def setup(app: Sphinx) -> None:

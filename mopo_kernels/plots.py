@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     from mopo_kernels.tabular import ParetoFront, TabularSolution
 
 # Okabe and Ito's palette: told apart under every common colour blindness. Vermilion is kept for thresholds.
-_BLUE, _GREEN, _VERMILION = "#0072B2", "#009E73", "#D55E00"
-_POLICY_COLOURS = (_BLUE, _GREEN, "#CC79A7", "#56B4E9", "#E69F00")
+BLUE, GREEN, VERMILION = "#0072B2", "#009E73", "#D55E00"
+_POLICY_COLOURS = (BLUE, GREEN, "#CC79A7", "#56B4E9", "#E69F00")
 _MARKERS = "osD^v"
 _LIGHT_BLUE, _GREY = "#56B4E9", "0.9"
 _DPI = 150
@@ -40,7 +40,8 @@ def require_matplotlib() -> None:
         raise ModuleNotFoundError("plots need matplotlib: pip install 'mopo-kernels[plot]'") from error
 
 
-def _figure(width: float, height: float) -> Figure:
+def make_figure(width: float, height: float) -> Figure:
+    """A figure of so many inches that no window shows."""
     require_matplotlib()
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -50,7 +51,8 @@ def _figure(width: float, height: float) -> Figure:
     return figure
 
 
-def _tidy(axes: Axes) -> None:
+def tidy_axes(axes: Axes) -> None:
+    """Leave out the frame above and to the right, and draw a pale grid behind the curves."""
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(True, color="0.9", linewidth=0.8)
     axes.set_axisbelow(True)
@@ -115,7 +117,7 @@ def plot_training(
 
     prices = {name: _series(history, f"multiplier/{name}") for name in objectives}
     heights = (3, 2) if any(values for _, values in prices.values()) else (3,)
-    figure = _figure(1.2 + 3.6 * len(objectives), 0.9 + 0.9 * sum(heights))
+    figure = make_figure(1.2 + 3.6 * len(objectives), 0.9 + 0.9 * sum(heights))
     grid = figure.subplots(len(heights), len(objectives), squeeze=False, sharex=True, height_ratios=heights)
     for axes in grid[0][1:]:
         axes.sharey(grid[0][0])
@@ -125,12 +127,12 @@ def plot_training(
         steps, values = _series(history, held_out + name)
         if steps:
             error = dict(zip(*_series(history, f"dual/standard_error/{name}"), strict=True))
-            upper.plot(steps, values, color=_BLUE, linewidth=2.0, label="held-out prompts")
+            upper.plot(steps, values, color=BLUE, linewidth=2.0, label="held-out prompts")
             spread = [2 * error.get(step, math.nan) for step in steps]
             low, high = (
                 [value + sign * extra for value, extra in zip(values, spread, strict=True)] for sign in (-1, 1)
             )
-            upper.fill_between(steps, low, high, color=_BLUE, alpha=0.15, linewidth=0, label="2 standard errors")
+            upper.fill_between(steps, low, high, color=BLUE, alpha=0.15, linewidth=0, label="2 standard errors")
         else:
             steps, values = _series(history, fitted + name)
             upper.plot(steps, values, color=_LIGHT_BLUE, alpha=0.5, linewidth=1.2, label="training pairs")
@@ -142,19 +144,19 @@ def plot_training(
         if not bound_steps and name in fixed:
             bound_steps, bound = [steps[0], steps[-1]], [fixed[name]] * 2
         if bound_steps:
-            upper.plot(bound_steps, bound, color=_VERMILION, linestyle="--", linewidth=1.8, label="threshold")
+            upper.plot(bound_steps, bound, color=VERMILION, linestyle="--", linewidth=1.8, label="threshold")
         role = "maximised" if name == primary else "held" if bound_steps else "watched"
         upper.set_title(f"{name} ({role})", fontsize=11)
         multiplier_steps, multiplier = prices[name]
         upper.xaxis.get_major_locator().set_params(integer=True)
-        _tidy(upper)
+        tidy_axes(upper)
         if multiplier:
-            lower.plot(multiplier_steps, multiplier, color=_GREEN, linewidth=2.0)
+            lower.plot(multiplier_steps, multiplier, color=GREEN, linewidth=2.0)
             # Not on a shared scale, where the largest would flatten the others.
             lower.set_ylim(0.0, 1.1 * max([*multiplier, 0.01]))
             lower.set_xlabel("optimiser step")
             lower.set_ylabel("multiplier (no unit)")
-            _tidy(lower)
+            tidy_axes(lower)
         else:
             if lower is not upper:
                 lower.set_axis_off()
@@ -170,7 +172,7 @@ def plot_training(
     )
     if title:
         figure.suptitle(title)
-    return _save(figure, path)
+    return save_figure(figure, path)
 
 
 def plot_plane(
@@ -198,17 +200,17 @@ def plot_plane(
                 raise ValueError(f"{option} must be an objective of policy {name!r} {list(rates)}, got {objective!r}")
     bounds = {name: bound for name, bound in (thresholds or {}).items() if name in (x, y)}
 
-    figure = _figure(6.4, 5.8)
+    figure = make_figure(6.4, 5.8)
     axes = figure.subplots()
     span = _limits(points, x, y, bounds)
     axes.set_xlim(*span[0])
     axes.set_ylim(*span[1])
     for objective, bound in bounds.items():
         line, fill = (axes.axvline, axes.axvspan) if objective == x else (axes.axhline, axes.axhspan)
-        fill(span[0 if objective == x else 1][0], bound, color=_VERMILION, alpha=0.08, linewidth=0)
+        fill(span[0 if objective == x else 1][0], bound, color=VERMILION, alpha=0.08, linewidth=0)
         line(
             bound,
-            color=_VERMILION,
+            color=VERMILION,
             linestyle="--",
             linewidth=1.6,
             label=f"{objective} threshold {bound:.3g} (missed: shaded)",
@@ -235,9 +237,9 @@ def plot_plane(
     axes.set_xlabel(f"{x}: win rate over {parity} (0 to 1)")
     axes.set_ylabel(f"{y}: win rate over {parity} (0 to 1)")
     axes.set_title(title or f"Bars: {rate.confidence:.0%} intervals, {rate.prompts} prompts", fontsize=10)
-    _tidy(axes)
+    tidy_axes(axes)
     figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=9)
-    return _save(figure, path)
+    return save_figure(figure, path)
 
 
 def _limits(
@@ -283,12 +285,12 @@ def plot_policies(
             raise ValueError(f"values must have every objective drawn, got none of {missing} for policy {name!r}")
     columns, rows = min(3, len(x)), math.ceil(len(x) / 3)
     legend = math.ceil((len(values) + 2) / columns)
-    figure = _figure(1.0 + 4.6 * columns, 4.4 * rows + 0.25 * legend)
+    figure = make_figure(1.0 + 4.6 * columns, 4.4 * rows + 0.25 * legend)
     grid = figure.subplots(rows, columns, squeeze=False, sharey=True)
     for axes in grid.flat[len(x) :]:
         axes.set_axis_off()
     for axes, objective in zip(grid.flat, x, strict=False):
-        _tidy(axes)
+        tidy_axes(axes)
         if parity is not None:
             axes.axvline(0.5, color="0.45", linestyle=":", linewidth=1.2)
             axes.axhline(0.5, color="0.45", linestyle=":", linewidth=1.2)
@@ -307,8 +309,8 @@ def plot_policies(
         for index, (name, measured) in enumerate(values.items()):
             across, up = measured[objective], measured[y]
             if (bound := (bounds or {}).get(name, {}).get(objective)) is not None:
-                axes.plot([bound, across], [up, up], color=_VERMILION, linewidth=1.0, zorder=1)
-                tick: dict[str, Any] = {"marker": "|", "color": _VERMILION, "linestyle": "none", "markersize": 12}
+                axes.plot([bound, across], [up, up], color=VERMILION, linewidth=1.0, zorder=1)
+                tick: dict[str, Any] = {"marker": "|", "color": VERMILION, "linestyle": "none", "markersize": 12}
                 axes.plot(bound, up, markeredgewidth=2.0, label="a policy's threshold", **tick)
             span = (intervals or {}).get(name, {})
             ranges = [
@@ -342,7 +344,7 @@ def plot_policies(
     )
     if title:
         figure.suptitle(title, fontsize=11)
-    return _save(figure, path)
+    return save_figure(figure, path)
 
 
 def plot_front(
@@ -390,7 +392,7 @@ def plot_front(
     main = list(objectives).index(primary)
     bounds = thresholds or {}
     columns, blocks = min(4, len(others)), math.ceil(len(others) / 4)
-    figure = _figure(1.0 + 4.4 * columns, 0.9 + 5.6 * blocks)
+    figure = make_figure(1.0 + 4.4 * columns, 0.9 + 5.6 * blocks)
     grid = figure.subplots(2 * blocks, columns, squeeze=False, height_ratios=(3, 2) * blocks)
     for axes in grid.flat:
         axes.set_axis_off()
@@ -398,7 +400,7 @@ def plot_front(
     level = np.concatenate([points.primal[points.feasible] for points in drawn] + [[reference[main]]])
     top = max(edge[:, 1].max() for edge in boundary.values())
     margin = 0.06 * (top - level.min()) + 1e-3
-    star: dict[str, Any] = {"marker": "*", "color": _VERMILION, "markersize": 16, "markeredgecolor": "white"}
+    star: dict[str, Any] = {"marker": "*", "color": VERMILION, "markersize": 16, "markeredgecolor": "white"}
     for place, k in enumerate(others):
         upper, lower = grid[2 * (place // 4)][place % 4], grid[2 * (place // 4) + 1][place % 4]
         name, bound = objectives[k], bounds.get(objectives[k])
@@ -408,7 +410,7 @@ def plot_front(
         span = (values.min() - 0.05 * np.ptp(values) - 1e-3, values.max() + 0.06 * np.ptp(values) + 1e-3)
         for axes in (upper, lower):
             axes.set_axis_on()
-            _tidy(axes)
+            tidy_axes(axes)
         upper.set_xlim(*span)
         if robust:
             low, high = np.nanmin(sweep.threshold[:, k]), max(best[k], bound or 0.0)
@@ -417,7 +419,7 @@ def plot_front(
             span_below = span
         lower.set_xlim(*span_below)
         upper.set_ylim(level.min() - margin, top + margin)
-        _shade_unattainable(upper, edge, span, top + margin)
+        shade_unattainable(upper, edge, span, top + margin)
         lower.axvspan(best[k], span_below[1], color=_GREY, linewidth=0)
         if len(others) > 1:
             dots: dict[str, Any] = {"linestyle": "none", "marker": "o", "markersize": 4, "alpha": 0.5}
@@ -428,17 +430,17 @@ def plot_front(
         upper.plot(
             sweep.value[:, k],
             sweep.value[:, main],
-            color=_GREEN,
+            color=GREEN,
             linewidth=1.4,
             label=f"{primary} on the curve, its KL unpaid",
         )
         moved = "exact front" if len(others) == 1 else "front as this threshold alone moves"
-        upper.plot(sweep.value[:, k], sweep.primal, color=_BLUE, label=moved, **curve)
+        upper.plot(sweep.value[:, k], sweep.primal, color=BLUE, label=moved, **curve)
         upper.plot(reference[k], reference[main], marker="s", color="0.2", linestyle="none", label="reference policy")
-        lower.plot(sweep.threshold[:, k], sweep.multiplier[:, k], color=_BLUE, **curve)
+        lower.plot(sweep.threshold[:, k], sweep.multiplier[:, k], color=BLUE, **curve)
         if bound is not None:
             for axes in (lower,) if robust else (upper, lower):
-                axes.axvline(bound, color=_VERMILION, linestyle="--", linewidth=1.6, label="chosen threshold")
+                axes.axvline(bound, color=VERMILION, linestyle="--", linewidth=1.6, label="chosen threshold")
         if solution is not None:
             upper.plot(solution.value[k], solution.primal, linestyle="none", zorder=5, label="chosen solution", **star)
             if bound is not None:
@@ -459,10 +461,10 @@ def plot_front(
     figure.legend(handles, labels, loc="outside lower center", ncols=min(3, 1 + columns), frameon=False, fontsize=9)
     if title:
         figure.suptitle(title)
-    return _save(figure, path)
+    return save_figure(figure, path)
 
 
-def _shade_unattainable(axes: Axes, edge: NDArray[np.float64], span: tuple[float, float], top: float) -> None:
+def shade_unattainable(axes: Axes, edge: NDArray[np.float64], span: tuple[float, float], top: float) -> None:
     """Shade what lies above or to the right of an edge (F, 2) of falling heights."""
     across = np.concatenate([[span[0]], np.maximum(edge[:, 0], span[0]), [edge[-1, 0], span[1]]])
     up = np.concatenate([[edge[0, 1]], edge[:, 1], [-1.0, -1.0]])
@@ -470,7 +472,8 @@ def _shade_unattainable(axes: Axes, edge: NDArray[np.float64], span: tuple[float
     axes.plot(across[:-1], up[:-1], color="0.55", linewidth=1.2)
 
 
-def _save(figure: Figure, path: str | Path) -> Path:
+def save_figure(figure: Figure, path: str | Path) -> Path:
+    """Write a PNG, its folder made if need be, no text of it read as a formula; returns ``path``."""
     from matplotlib.text import Text
 
     for text in figure.findobj(Text):

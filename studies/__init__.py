@@ -1,1 +1,1 @@
-"""Studies: what the library does on real models, as commands that anyone can run again."""
+"""Studies: what the method does, on finite problems and real models, and what the trainer does with other models."""

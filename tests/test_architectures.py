@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from bench.architectures import EXACT, LIMITS, NAMES, NOT_BUILT, PAGE, REFUSED, survey
+from studies.architectures.survey import EXACT, LIMITS, NAMES, NOT_BUILT, PAGE, REFUSED, survey
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""The benchmark compares like with like: contenders that run agree with plain PyTorch, the others say why not."""
+"""The benchmark compares like with like: implementations that run agree with plain PyTorch, the others say why not."""
 
 from __future__ import annotations
 
@@ -14,26 +14,26 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import contenders as registry
 from bench import head
-from bench.contenders import BARE, CONTENDERS, Contender, Inputs, Result, Workload, available
+from bench import implementations as registry
+from bench.implementations import BARE, IMPLEMENTATIONS, Implementation, Inputs, Result, Workload, available
 
 ROOT = Path(__file__).parents[1]
 # A vocabulary that no block divides, three objectives, prompts half of every row.
 SMALL = Workload(hidden=32, vocabulary=301, prompts=3, length=14, objectives=3)
-COMPARED = [name for name in CONTENDERS if name != BARE]
+COMPARED = [name for name in IMPLEMENTATIONS if name != BARE]
 
 
-def contender(name: str) -> Contender:
-    """The contender, or a skip that says why it cannot run here."""
-    if (reason := CONTENDERS[name].unavailable()) is not None:
+def implementation(name: str) -> Implementation:
+    """The implementation, or a skip that says why it cannot run here."""
+    if (reason := IMPLEMENTATIONS[name].unavailable()) is not None:
         pytest.skip(reason)
-    return CONTENDERS[name]
+    return IMPLEMENTATIONS[name]
 
 
 @pytest.fixture
 def quick_compile(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Compiled contenders traced but not built: seconds each, and what is built is another test's matter."""
+    """Compiled implementations traced but not built: seconds each, and what is built is another test's matter."""
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
     registry._compiled_logprob.cache_clear()
     yield
@@ -43,17 +43,17 @@ def quick_compile(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("trained", [True, False], ids=["head trained", "head frozen"])
 @pytest.mark.parametrize("name", COMPARED)
-def test_every_contender_that_runs_agrees_with_plain_pytorch(
+def test_every_implementation_that_runs_agrees_with_plain_pytorch(
     name: str, trained: bool, dtype: torch.dtype, quick_compile: None
 ) -> None:
     work = replace(SMALL, trained=trained, dtype=dtype)
-    errors = head.check(work, {name: contender(name)})
+    errors = head.check(work, {name: implementation(name)})
     assert 0 <= errors[name] < head.TOLERANCE[dtype]
 
 
 @pytest.mark.parametrize("name", [name for name in COMPARED if "compiled" in name])
-def test_compiled_contenders_agree_when_built_and_are_built_once(name: str) -> None:
-    chosen = contender(name)
+def test_compiled_implementations_agree_when_built_and_are_built_once(name: str) -> None:
+    chosen = implementation(name)
     torch._dynamo.reset()
     assert head.check(SMALL, {name: chosen})[name] < 1e-3
     with torch.compiler.set_stance("fail_on_recompile"):
@@ -97,21 +97,23 @@ def _not_a_number(x: Inputs) -> Result:
     ],
     ids=lambda run: run.__name__,
 )
-def test_a_contender_that_does_other_work_is_refused(wrong: Callable[[Inputs], Result], dtype: torch.dtype) -> None:
+def test_an_implementation_that_does_other_work_is_refused(
+    wrong: Callable[[Inputs], Result], dtype: torch.dtype
+) -> None:
     work = replace(SMALL, dtype=dtype)
     with pytest.raises(SystemExit, match="wrong disagrees with plain PyTorch by"):
-        head.check(work, {"wrong": Contender(wrong, registry.plain_compacted)})
+        head.check(work, {"wrong": Implementation(wrong, registry.plain_compacted)})
 
 
 def test_another_loss_is_held_against_plain_pytorch_with_that_loss() -> None:
-    assert head.check(SMALL, {"dpo": Contender(registry.plain_dpo, registry.plain_dpo, "DPO")})["dpo"] == 0
+    assert head.check(SMALL, {"dpo": Implementation(registry.plain_dpo, registry.plain_dpo, "DPO")})["dpo"] == 0
     with pytest.raises(SystemExit, match="disagrees"):
-        head.check(SMALL, {"ipo": Contender(registry.plain_compacted, registry.plain_dpo, "DPO")})
+        head.check(SMALL, {"ipo": Implementation(registry.plain_compacted, registry.plain_dpo, "DPO")})
 
 
 def test_nothing_is_dropped_in_silence() -> None:
     runs, reasons = available()
-    assert runs.keys() | reasons.keys() == CONTENDERS.keys()
+    assert runs.keys() | reasons.keys() == IMPLEMENTATIONS.keys()
     assert not runs.keys() & reasons.keys()
     for name in ("cut-cross-entropy", "QuACK"):
         assert "GPU" in reasons[name] or "CUDA" in reasons[name]
@@ -125,11 +127,11 @@ def test_without_any_peer_the_rest_still_runs_and_each_peer_says_what_is_missing
         monkeypatch.setitem(sys.modules, module, None)
     monkeypatch.delattr(torch.nn, "LinearCrossEntropyOptions", raising=False)
     monkeypatch.setenv("CXX", "no-such-compiler")
-    registry._importable.cache_clear()
+    registry.import_error.cache_clear()
     try:
         head.main([*TINY, "--output", str(tmp_path / "head.json")])
     finally:
-        registry._importable.cache_clear()
+        registry.import_error.cache_clear()
     record = json.loads((tmp_path / "head.json").read_text())
     for part, word in (
         ("TRL", "trl.trainer.utils"),
@@ -148,13 +150,13 @@ def test_without_any_peer_the_rest_still_runs_and_each_peer_says_what_is_missing
 TINY = ("--hidden", "16", "--vocabulary", "67", "--prompts", "2", "--length", "8", "--rounds", "2")
 
 
-def test_the_command_prints_every_contender_and_writes_the_json(tmp_path: Path) -> None:
+def test_the_command_prints_every_implementation_and_writes_the_json(tmp_path: Path) -> None:
     output = tmp_path / "head.json"
     chosen = ("mopo", "rows", "chunks", "cut", "QuACK")
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CXX": "no-such-compiler"}
     command = [sys.executable, "-m", "bench.head", *TINY, "--frozen", "--dtype", "bfloat16"]
     child = subprocess.run(
-        [*command, "--output", str(output), "--contenders", *chosen],
+        [*command, "--output", str(output), "--implementations", *chosen],
         cwd=ROOT,
         env=environment,
         capture_output=True,
@@ -165,8 +167,8 @@ def test_the_command_prints_every_contender_and_writes_the_json(tmp_path: Path) 
     assert "USDT" not in child.stdout + child.stderr
     record = json.loads(output.read_text())
     assert record == json.loads(child.stdout.splitlines()[-1])
-    assert record["results"].keys() | record["unavailable"].keys() == CONTENDERS.keys()
-    for name in CONTENDERS:
+    assert record["results"].keys() | record["unavailable"].keys() == IMPLEMENTATIONS.keys()
+    for name in IMPLEMENTATIONS:
         assert name in child.stdout
     for name, row in record["results"].items():
         assert 0 < row["p20"] <= row["seconds"] <= row["p80"]
@@ -186,7 +188,7 @@ def test_the_command_prints_every_contender_and_writes_the_json(tmp_path: Path) 
             assert f"{name}: its own loss, DPO" in child.stdout
 
 
-def test_only_the_contenders_asked_for_run_and_the_bare_products_always() -> None:
+def test_only_the_implementations_asked_for_run_and_the_bare_products_always() -> None:
     runs, reasons = available(("scored rows", "QuACK"))
     assert BARE in runs
     assert all("scored rows" in name for name in runs.keys() - {BARE})
@@ -196,7 +198,7 @@ def test_only_the_contenders_asked_for_run_and_the_bare_products_always() -> Non
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--contenders", "nobody"), "no contender is called like 'nobody'"),
+        (("--implementations", "nobody"), "no implementation is called like 'nobody'"),
         (("--rounds", "1"), "argument --rounds: must be at least 2; got 1"),
         *(
             ((f"--{name}", "0"), f"argument --{name}: must be at least 1; got 0")

@@ -21,7 +21,7 @@ def test_random_rows_have_the_probabilities_that_are_asked_for() -> None:
 
 
 @pytest.mark.parametrize("head", [[], ["--frozen"]], ids=["trained", "frozen"])
-def test_the_record_holds_every_contender(tmp_path: Path, head: list[str]) -> None:
+def test_the_record_holds_every_implementation(tmp_path: Path, head: list[str]) -> None:
     output = tmp_path / "record.json"
     arguments = ["--hidden", "1024", "--vocabulary", "600", "--tokens", "64", "--rounds", "2", "--powers", "4", "24"]
     gradient_filter.main([*arguments, *head, "--output", str(output)])

@@ -21,12 +21,12 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import mopo_kernels.cli.bench as bench_command
-from bench import accuracy, contenders, figures, growth, run
-from bench.contenders import BARE, CONTENDERS, Contender, Inputs, Result
+from bench import accuracy, figures, implementations, run, scaling_curves
+from bench.implementations import BARE, IMPLEMENTATIONS, Implementation, Inputs, Result
 from bench.run import BenchError, Done, Section
 from mopo_kernels import cli
 
-TINY = growth.Plan(
+TINY = scaling_curves.Plan(
     hidden=64,
     tokens=64,
     vocabulary=512,
@@ -44,33 +44,40 @@ PLAIN = "plain PyTorch, scored rows"
 @pytest.mark.parametrize("exponent", [0.0, 0.5, 1.0, 2.0])
 def test_the_power_of_exact_numbers_is_found(exponent: float) -> None:
     values = [256.0, 512.0, 1024.0, 4096.0]
-    assert growth.power(values, [3.0 * value**exponent for value in values]) == pytest.approx(exponent, abs=1e-12)
+    assert scaling_curves.power(values, [3.0 * value**exponent for value in values]) == pytest.approx(
+        exponent, abs=1e-12
+    )
 
 
 def test_the_power_is_that_of_least_squares_in_the_logarithms() -> None:
     """To base 2: heights of 0, 3, 0, 0 over 0, 1, 2, 3."""
-    assert growth.power([1, 2, 4, 8], [1, 8, 1, 1]) == pytest.approx(-0.3)
+    assert scaling_curves.power([1, 2, 4, 8], [1, 8, 1, 1]) == pytest.approx(-0.3)
 
 
 def test_where_nothing_was_measured_there_is_no_fit() -> None:
-    assert growth.power([1, 2], [0.0, 3.0]) is None
-    assert growth.quotient([0.0, 3.0]) is None
-    assert growth.quotient([2.0, 9.0, 3.0]) == 1.5
+    assert scaling_curves.power([1, 2], [0.0, 3.0]) is None
+    assert scaling_curves.quotient([0.0, 3.0]) is None
+    assert scaling_curves.quotient([2.0, 9.0, 3.0]) == 1.5
 
 
 def test_fits_are_powers_over_n_and_v_and_quotients_over_the_others() -> None:
     def points(*values: float) -> list[dict[str, Any]]:
-        return [{"value": value, "results": {"one": dict.fromkeys(growth.MEASURES, 5 * value**2)}} for value in values]
+        return [
+            {"value": value, "results": {"one": dict.fromkeys(scaling_curves.MEASURES, 5 * value**2)}}
+            for value in values
+        ]
 
     for axis, expected in (("N", 2), ("V", 2), ("K", 64), ("prompt share", 64)):
-        assert growth.fits(axis, points(1, 2, 8)) == {"one": dict.fromkeys(growth.MEASURES, pytest.approx(expected))}
-    assert growth.fits("K", [*points(1), {"value": 2, "results": {}}]) == {}
+        assert scaling_curves.fits(axis, points(1, 2, 8)) == {
+            "one": dict.fromkeys(scaling_curves.MEASURES, pytest.approx(expected))
+        }
+    assert scaling_curves.fits("K", [*points(1), {"value": 2, "results": {}}]) == {}
 
 
-@pytest.mark.parametrize("plan", [growth.FULL, growth.QUICK, TINY], ids=["full", "quick", "tiny"])
-def test_one_thing_moves_along_each_axis(plan: growth.Plan) -> None:
+@pytest.mark.parametrize("plan", [scaling_curves.FULL, scaling_curves.QUICK, TINY], ids=["full", "quick", "tiny"])
+def test_one_thing_moves_along_each_axis(plan: scaling_curves.Plan) -> None:
     curves = plan.curves()
-    assert tuple(curves) == growth.AXES
+    assert tuple(curves) == scaling_curves.AXES
     for axis, field in (("N", "scored"), ("V", "vocabulary"), ("K", "objectives"), ("prompt share", "prompt_share")):
         for value, work in curves[axis].items():
             expected = {
@@ -85,34 +92,36 @@ def test_one_thing_moves_along_each_axis(plan: growth.Plan) -> None:
 
 def test_the_full_curves_reach_beyond_the_buffer() -> None:
     for axis in ("N", "V"):
-        work = list(growth.FULL.curves()[axis].values())[-1]
-        assert 4 * work.scored * work.vocabulary == 2 * contenders.BUFFER_BYTES
+        work = list(scaling_curves.FULL.curves()[axis].values())[-1]
+        assert 4 * work.scored * work.vocabulary == 2 * implementations.BUFFER_BYTES
 
 
-# ------------------------------------------------------------------------------------------------------------- growth
+# ----------------------------------------------------------------------------------------------------- scaling curves
 
 
 @pytest.fixture(scope="module")
 def grown(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], Path]:
-    folder = tmp_path_factory.mktemp("growth")
+    folder = tmp_path_factory.mktemp("scaling_curves")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(growth, "QUICK", TINY)
+        patch.setattr(scaling_curves, "QUICK", TINY)
         patch.setenv("OMP_NUM_THREADS", "1")
-        growth.main(["--quick", "--dtype", "float32", "--rounds", "2", "--output", str(folder / "growth.json")])
-    return json.loads((folder / "growth.json").read_text()), folder
+        scaling_curves.main(
+            ["--quick", "--dtype", "float32", "--rounds", "2", "--output", str(folder / "scaling_curves.json")]
+        )
+    return json.loads((folder / "scaling_curves.json").read_text()), folder
 
 
 def test_every_curve_has_time_and_memory_at_every_point(grown: tuple[dict[str, Any], Path]) -> None:
     record, _ = grown
     assert [(c["axis"], c["trained"]) for c in record["curves"]] == [
-        (axis, trained) for trained in (True, False) for axis in growth.AXES
+        (axis, trained) for trained in (True, False) for axis in scaling_curves.AXES
     ]
     for curve in record["curves"]:
-        wanted = set(growth.defaults(quick=True))
+        wanted = set(scaling_curves.defaults(quick=True))
         if curve["axis"] != "prompt share":
-            wanted -= {growth.ALL_ROWS}
+            wanted -= {scaling_curves.ALL_ROWS}
         for point in curve["points"]:
-            assert point["results"].keys() - {growth.ALL_ROWS} == wanted - {growth.ALL_ROWS}
+            assert point["results"].keys() - {scaling_curves.ALL_ROWS} == wanted - {scaling_curves.ALL_ROWS}
             for name, row in point["results"].items():
                 assert 0 < row["p20"] <= row["seconds"] <= row["p80"]
                 assert row["ratio"] == 1 if name == BARE else row["ratio"] > 0
@@ -120,9 +129,9 @@ def test_every_curve_has_time_and_memory_at_every_point(grown: tuple[dict[str, A
                 assert row["hwm_mib"] > row["beyond_mib"]
                 assert row["memory_method"] in ("VmHWM", "ru_maxrss")
         assert curve["fits"].keys() == wanted
-    assert record["difference_from_plain"].keys() == set(growth.defaults(quick=True)) - {BARE}
+    assert record["difference_from_plain"].keys() == set(scaling_curves.defaults(quick=True)) - {BARE}
     assert max(record["difference_from_plain"].values()) < 1e-3
-    assert record["command"].startswith("python -m bench.growth --quick --dtype float32")
+    assert record["command"].startswith("python -m bench.scaling_curves --quick --dtype float32")
     assert {"commit", "peers", "machine", "threads", "cpu_capability", "torch", "date", "rounds"} <= record.keys()
 
 
@@ -135,14 +144,14 @@ def test_work_grows_with_tokens_and_with_the_prompt_where_that_is_multiplied(tra
         for work in TINY.curves()[axis].values():
             x = Inputs.make(replace(work, trained=trained), 0)
             with FlopCounterMode(display=False) as counter:
-                CONTENDERS[name].run(x)
+                IMPLEMENTATIONS[name].run(x)
             counts.append(counter.get_total_flops())
         return counts
 
-    for name in (BARE, PLAIN, growth.ALL_ROWS):
+    for name in (BARE, PLAIN, scaling_curves.ALL_ROWS):
         few, *_, many = operations(name, "N")
         assert many / few == max(TINY.curves()["N"]) / min(TINY.curves()["N"])
-    none, half = operations(growth.ALL_ROWS, "prompt share")
+    none, half = operations(scaling_curves.ALL_ROWS, "prompt share")
     assert half == 2 * none > 0
     none, half = operations(PLAIN, "prompt share")
     assert half == none > 0
@@ -152,7 +161,7 @@ def test_memory_grows_with_the_prompt_where_that_is_multiplied(grown: tuple[dict
     record, _ = grown
     for curve in record["curves"]:
         if curve["axis"] == "prompt share":
-            assert curve["fits"][growth.ALL_ROWS]["peak_mib"] == pytest.approx(2, rel=0.2)
+            assert curve["fits"][scaling_curves.ALL_ROWS]["peak_mib"] == pytest.approx(2, rel=0.2)
             assert curve["fits"][PLAIN]["peak_mib"] == pytest.approx(1, rel=0.1)
 
 
@@ -160,12 +169,12 @@ def test_the_picture_is_a_png_of_every_axis(
     grown: tuple[dict[str, Any], Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     record, folder = grown
-    assert (folder / "growth_float32.png").read_bytes().startswith(b"\x89PNG")
+    assert (folder / "scaling_curves_float32.png").read_bytes().startswith(b"\x89PNG")
     drawn = []
-    monkeypatch.setattr(figures, "_save", lambda figure, path: drawn.append(figure) or path)
-    figures.plot_growth(record, "float32", tmp_path / "f.png")
+    monkeypatch.setattr(figures, "save_figure", lambda figure, path: drawn.append(figure) or path)
+    figures.plot_scaling_curves(record, "float32", tmp_path / "f.png")
     grid = drawn[0].axes
-    assert len(grid) == 3 * len(growth.AXES)
+    assert len(grid) == 3 * len(scaling_curves.AXES)
     assert [axes.get_xlabel() for axes in grid[-4:]] == list(figures._LABELS.values())
     lines = {line.get_label(): line for line in grid[0].get_lines()}
     points = record["curves"][0]["points"]
@@ -181,7 +190,7 @@ def test_the_picture_is_a_png_of_every_axis(
 def test_the_high_water_mark_is_that_of_the_call_alone() -> None:
     """At the same work twice, a larger one between: what that took is not in the other's."""
     small = TINY.work(1024, 2048, 2, 0.0)
-    first, large, again = growth.high_water(PLAIN, [small, replace(small, vocabulary=8192), small])
+    first, large, again = scaling_curves.high_water(PLAIN, [small, replace(small, vocabulary=8192), small])
     if first["memory_method"] != "VmHWM":
         pytest.skip("the high-water mark cannot be reset here")
     # Logits of 8 and 32 MiB: at least two of them are alive at once.
@@ -190,29 +199,29 @@ def test_the_high_water_mark_is_that_of_the_call_alone() -> None:
     assert again["beyond_mib"] == pytest.approx(first["beyond_mib"], rel=0.25)
 
 
-def test_a_contender_whose_process_fails_stops_the_report(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_implementation_whose_process_fails_stops_the_report(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(SystemExit, match=r"nobody: its process ended with status 1: KeyError: 'nobody': nothing is"):
-        growth.high_water("nobody", [])
-    monkeypatch.setattr(growth, "PATIENCE", 0.01)
+        scaling_curves.high_water("nobody", [])
+    monkeypatch.setattr(scaling_curves, "PATIENCE", 0.01)
     with pytest.raises(SystemExit, match=r"bare products: its process took more than 0 s"):
-        growth.high_water(BARE, [])
+        scaling_curves.high_water(BARE, [])
 
 
 def test_one_that_disagrees_stops_the_report(monkeypatch: pytest.MonkeyPatch) -> None:
     def half(x: Inputs) -> Result:
-        loss, *gradients = contenders.plain_compacted(x)
+        loss, *gradients = implementations.plain_compacted(x)
         return loss, *(gradient / 2 for gradient in gradients)
 
-    monkeypatch.setitem(CONTENDERS, PLAIN, replace(CONTENDERS[PLAIN], run=half))
+    monkeypatch.setitem(IMPLEMENTATIONS, PLAIN, replace(IMPLEMENTATIONS[PLAIN], run=half))
     with pytest.raises(SystemExit, match=f"{PLAIN} disagrees with plain PyTorch"):
-        growth.explore(TINY, [BARE, PLAIN], ["float32"], 2, growth.Console(quiet=True))
+        scaling_curves.explore(TINY, [BARE, PLAIN], ["float32"], 2, scaling_curves.Console(quiet=True))
 
 
-@pytest.mark.parametrize("module", [growth, accuracy], ids=["growth", "accuracy"])
+@pytest.mark.parametrize("module", [scaling_curves, accuracy], ids=["scaling_curves", "accuracy"])
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--contenders", "nobody"), "no contender is called like 'nobody'"),
+        (("--implementations", "nobody"), "no implementation is called like 'nobody'"),
         (("--output", "."), "--output: expected a file to write, got the folder ."),
     ],
     ids=str,
@@ -234,7 +243,7 @@ def test_no_draw_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_fewer_than_two_rounds_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
-        growth.main(["--rounds", "1"])
+        scaling_curves.main(["--rounds", "1"])
     assert "argument --rounds: must be at least 2; got 1" in capsys.readouterr().err
 
 
@@ -250,7 +259,7 @@ def test_the_truth_is_in_fp64_and_of_that_loss(loss: str, trained: bool) -> None
     exact = accuracy.truth(x, loss)
     assert {value.dtype for value in exact} == {torch.float64}
     assert len(exact) == 2 + trained
-    plain = contenders.plain_dpo if loss == "DPO" else contenders.plain_compacted
+    plain = implementations.plain_dpo if loss == "DPO" else implementations.plain_compacted
     got = accuracy.error(plain(x), exact)
     assert 1e-9 < got["gradient"] < 1e-4
     assert got["loss"] < 1e-4
@@ -258,16 +267,16 @@ def test_the_truth_is_in_fp64_and_of_that_loss(loss: str, trained: bool) -> None
 
 def test_an_error_is_the_larger_one_of_the_gradients_and_a_multiple_of_plain_pytorchs() -> None:
     def rounded(x: Inputs) -> Result:
-        loss, first, second = contenders.plain_compacted(x)
+        loss, first, second = implementations.plain_compacted(x)
         return loss * 1.5, first, second * 1.01
 
     found = accuracy.errors(
         SMALL,
         {
-            BARE: CONTENDERS[BARE],
-            "plain": CONTENDERS[PLAIN],
-            "rounded": Contender(rounded, contenders.plain_compacted),
-            "DPO": Contender(contenders.plain_dpo, contenders.plain_dpo, "DPO"),
+            BARE: IMPLEMENTATIONS[BARE],
+            "plain": IMPLEMENTATIONS[PLAIN],
+            "rounded": Implementation(rounded, implementations.plain_compacted),
+            "DPO": Implementation(implementations.plain_dpo, implementations.plain_dpo, "DPO"),
         },
     )
     assert found.keys() == {"plain", "rounded", "DPO"}
@@ -278,9 +287,9 @@ def test_an_error_is_the_larger_one_of_the_gradients_and_a_multiple_of_plain_pyt
 
 
 def test_an_error_is_the_root_mean_square_over_the_draws() -> None:
-    (found,) = accuracy.errors(SMALL, {PLAIN: CONTENDERS[PLAIN]}, draws=3).values()
+    (found,) = accuracy.errors(SMALL, {PLAIN: IMPLEMENTATIONS[PLAIN]}, draws=3).values()
     each = [
-        accuracy.error(contenders.plain_compacted(x), accuracy.truth(x, "regression"))
+        accuracy.error(implementations.plain_compacted(x), accuracy.truth(x, "regression"))
         for x in (Inputs.make(SMALL, seed) for seed in range(3))
     ]
     assert len({one["gradient"] for one in each}) == 3
@@ -288,14 +297,16 @@ def test_an_error_is_the_root_mean_square_over_the_draws() -> None:
         assert found[key] == pytest.approx((sum(one[key] ** 2 for one in each) / 3) ** 0.5)
 
 
-def test_accuracy_writes_every_contender_in_every_dtype(
+def test_accuracy_writes_every_implementation_in_every_dtype(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(accuracy, "SMALL", SMALL)
     output = tmp_path / "accuracy.json"
-    accuracy.main(["--contenders", "mopo_kernels torch", "all rows", "QuACK", "--output", str(output)])
+    accuracy.main(["--implementations", "mopo_kernels torch", "all rows", "QuACK", "--output", str(output)])
     record = json.loads(output.read_text())
-    assert [(group["dtype"], group["trained"]) for group in record["groups"]] == list(growth.groups(growth.DTYPES))
+    assert [(group["dtype"], group["trained"]) for group in record["groups"]] == list(
+        scaling_curves.groups(scaling_curves.DTYPES)
+    )
     for group in record["groups"]:
         assert {"mopo_kernels torch", "plain PyTorch, all rows"} <= group["results"].keys()
         assert all(row["gradient"] > 0 for row in group["results"].values())
@@ -411,9 +422,9 @@ def test_an_interrupted_run_leaves_no_process_behind(sent: signal.Signals, code:
     program = (
         # Where tests run in the background, shells have SIGINT ignored.
         "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); sys.path.insert(0, 'tests')\n"
-        "from bench import run; import test_bench_run as here; from mopo_kernels import cli\n"
+        "from bench import run; import test_bench_run as here\n"
         "run.FULL = here.scripted('hangs'); run.require_parity = lambda tests: ''\n"
-        f"sys.exit(cli.main(['bench', '--output', {str(tmp_path)!r}]))\n"
+        f"sys.exit(run.run_command(['--output', {str(tmp_path)!r}]))\n"
     )
     process = subprocess.Popen(
         [sys.executable, "-c", program], cwd=run.ROOT, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
@@ -444,7 +455,7 @@ def test_how_a_process_ended_is_told_in_one_line() -> None:
     assert Done(3, "out\n", "").reason() == "exit code 3: out"
 
 
-def test_the_table_of_the_head_holds_ratio_memory_and_error_of_every_contender() -> None:
+def test_the_table_of_the_head_holds_ratio_memory_and_error_of_every_implementation() -> None:
     row = {"loss": "regression", "seconds": 1.5, "p20": 1.0, "p80": 2.0, "ratio": 1.07, "peak_mib": 300.0}
     work = dict(scored=8, hidden=4, vocabulary=16, objectives=2, trained=False, dtype="torch.float32")
     record = {
@@ -486,7 +497,7 @@ def test_the_table_of_the_head_holds_ratio_memory_and_error_of_every_contender()
 def test_a_wrong_argument_is_one_line_and_code_2(
     arguments: tuple[str, ...], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert cli.main(["bench", *arguments]) == 2
+    assert run.run_command(arguments) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"mopo: error: {message}")
 
@@ -494,7 +505,7 @@ def test_a_wrong_argument_is_one_line_and_code_2(
 def test_benchmarks_take_the_arguments_that_their_sections_give(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """All are read, as each stops at no more than the contender that is added; instructions have no contenders."""
+    """All are read, as each stops at no more than the implementation that is added; instructions have none."""
     for sections in (run.FULL, run.QUICK):
         assert len({section.name for section in sections}) == len(sections)
         for section in sections:
@@ -502,30 +513,42 @@ def test_benchmarks_take_the_arguments_that_their_sections_give(
             assert arguments[-2:] == ["--output", str(tmp_path / f"{section.name}.json")]
             if section.module != "instructions":
                 with pytest.raises(SystemExit):
-                    importlib.import_module(module).main([*arguments, "--contenders", "nobody"])
-                assert "no contender is called like 'nobody'" in capsys.readouterr().err
+                    importlib.import_module(module).main([*arguments, "--implementations", "nobody"])
+                assert "no implementation is called like 'nobody'" in capsys.readouterr().err
     assert {section.name for section in run.QUICK} <= {section.name for section in run.FULL}
 
 
 def test_outside_a_clone_one_line_says_where_it_runs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(run, "main", lambda arguments, program: 0)
     monkeypatch.setattr(bench_command, "CLONE", tmp_path)
     assert cli.main(["bench", "--quick"]) == 2
     assert capsys.readouterr().err == "mopo: error: mopo bench runs from a clone of the repository\n"
 
 
-def test_in_a_clone_the_command_runs_its_benchmarks(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_in_a_clone_the_command_runs_its_benchmarks_and_leaves_the_import_path_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """From any folder, though it has a package of that name (since Python 3.11); the exit code is the benchmarks'."""
     assert bench_command.CLONE == run.ROOT
-    monkeypatch.setattr(sys, "path", list(sys.path))
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(SystemExit) as stop:
-        bench_command.run_benchmarks(["--help"])
-    assert stop.value.code == 0
-    assert "usage: mopo bench" in capsys.readouterr().out
-    monkeypatch.setattr(run, "main", lambda arguments, program: 1 if arguments == ["--quick"] else 0)
-    assert cli.main(["bench", "--quick"]) == 1
-    assert os.getcwd() == str(tmp_path)
+    monkeypatch.setattr(os, "execve", lambda *arguments: None)
+    path = list(sys.path)
+    bench_command.run_benchmarks(["--quick"])
+    assert sys.path == path
+    if sys.version_info >= (3, 11):
+        (tmp_path / "bench").mkdir()
+        (tmp_path / "bench" / "__init__.py").touch()
+    program = "import sys; from mopo_kernels import cli; sys.exit(cli.main(['bench', *sys.argv[1:]]))"
+
+    def command(*arguments: str) -> subprocess.CompletedProcess[str]:
+        environment = {**os.environ, "PYTHONPATH": str(run.ROOT), "PYTHONSAFEPATH": "1"}
+        return subprocess.run(
+            [sys.executable, "-c", program, *arguments], cwd=tmp_path, env=environment, capture_output=True, text=True
+        )
+
+    done = command("--help")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("usage: mopo bench")
+    done = command("--only", "nothing")
+    assert done.returncode == 2
+    assert done.stderr.startswith("mopo: error: argument --only: invalid choice: 'nothing'")

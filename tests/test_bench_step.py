@@ -1,4 +1,4 @@
-"""Whole steps are compared like with like: same rows, same first loss and gradient, each contender in its process."""
+"""Whole steps are compared like with like: same rows, same first loss and gradient, each trainer in its process."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ import pytest
 import torch
 
 from bench import step
-from bench.step import CONTENDERS, Contender, Meter, Work
+from bench.step import IMPLEMENTATIONS, Implementation, Meter, Work
 
 TINY = Work(shape="tiny", pairs=2, length=24)
-RUNNABLE = [name for name, one in CONTENDERS.items() if one.unavailable(TINY) is None]
+RUNNABLE = [name for name, one in IMPLEMENTATIONS.items() if one.unavailable(TINY) is None]
 # transformers renames gradient checkpointing; TRL 1.16 and older releases know it by that name only.
 pytestmark = pytest.mark.filterwarnings("ignore:.*is deprecated and will be removed in v6.*:FutureWarning")
 
@@ -36,9 +36,9 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(folder)
 
 
-def first_steps(contender: Contender, work: Work, model: str, folder: Path) -> list[dict[str, Any]]:
+def first_steps(implementation: Implementation, work: Work, model: str, folder: Path) -> list[dict[str, Any]]:
     """Its answers to one step of each prompt share, the trainer in this process."""
-    trainer = step.make_trainer(contender, work, 0, model, str(folder))
+    trainer = step.make_trainer(implementation, work, 0, model, str(folder))
     answers: list[dict[str, Any]] = []
     trainer.add_callback(step.turns(trainer, Meter("cpu"), answers.append, lambda: True))
     trainer.train()
@@ -59,12 +59,13 @@ def test_all_that_run_agree_and_another_beta_is_refused(
     pytest.importorskip("trl")
     work = replace(TINY, tuning=tuning)
     firsts = {
-        name: first_steps(CONTENDERS[name], work, model, tmp_path / f"{number}") for number, name in enumerate(names)
+        name: first_steps(IMPLEMENTATIONS[name], work, model, tmp_path / f"{number}")
+        for number, name in enumerate(names)
     }
-    losses = {name: CONTENDERS[name].loss for name in names}
+    losses = {name: IMPLEMENTATIONS[name].loss for name in names}
     found = step.disagreement(firsts, losses, step.TOLERANCE["float32"])
     assert max(found.values()) < 1e-5
-    other = replace(CONTENDERS["TRL, fastest"], settings={**step.TRL, "beta": 1.05 * step.BETA})
+    other = replace(IMPLEMENTATIONS["TRL, fastest"], settings={**step.TRL, "beta": 1.05 * step.BETA})
     firsts["other beta"] = first_steps(other, work, model, tmp_path / "other")
     with pytest.raises(SystemExit, match=r"other beta disagrees with mopo_kernels by .*: nothing is reported"):
         step.disagreement(firsts, {**losses, "other beta": "DPO"}, step.TOLERANCE["float32"])
@@ -78,7 +79,7 @@ def test_several_responses_to_a_prompt_are_the_same_pairs_for_all(model: str, tm
     work = replace(TINY, pairs=6, responses=3)
     assert work.prompts == 2
     firsts = {
-        name: first_steps(CONTENDERS[name], work, model, tmp_path / f"{number}")
+        name: first_steps(IMPLEMENTATIONS[name], work, model, tmp_path / f"{number}")
         for number, name in enumerate((*MINE, "TRL, fastest"))
     }
     found = step.disagreement(firsts, dict.fromkeys(firsts, "DPO"), step.TOLERANCE["float32"])
@@ -108,7 +109,7 @@ def test_the_pairs_of_a_file(model: str, tmp_path: Path) -> None:
     assert made[1].wins == dict.fromkeys(made[0].wins, True)
     assert step.prompt_share(file, Path(model), 3) == round(12 / 24, 2)
     firsts = {
-        name: first_steps(CONTENDERS[name], work, model, tmp_path / f"{number}")
+        name: first_steps(IMPLEMENTATIONS[name], work, model, tmp_path / f"{number}")
         for number, name in enumerate((*MINE, "TRL, fastest"))
     }
     found = step.disagreement(firsts, dict.fromkeys(firsts, "DPO"), step.TOLERANCE["float32"])
@@ -132,9 +133,9 @@ def test_the_demo_is_its_model_and_data(monkeypatch: pytest.MonkeyPatch, tmp_pat
     assert json.loads((tmp_path / "o.json").read_text())["workload"]["data"] == "preferences.jsonl"
 
 
-def test_a_contender_waits_before_every_step_and_after_the_last(model: str, tmp_path: Path) -> None:
+def test_an_implementation_waits_before_every_step_and_after_the_last(model: str, tmp_path: Path) -> None:
     """What a trainer does at its end must not fall into another one's turn."""
-    trainer = step.make_trainer(CONTENDERS["mopo_kernels"], TINY, 0, model, str(tmp_path))
+    trainer = step.make_trainer(IMPLEMENTATIONS["mopo_kernels"], TINY, 0, model, str(tmp_path))
     events: list[str] = []
 
     def wait() -> bool:
@@ -202,7 +203,7 @@ def test_the_quick_run_reports_every_figure_and_every_reason(
 SCRIPT = """
 import json, os, sys
 def answer(**message): print(json.dumps(message), flush=True)
-about = json.loads(sys.stdin.readline())["contender"]["about"]
+about = json.loads(sys.stdin.readline())["implementation"]["about"]
 if about == "stops with an error": answer(error="ValueError: too large"); sys.exit()
 if about == "exits": sys.exit("first line\\nno memory is left")
 answer(before_mib=10.0, threads=os.getpid(), trained=7)
@@ -223,8 +224,8 @@ def scripted(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def take_turns(*abouts: str) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
-    contenders = {about: Contender("scripted", about=about) for about in abouts}
-    return step.take_turns(TINY, contenders, 2, "no model", silent)
+    implementations = {about: Implementation("scripted", about=about) for about in abouts}
+    return step.take_turns(TINY, implementations, 2, "no model", silent)
 
 
 @pytest.mark.parametrize(
@@ -259,15 +260,17 @@ def test_what_stopped_and_what_cannot_run_is_printed(
 ) -> None:
     monkeypatch.setattr(
         step,
-        "CONTENDERS",
+        "IMPLEMENTATIONS",
         {
-            "one": Contender("scripted", about="is well"),
-            "two": Contender("scripted", about="is killed"),
-            "three": Contender("scripted", unavailable=lambda work: "there is no [third] one"),
+            "one": Implementation("scripted", about="is well"),
+            "two": Implementation("scripted", about="is killed"),
+            "three": Implementation("scripted", unavailable=lambda work: "there is no [third] one"),
         },
     )
     monkeypatch.setattr(step, "make_model", lambda shape, folder: None)
-    step.main(["--tuning", "full", "--rounds", "2", "--contenders", "t", "one", "--output", str(tmp_path / "o.json")])
+    step.main(
+        ["--tuning", "full", "--rounds", "2", "--implementations", "t", "one", "--output", str(tmp_path / "o.json")]
+    )
     printed = capsys.readouterr().out
     assert "two (full): stopped: its process was ended by SIGKILL\n" in printed
     assert "three: cannot run here: there is no [third] one\n" in printed
@@ -357,7 +360,7 @@ def test_without_a_high_water_mark_the_greatest_resident_size_serves(monkeypatch
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--contenders", "nobody"), "no contender is called like 'nobody'"),
+        (("--implementations", "nobody"), "no implementation is called like 'nobody'"),
         (("--rounds", "1"), "--rounds: must be at least 2; got 1"),
         (("--prompt-share", "1.0"), "--prompt-share: must be between 0 and 1; got [1.0]"),
         (("--pairs", "4", "--responses", "3"), "--pairs: must be a multiple of the pairs that 3 responses make; got 4"),

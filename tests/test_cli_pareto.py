@@ -603,13 +603,13 @@ def test_the_help_of_mopo_imports_no_solver():
 def figures(monkeypatch):
     """The figures drawn, beside the files written from them."""
     drawn = []
-    save = plots._save
+    save = plots.save_figure
 
     def keep(figure, path):
         drawn.append(figure)
         return save(figure, path)
 
-    monkeypatch.setattr(plots, "_save", keep)
+    monkeypatch.setattr(plots, "save_figure", keep)
     return drawn
 
 

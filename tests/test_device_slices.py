@@ -19,9 +19,9 @@ from typing import Any
 import pytest
 import torch
 
-from bench import contenders as registry
+from bench import implementations as registry
 from bench.device import __main__ as suite
-from bench.device import building, children, peers, probing, stepping, testing, timing, wheels
+from bench.device import building, peers, probing, stepping, subprocesses, testing, timing, wheels
 from bench.device.record import NotHere, Record, Section
 from mopo_kernels import backends
 
@@ -193,16 +193,16 @@ def test_the_page_about_gpus_has_the_commands_that_there_are() -> None:
         assert re.search(rf"^\| `{name}` \| {one.budget:g} s \|", page, re.MULTILINE)
 
 
-# ------------------------------------------------------------------------------------------------------- children
+# ---------------------------------------------------------------------------------------------------- subprocesses
 
 
 def test_a_child_may_ask_for_patience_and_is_ended_without_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert children.SILENCE == 40.0
-    begin = "import time\nfrom bench.device.children import report\n"
+    assert subprocesses.SILENCE == 40.0
+    begin = "import time\nfrom bench.device.subprocesses import report\n"
     got: list[Any] = []
 
-    def run(program: str) -> children.Finished:
-        return children.run([sys.executable, "-c", begin + program], 30.0, got.append, silence=2.0)
+    def run(program: str) -> subprocesses.Finished:
+        return subprocesses.run([sys.executable, "-c", begin + program], 30.0, got.append, silence=2.0)
 
     assert run("report(step=1, patience=20)\ntime.sleep(3)\nreport(step=2)").code == 0
     # Only until the next report.
@@ -214,10 +214,10 @@ def test_a_child_may_ask_for_patience_and_is_ended_without_it(monkeypatch: pytes
 
 PIECES = """
 import json, os, sys, time
-from bench.device import children
+from bench.device import subprocesses
 
 def take(name):
-    children.report(figure=name)
+    subprocesses.report(figure=name)
     if name == "dies":
         os.abort()
     if name == "hangs":
@@ -225,20 +225,20 @@ def take(name):
     if name == "raises":
         raise ValueError("no such thing")
     if name == "loses the device":
-        children.device_answers = lambda: False
+        subprocesses.device_answers = lambda: False
 
-children.take_pieces(json.loads(sys.argv[1]), take)
+subprocesses.take_pieces(json.loads(sys.argv[1]), take)
 """
 
 
 def test_a_bad_piece_costs_one_piece(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "pieces_child.py").write_text(PIECES)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    monkeypatch.setattr(children, "SILENCE", 4.0)
+    monkeypatch.setattr(subprocesses, "SILENCE", 4.0)
     names = ["first", "dies", "raises", "hangs", "loses the device", "last"]
     got: list[str] = []
     end = time.monotonic() + 60
-    failed = children.run_pieces(
+    failed = subprocesses.run_pieces(
         "pieces_child", {}, names, lambda: end - time.monotonic(), lambda f: got.append(f["figure"])
     )
     assert got == names
@@ -247,24 +247,24 @@ def test_a_bad_piece_costs_one_piece(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert failed["dies"].startswith("took the process with it: exit code -6")
     assert failed["hangs"].startswith("took the process with it: it reported nothing for too long")
     assert failed["loses the device"] == "took the device with it: None"
-    failed = children.run_pieces("no_such_module", {}, ["a", "b"], lambda: 20.0, print)
+    failed = subprocesses.run_pieces("no_such_module", {}, ["a", "b"], lambda: 20.0, print)
     assert {why.partition(":")[0] for why in failed.values()} == {"its process did not begin"}
     assert list(failed) == ["a", "b"]
     # Out of time nothing has failed.
-    assert children.run_pieces("pieces_child", {}, ["hangs"], lambda: 0.0, print) == {}
+    assert subprocesses.run_pieces("pieces_child", {}, ["hangs"], lambda: 0.0, print) == {}
 
 
 # ----------------------------------------------------------------------------------------------------------- tests
 
 COLLECT = """
 import json
-from bench.device import recorder
+from bench.device import pytest_plugin
 
 def pytest_collection_modifyitems(items):
-    here = [item for item in items if recorder.wanted(item, "cuda")]
+    here = [item for item in items if pytest_plugin.wanted(item, "cuda")]
     stages = [name for wave in __import__("bench.device.testing", fromlist="x").WAVES for name in wave.stages]
-    here.sort(key=lambda item: recorder.urgency(item, stages))
-    parity = [item for item in here if recorder.stage(item) == "parity"]
+    here.sort(key=lambda item: pytest_plugin.urgency(item, stages))
+    parity = [item for item in here if pytest_plugin.stage(item) == "parity"]
     wide = [
         definition.argname
         for item in here
@@ -273,10 +273,10 @@ def pytest_collection_modifyitems(items):
         for definition in definitions
         if definition.scope != "function" and "/gpu/" in str(definition.func.__code__.co_filename)
     ]
-    children = __import__("bench.device.children", fromlist="x")
-    children.report(
-        stages=[(item.nodeid, recorder.stage(item)) for item in here],
-        shares=[[item.nodeid for item in recorder.shared_out(parity, i, 12)] for i in range(12)],
+    subprocesses = __import__("bench.device.subprocesses", fromlist="x")
+    subprocesses.report(
+        stages=[(item.nodeid, pytest_plugin.stage(item)) for item in here],
+        shares=[[item.nodeid for item in pytest_plugin.shared_out(parity, i, 12)] for i in range(12)],
         wide=wide,
     )
 """
@@ -289,7 +289,7 @@ def collected(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     (folder / "stage_printer.py").write_text(COLLECT)
     got: list[dict[str, Any]] = []
     command = [sys.executable, "-m", "pytest", "-q", "--collect-only", "-p", "stage_printer", *testing.FILES]
-    ended = children.run(command, 120, got.append, {"PYTHONPATH": str(folder), "TRITON_INTERPRET": "1"}, 120)
+    ended = subprocesses.run(command, 120, got.append, {"PYTHONPATH": str(folder), "TRITON_INTERPRET": "1"}, 120)
     assert len(got) == 1, ended.output
     return got[0]
 
@@ -396,7 +396,7 @@ def test_a_piece_that_fails_fails_the_probe(section: Section, monkeypatch: pytes
         assert written(section.record.path)["sections"]["probe"]["figures"] == [{"piece": "ceilings", "copy_TB_s": 3.0}]
         return failed
 
-    monkeypatch.setattr(children, "run_pieces", run_pieces)
+    monkeypatch.setattr(subprocesses, "run_pieces", run_pieces)
     failed: dict[str, str] = {}
     assert section.record.run("probe", probing.run, "cpu", 10.0, {}) == "passed"
     failed["stages R 96 V 512"] = "RuntimeError: no"
@@ -428,13 +428,13 @@ def test_quacks_reference_goes_without_gradients_through_its_own_path(monkeypatc
 def test_what_a_shape_had_is_kept_where_its_time_was_up(section: Section, monkeypatch: pytest.MonkeyPatch) -> None:
     shape = timing.SMALL_SHAPES[0]
 
-    def child(command: list[str], seconds: float, each: Any) -> children.Finished:
+    def child(command: list[str], seconds: float, each: Any) -> subprocesses.Finished:
         each({"begun": "bare products", "shape": shape.name})
         each({"once": 7.0, "peak_mib": None, "entry": "bare products", "shape": shape.name})
         section._deadline = 0.0
-        return children.Finished(None, 1.0, "")
+        return subprocesses.Finished(None, 1.0, "")
 
-    monkeypatch.setattr(children, "run", child)
+    monkeypatch.setattr(subprocesses, "run", child)
     section.options = {"shapes": (shape,)}
     timing.run(section)
     assert section.data["once"] == {shape.name: {"bare products": {"ms": 7.0, "peak_mib": None}}}
@@ -444,8 +444,10 @@ def test_what_a_shape_had_is_kept_where_its_time_was_up(section: Section, monkey
 def test_a_peer_whose_import_ended_the_process_is_not_imported_again(monkeypatch: pytest.MonkeyPatch) -> None:
     told: list[dict[str, Any]] = []
     imported = []
-    contender = registry.Contender(registry.plain, registry.plain, unavailable=lambda: imported.append(1))
-    monkeypatch.setattr(timing, "CONTENDERS", {registry.BARE: registry.CONTENDERS[registry.BARE], "peer": contender})
+    implementation = registry.Implementation(registry.plain, registry.plain, unavailable=lambda: imported.append(1))
+    monkeypatch.setattr(
+        timing, "IMPLEMENTATIONS", {registry.BARE: registry.IMPLEMENTATIONS[registry.BARE], "peer": implementation}
+    )
     monkeypatch.setattr(timing, "report", lambda **fields: told.append(fields))
     assert "peer" in timing.entries(timing.SMALL_SHAPES[0], "cpu")[0]
     assert told == [{"begun": "peer", "shape": timing.SMALL_SHAPES[0].name}]

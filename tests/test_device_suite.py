@@ -17,11 +17,11 @@ from typing import Any
 import pytest
 import torch
 
-from bench import contenders as registry
-from bench.contenders import BARE, Contender
+from bench import implementations as registry
 from bench.device import __main__ as suite
-from bench.device import building, children, recorder, sanitizing, testing, timing, tuning
+from bench.device import building, pytest_plugin, sanitizing, subprocesses, testing, timing, tuning
 from bench.device.record import NotHere, Record, Section, description, first_line
+from bench.implementations import BARE, Implementation
 from mopo_kernels import backends
 from mopo_kernels.backends.torch_ops import TorchBackend
 
@@ -259,14 +259,14 @@ def test_a_run_that_is_ended_leaves_valid_json_and_told_to_end_no_children(tmp_p
                 os.kill(pid, signal.SIGKILL)
 
 
-# -------------------------------------------------------------------------------------------------------- children
+# ---------------------------------------------------------------------------------------------------- subprocesses
 
 
 def test_a_childs_reports_survive_whatever_ends_it() -> None:
-    def run(program: str, seconds: float = 20.0, silence: float = 20.0) -> tuple[list[Any], children.Finished]:
+    def run(program: str, seconds: float = 20.0, silence: float = 20.0) -> tuple[list[Any], subprocesses.Finished]:
         got: list[Any] = []
-        code = f"import os, time\nfrom bench.device.children import report\nreport(step=1)\n{program}"
-        return got, children.run([sys.executable, "-c", code], seconds, got.append, silence=silence)
+        code = f"import os, time\nfrom bench.device.subprocesses import report\nreport(step=1)\n{program}"
+        return got, subprocesses.run([sys.executable, "-c", code], seconds, got.append, silence=silence)
 
     got, ended = run("report(step=2)\nprint('done')")
     assert (got, ended.code, ended.output) == ([{"step": 1}, {"step": 2}], 0, "done\n")
@@ -338,21 +338,26 @@ def test_a_test_that_takes_its_process_with_it_costs_one_test(section: Section, 
 def test_a_lost_device_ends_a_worker_and_a_late_one_stops(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     done = tmp_path / "done"
     done.write_text("")
-    told = {recorder.SHARE: "0/1", recorder.STAGES: "triton", recorder.DONE: str(done), recorder.SECONDS: "60"}
+    told = {
+        pytest_plugin.SHARE: "0/1",
+        pytest_plugin.STAGES: "triton",
+        pytest_plugin.DONE: str(done),
+        pytest_plugin.SECONDS: "60",
+    }
     for name, value in told.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(children, "report", lambda **fields: None)
+    monkeypatch.setattr(subprocesses, "report", lambda **fields: None)
     failed = types.SimpleNamespace(when="call", passed=False, failed=True, skipped=False, nodeid="a", outcome="failed")
     failed.longrepr, failed.duration = "it failed", 0.1
     for answers, expected in ((True, None), (False, "the device no longer answers")):
-        monkeypatch.setattr(recorder, "device_answers", lambda answers=answers: answers)
-        worker = recorder.Recorder()
+        monkeypatch.setattr(pytest_plugin, "device_answers", lambda answers=answers: answers)
+        worker = pytest_plugin.Recorder()
         worker.pytest_sessionstart(types.SimpleNamespace(shouldstop=None))
         worker.pytest_runtest_logreport(failed)
         assert worker.session.shouldstop == expected
-    monkeypatch.setattr(recorder, "device_answers", lambda: True)
-    monkeypatch.setenv(recorder.SECONDS, "-1")
-    worker = recorder.Recorder()
+    monkeypatch.setattr(pytest_plugin, "device_answers", lambda: True)
+    monkeypatch.setenv(pytest_plugin.SECONDS, "-1")
+    worker = pytest_plugin.Recorder()
     worker.pytest_sessionstart(types.SimpleNamespace(shouldstop=None))
     worker.pytest_runtest_logreport(failed)
     assert worker.session.shouldstop == "out of time"
@@ -392,32 +397,34 @@ def _late(calls: list[int]) -> Any:
 
 
 @pytest.fixture
-def few_contenders(monkeypatch: pytest.MonkeyPatch) -> None:
+def few_implementations(monkeypatch: pytest.MonkeyPatch) -> None:
     """The bare products, one of this library's, plain PyTorch, and some that do not work."""
-    kept = {name: registry.CONTENDERS[name] for name in (BARE, "plain PyTorch, scored rows", "plain PyTorch, all rows")}
+    kept = {
+        name: registry.IMPLEMENTATIONS[name] for name in (BARE, "plain PyTorch, scored rows", "plain PyTorch, all rows")
+    }
     plain = registry.plain_compacted
-    kept["wrong"] = Contender(_wrong, plain)
-    kept["large"] = Contender(_out_of_memory, plain)
-    kept["late"] = Contender(_late([]), plain)
-    kept["absent"] = Contender(plain, plain, unavailable=lambda: "not installed")
-    monkeypatch.setattr(timing, "CONTENDERS", kept)
+    kept["wrong"] = Implementation(_wrong, plain)
+    kept["large"] = Implementation(_out_of_memory, plain)
+    kept["late"] = Implementation(_late([]), plain)
+    kept["absent"] = Implementation(plain, plain, unavailable=lambda: "not installed")
+    monkeypatch.setattr(timing, "IMPLEMENTATIONS", kept)
     monkeypatch.setitem(timing.SLOW, "cpu", float("inf"))  # on a loaded machine the smallest products take any time
     monkeypatch.setattr(timing.backends, "availability", lambda: {"naive": None, "torch": None})
 
 
 def test_what_takes_far_longer_than_the_bare_products_is_timed_once(
-    few_contenders: None, monkeypatch: pytest.MonkeyPatch
+    few_implementations: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(timing.SLOW, "cpu", 20.0)
-    monkeypatch.setitem(timing.CONTENDERS, "slow", Contender(_slow, registry.plain_compacted))
+    monkeypatch.setitem(timing.IMPLEMENTATIONS, "slow", Implementation(_slow, registry.plain_compacted))
     found = timing.measure(timing.SMALL_SHAPES[0], "cpu", 0.0, {"dropped before"})
     assert found["slow"]["slow"] > 2000
     assert "slow" not in found["results"]
 
 
 @pytest.mark.parametrize("shape", timing.SMALL_SHAPES, ids=lambda shape: shape.name)
-def test_contenders_are_timed_in_turns_and_those_that_do_other_work_are_not(
-    shape: timing.Shape, few_contenders: None, capsys: pytest.CaptureFixture[str]
+def test_implementations_are_timed_in_turns_and_those_that_do_other_work_are_not(
+    shape: timing.Shape, few_implementations: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
     found = timing.measure(shape, "cpu", 0.0, {"dropped before"})
     own = "mopo_kernels torch"
@@ -447,7 +454,7 @@ def test_only_some_entries_have_their_offsets_on_the_host(monkeypatch: pytest.Mo
     hosted = []
     monkeypatch.setattr(timing, "on_host", lambda given: hosted.append(given) or given)
     for host in (True, False):
-        timing.Entry(registry.CONTENDERS[BARE], host=host).prepare({1: x})
+        timing.Entry(registry.IMPLEMENTATIONS[BARE], host=host).prepare({1: x})
     assert len(hosted) == 1
     found, _ = timing.entries(timing.SMALL_SHAPES[0], "cpu")
     assert {name for name, entry in found.items() if entry.host} == {
@@ -455,7 +462,7 @@ def test_only_some_entries_have_their_offsets_on_the_host(monkeypatch: pytest.Mo
     }
 
 
-def test_entries_that_were_dropped_do_not_run(few_contenders: None) -> None:
+def test_entries_that_were_dropped_do_not_run(few_implementations: None) -> None:
     found = timing.measure(timing.SMALL_SHAPES[0], "cpu", 0.0, {"large", "wrong", "late", "slow"})
     assert found["failed"] == found["slow"] == {}
 
@@ -512,7 +519,9 @@ def test_the_least_work_is_counted_in_products_of_the_shape() -> None:
         (v, n, t) for v in (51200, 128256) for n in (4096, 8192, 32768) for t in (True, False)
     }
     assert all(s.hidden == 2048 and s.workload().scored == s.tokens for s in timing.SHAPES)
-    row = timing.summary(BARE, timing.Entry(registry.CONTENDERS[BARE]), shape, [{BARE: [10.0, 1.0]}] * 5, 0.0, None)
+    row = timing.summary(
+        BARE, timing.Entry(registry.IMPLEMENTATIONS[BARE]), shape, [{BARE: [10.0, 1.0]}] * 5, 0.0, None
+    )
     # 4 products of 2 * 8192 * 51200 * 2048 operations in 10 ms.
     assert row["tflops"] == pytest.approx(4 * 2 * 8192 * 51200 * 2048 / 10e-3 / 1e12)
     assert row["tokens_per_second"] == pytest.approx(819_200)
@@ -545,22 +554,22 @@ def test_an_entry_that_ends_its_process_is_dropped_and_the_rest_goes_on(
     shapes = timing.SMALL_SHAPES
     plans = []
 
-    def child(command: list[str], seconds: float, each: Any) -> children.Finished:
+    def child(command: list[str], seconds: float, each: Any) -> subprocesses.Finished:
         plan = json.loads(command[-1])
         plans.append(plan)
         if len(plans) == 1:
             each({"begun": "bad", "shape": shapes[0].name})
-            return children.Finished(-11, 1.0, "")
+            return subprocesses.Finished(-11, 1.0, "")
         if len(plans) == 2:
             each({"begun": "worse", "shape": shapes[0].name})
             each({"lost": "worse: an illegal memory access", "shape": shapes[0].name})
-            return children.Finished(3, 1.0, "")
+            return subprocesses.Finished(3, 1.0, "")
         for fields in plan["shapes"]:
             shape = timing.Shape(**fields)
             each({"shape": shape.name, "found": {"error": "ValueError: no"}})
-        return children.Finished(0, 1.0, "")
+        return subprocesses.Finished(0, 1.0, "")
 
-    monkeypatch.setattr(children, "run", child)
+    monkeypatch.setattr(subprocesses, "run", child)
     timing.run(section)
     assert [plan["dropped"] for plan in plans] == [[], ["bad"], ["bad", "worse"]]
     assert section.failures == [
@@ -580,13 +589,13 @@ def test_the_build_is_for_this_device_and_a_missing_backend_is_a_failure(
     section.record.data["device"]["capability"] = "9.0"
     commands = []
 
-    def child(command: list[str], seconds: float, environment: Any = None, silence: float = 0) -> children.Finished:
+    def child(command: list[str], seconds: float, environment: Any = None, silence: float = 0) -> subprocesses.Finished:
         commands.append((command, environment))
         if "setup.py" in command:
-            return children.Finished(1, 1.0, "nvcc: no such header")
-        return children.Finished(0, 1.0, 'a warning\nserved {"triton": null, "cuda": "it was not built"}\n')
+            return subprocesses.Finished(1, 1.0, "nvcc: no such header")
+        return subprocesses.Finished(0, 1.0, 'a warning\nserved {"triton": null, "cuda": "it was not built"}\n')
 
-    monkeypatch.setattr(children, "run", child)
+    monkeypatch.setattr(subprocesses, "run", child)
     building.run(section)
     command, environment = commands[0]
     assert command[1:] == ["setup.py", "build_ext", "--inplace"]
@@ -619,11 +628,13 @@ def test_errors_of_the_sanitizer_are_failures_where_it_sees_a_planted_one(
 ) -> None:
     codes = {"control memcheck": 86 if works else 1, "cuda memcheck": 0, "cuda racecheck": 86, "triton memcheck": 1}
 
-    def child(command: list[str], seconds: float, environment: Any, silence: float) -> children.Finished:
+    def child(command: list[str], seconds: float, environment: Any, silence: float) -> subprocesses.Finished:
         assert environment == {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-        return children.Finished(codes[f"{command[-2]} {command[command.index('--tool') + 1]}"], 1.0, "what was seen")
+        return subprocesses.Finished(
+            codes[f"{command[-2]} {command[command.index('--tool') + 1]}"], 1.0, "what was seen"
+        )
 
-    monkeypatch.setattr(children, "run", child)
+    monkeypatch.setattr(subprocesses, "run", child)
     monkeypatch.setattr(sanitizing.shutil, "which", lambda name: f"/bin/{name}")
     if not works:
         with pytest.raises(NotHere, match="does not see a planted error on this machine: what was seen"):
@@ -651,7 +662,7 @@ def test_launch_configurations_compete(
     if (reason := backends.availability().get("triton", "not registered")) is not None:
         pytest.skip(reason)
 
-    def child(command: list[str], seconds: float, each: Any) -> children.Finished:
+    def child(command: list[str], seconds: float, each: Any) -> subprocesses.Finished:
         plan = json.loads(command[-1])
         monkeypatch.setattr(tuning, "report", lambda **fields: each(json.loads(json.dumps(fields))))
         if "share" in plan:
@@ -659,9 +670,9 @@ def test_launch_configurations_compete(
             tuning.compile_share(plan)
         else:
             tuning.compete({**plan, "seconds": 2.0})
-        return children.Finished(0, 1.0, "")
+        return subprocesses.Finished(0, 1.0, "")
 
-    monkeypatch.setattr(children, "run", child)
+    monkeypatch.setattr(subprocesses, "run", child)
     monkeypatch.setattr(tuning, "SMALL_SIZES", ((8, 48, 16, True), (8, 48, 16, False)))
     before = tuning.current()
     tuning.run(section)

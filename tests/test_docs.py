@@ -21,10 +21,10 @@ GUIDES = (
     *sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("docs/guides/*.md")),
     "docs/quickstart.md",
 )
-# The folders of results are written by the studies, the page of architectures by a benchmark.
 PAGES = sorted(
     path
-    for path in (*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("docs/*/*.md"))
+    for pattern in ("*.md", "docs/*.md", "docs/*/*.md", "studies/*/**/*.md")
+    for path in ROOT.glob(pattern)
     if "_build" not in path.parts
 )
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```", re.MULTILINE | re.DOTALL)
@@ -164,6 +164,12 @@ def test_every_page_is_in_the_site() -> None:
             listed |= {path for entry in entries for path in (ROOT / "docs").glob(f"{entry}.md")}
     pages = {page for page in PAGES if page.is_relative_to(ROOT / "docs")}
     assert pages - listed == {ROOT / "docs/index.md"}
+    included = {
+        (page.parent / path).resolve()
+        for page in pages
+        for path in re.findall(r"^```\{include\} (.*)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    }
+    assert {page for page in PAGES if page.is_relative_to(ROOT / "studies")} <= included
 
 
 def test_the_readme_is_short() -> None:

@@ -24,7 +24,6 @@ from scipy import stats
 from scipy.optimize import brentq
 from torch import Tensor
 
-from bench.certify import AIMS, RESPONSES
 from mopo_kernels import mopo_loss, naive
 from mopo_kernels.arguments import LogitTransform
 from mopo_kernels.certify import certificate
@@ -32,6 +31,7 @@ from mopo_kernels.fused.fp16_scaling import FP16_SCALE
 from mopo_kernels.tabular import TabularProblem, robust_value, solve
 from mopo_kernels.trainer.config import MOPOConfig
 from mopo_kernels.trainer.control import gain
+from studies.certificate_coverage.coverage import AIMS, RESPONSES
 
 Array = NDArray[np.float64]
 
@@ -780,10 +780,11 @@ def certificate_figures() -> list[str]:
 
 
 def certified_structures() -> list[str]:
-    """What the records of `python -m bench.certify` say; that they were made with what the text says."""
+    """What the records of `python -m studies.certificate_coverage` say; that they were made with what the text says."""
     lines = []
-    for name, prompts in (("certify", 1000), ("certify_200", 200)):
-        record = json.loads((ROOT / "bench/results" / f"{name}.json").read_text(encoding="utf-8"))
+    for prompts in (1000, 200):
+        file = ROOT / "studies/certificate_coverage" / f"prompts_{prompts}.json"
+        record = json.loads(file.read_text(encoding="utf-8"))
         expected = {"instances": 200, "pairs": 5000, "prompts": prompts, "confidence": 0.95}
         assert {key: record["settings"][key] for key in expected} == expected
         found = dict(record["results"])

@@ -40,13 +40,13 @@ POINTS = {
 def figures(monkeypatch):
     """The figures drawn, beside the files written from them."""
     drawn = []
-    save = plots._save
+    save = plots.save_figure
 
     def keep(figure, path):
         drawn.append(figure)
         return save(figure, path)
 
-    monkeypatch.setattr(plots, "_save", keep)
+    monkeypatch.setattr(plots, "save_figure", keep)
     return drawn
 
 

@@ -70,7 +70,7 @@ def test_a_batch_of_nothing(backend: str, trained: bool) -> None:
 
 @pytest.mark.parametrize("backend", CPU_BACKENDS)
 def test_another_objective_adds_numbers_a_pair_and_no_pass_over_the_head(backend: str) -> None:
-    """Not timed, as that depends on what else the machine does; `python -m bench.growth` does."""
+    """Not timed, as that depends on what else the machine does; `python -m bench.scaling_curves` does."""
     batch = make_batch(prompts=8, responses=2, longest=40, hidden=16, vocabulary=512, objectives=8)
     first = replace(batch, preference=batch.preference[:, :1], objective_weight=batch.objective_weight[:1])
     found = []

@@ -48,6 +48,23 @@ def test_no_import_of_the_core_runs_up() -> None:
             assert FLOORS.index(other.split(".")[0]) >= floor, f"{name} imports {other}"
 
 
+def test_a_private_name_stays_in_its_package() -> None:
+    """Neither another package of the library nor benchmarks, studies, examples or tests import it."""
+    root = PACKAGE.parent
+    own = {"mopo_kernels", "bench", "studies", *(path.stem for path in (root / "tests").glob("*.py"))}
+    seen = 0
+    for folder in ("mopo_kernels", "bench", "studies", "examples", "docs", "tests"):
+        for path in (root / folder).rglob("*.py"):
+            package = ".".join(path.relative_to(root).parent.parts)
+            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+                if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] in own:
+                    seen += 1
+                    names = [*node.module.split("."), *(alias.name for alias in node.names)]
+                    private = [name for name in names if name.startswith("_") and not name.endswith("__")]
+                    assert not private or node.module.rpartition(".")[0] == package, f"{path} imports {private}"
+    assert seen > 1000
+
+
 def names_of(node: ast.AST) -> set[str]:
     """Parameters of a function, fields of a class, keys of a dictionary, or what a call is given."""
     if isinstance(node, ast.FunctionDef):

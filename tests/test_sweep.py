@@ -543,7 +543,7 @@ def test_eval_of_a_sweep_refuses_what_does_not_fit(swept, tmp_path, capsys):
 
 def test_the_picture_has_every_policy_its_threshold_and_the_front(tmp_path, monkeypatch):
     drawn = []
-    monkeypatch.setattr(plots, "_save", lambda figure, path: (drawn.append(figure), Path(path))[1])
+    monkeypatch.setattr(plots, "save_figure", lambda figure, path: (drawn.append(figure), Path(path))[1])
     values = {f"p{i}": {"y": 0.5 + 0.01 * i, "a": 0.6 - 0.01 * i, "b": 0.4} for i in range(7)}
     values["bad"] = {"y": 0.5, "a": 0.5, "b": 0.4}
     front = [name for name in values if name != "bad"]

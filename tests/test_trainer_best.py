@@ -105,7 +105,6 @@ def test_offloading_activations_from_a_cpu_is_refused(tmp_path):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_offloaded_activations_leave_the_policy_as_it_would_be(tmp_path):
     def run(**changes):
         trainer = make_trainer(tmp_path, max_steps=1, use_cpu=False, gradient_checkpointing=True, **changes)

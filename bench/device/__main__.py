@@ -24,9 +24,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from bench.device import children, wheels
-from bench.device.children import ROOT
+from bench.device import subprocesses, wheels
 from bench.device.record import Record, Section, description
+from bench.device.subprocesses import ROOT
 
 # Module and share of the time.
 SECTIONS = {
@@ -83,7 +83,7 @@ def missing(device: str) -> str | None:
 
 def stop(signum: int, frame: Any) -> None:
     """So that a run that is told to end ends its children and writes what it has."""
-    children.stopped.set()
+    subprocesses.stopped.set()
     raise SystemExit(128 + signum)
 
 

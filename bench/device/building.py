@@ -8,7 +8,7 @@ import shutil
 import sys
 from pathlib import Path
 
-from bench.device import children
+from bench.device import subprocesses
 from bench.device.record import Section
 
 # What the package says of its backends, in a process that loads the new extensions.
@@ -44,7 +44,7 @@ def served(device: str) -> dict[str, str | None]:
     Raises:
         RuntimeError: the package does not import.
     """
-    asked = children.run([sys.executable, "-c", ASK, device], 120)
+    asked = subprocesses.run([sys.executable, "-c", ASK, device], 120)
     for line in reversed(asked.output.splitlines()):
         if line.startswith("served "):
             answer: dict[str, str | None] = json.loads(line.removeprefix("served "))
@@ -67,7 +67,7 @@ def run(section: Section) -> None:
         environment["CUDA_HOME"] = home
     command = [sys.executable, "setup.py", *(["--version"] if section.dry else ["build_ext", "--inplace"])]
     # A compiler reports nothing.
-    done = children.run(command, section.left, environment=environment, silence=float("inf"))
+    done = subprocesses.run(command, section.left, environment=environment, silence=float("inf"))
     if done.failure is not None:
         section.failures.append(f"setup.py build_ext: {done.failure}")
     section.data["backends"] = answer = served(section.device)

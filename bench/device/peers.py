@@ -1,4 +1,4 @@
-"""Peers whose kernels need a GPU, on the scored rows of a batch. See :mod:`bench.contenders`."""
+"""Peers whose kernels need a GPU, on the scored rows of a batch. See :mod:`bench.implementations`."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from bench import contenders
-from bench.contenders import Contender, Inputs, Result, _importable, _on_scored_rows, plain_compacted
+from bench import implementations
+from bench.implementations import Implementation, Inputs, Result, import_error, on_scored_rows, plain_compacted
 
 # Rows of a chunk, QuACK's own default.
 QUACK_ROWS = 4096
@@ -24,12 +24,12 @@ def _cut_cross_entropy(rows: Tensor, weight: Tensor, target: Tensor) -> Tensor:
 
 def cut_cross_entropy(x: Inputs) -> Result:
     """Apple's kernel, unfiltered. Units: policy 4 (frozen 3; backward computes the products again), reference 1."""
-    return _on_scored_rows(x, _cut_cross_entropy)
+    return on_scored_rows(x, _cut_cross_entropy)
 
 
 def _rows(x: Inputs) -> tuple[Tensor, Tensor, Tensor]:
-    rows, target, _ = contenders.pack_responses(x.hidden, x.labels)
-    return rows, contenders.pack_responses(x.ref_hidden, x.labels)[0], target
+    rows, target, _ = implementations.pack_responses(x.hidden, x.labels)
+    return rows, implementations.pack_responses(x.ref_hidden, x.labels)[0], target
 
 
 def quack(x: Inputs) -> Result:
@@ -47,17 +47,17 @@ def quack(x: Inputs) -> Result:
 
 
 def plain_cross_entropy(x: Inputs) -> Result:
-    """What QuACK's contender is held against."""
+    """What QuACK's implementation is held against."""
     rows, _, target = _rows(x)
     loss = F.cross_entropy((rows @ x.weight.T).float(), target, reduction="sum")
     return loss, *torch.autograd.grad(loss, x.leaves())
 
 
-GPU_PEERS: dict[str, Contender] = {
-    "cut-cross-entropy": Contender(
-        cut_cross_entropy, plain_compacted, unavailable=lambda: _importable("cut_cross_entropy")
+GPU_PEERS: dict[str, Implementation] = {
+    "cut-cross-entropy": Implementation(
+        cut_cross_entropy, plain_compacted, unavailable=lambda: import_error("cut_cross_entropy")
     ),
-    "QuACK": Contender(
-        quack, plain_cross_entropy, "sum of cross-entropies", lambda: _importable("quack.linear_cross_entropy")
+    "QuACK": Implementation(
+        quack, plain_cross_entropy, "sum of cross-entropies", lambda: import_error("quack.linear_cross_entropy")
     ),
 }

@@ -21,12 +21,12 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from bench import contenders as registry
-from bench.contenders import BARE, CONTENDERS, fused
-from bench.device import children
-from bench.device.children import report
+from bench import implementations as registry
+from bench.device import subprocesses
 from bench.device.record import Section
+from bench.device.subprocesses import report
 from bench.device.timing import CACHE_BYTES, Shape, make_inputs, on_host, packed_beforehand, synchronize, take_turns
+from bench.implementations import BARE, IMPLEMENTATIONS, fused
 from mopo_kernels import backends, linear_mopo_loss
 from mopo_kernels.arguments import LogitTransform
 from mopo_kernels.fused.buffer_plan import layout_of
@@ -148,7 +148,7 @@ class Probe:
         bounded = functools.partial(linear_mopo_loss, max_buffer_bytes=mib << 20)
         own = fused("triton" if self.device == "cuda" else "torch")
         with packed_beforehand(), mock.patch.object(registry, "linear_mopo_loss", bounded):
-            ms = self.medians({BARE: lambda: CONTENDERS[BARE].run(x), "fused": lambda: own(x)})
+            ms = self.medians({BARE: lambda: IMPLEMENTATIONS[BARE].run(x), "fused": lambda: own(x)})
         return {
             "ms": ms["fused"],
             "bare_ms": ms[BARE],
@@ -233,7 +233,7 @@ def child(plan: dict[str, Any]) -> None:
             if plan["device"] == "cuda":
                 torch.cuda.empty_cache()
 
-    children.take_pieces(plan, take)
+    subprocesses.take_pieces(plan, take)
 
 
 def run(section: Section) -> None:
@@ -246,7 +246,7 @@ def run(section: Section) -> None:
         print(line(fields["figure"]), flush=True)
 
     plan = {"device": section.device}
-    section.data["failed"] = children.run_pieces("bench.device.probing", plan, names, lambda: section.left, each)
+    section.data["failed"] = subprocesses.run_pieces("bench.device.probing", plan, names, lambda: section.left, each)
     found = {figure["piece"] for figure in figures}
     section.data["not_reached"] = [name for name in names if name not in found | section.data["failed"].keys()]
     for name, why in section.data["failed"].items():

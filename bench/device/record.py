@@ -16,7 +16,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from bench.device.children import ROOT, first_line
+from bench.device.subprocesses import ROOT, first_line
 
 PACKAGES = (
     "torch",

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.device import children
+from bench.device import subprocesses
 from bench.device.record import NotHere, Section
 from mopo_kernels import backends
 from mopo_kernels.arguments import LogitTransform, LossOptions, PairBatch
@@ -133,7 +133,7 @@ def sequences(backend: TileBackend, device: str) -> None:
 
 def write_outside(device: str) -> None:
     """A kernel that stores beyond its tensor."""
-    from bench.device.outside import store
+    from bench.device.oob_kernel import store
 
     x = torch.zeros(16, device=device)
     store[(1,)](x, 32)
@@ -166,7 +166,7 @@ def run(section: Section) -> None:
         command = [tool, *TOOLS[kind], "--error-exitcode", str(FOUND), sys.executable, "-m", "bench.device.sanitizing"]
         # Without the caching allocator every tensor has bounds that the tool knows.
         environment = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-        done = children.run(
+        done = subprocesses.run(
             [*command, name, section.device],
             section.left - 2,
             environment=environment,

@@ -28,10 +28,10 @@ from unittest import mock
 import torch
 
 from bench import step
-from bench.device import children
-from bench.device.children import report
+from bench.device import subprocesses
 from bench.device.record import NotHere, Section
-from bench.step import CONTENDERS, TUNINGS, Work
+from bench.device.subprocesses import report
+from bench.step import IMPLEMENTATIONS, TUNINGS, Work
 
 OURS, THEIRS = "mopo_kernels", "TRL, fastest"
 # Steps of a run, after one that is not counted.
@@ -52,17 +52,17 @@ class Run(NamedTuple):
     """What is trained, by whom, with which attention."""
 
     tuning: str
-    contender: str
+    implementation: str
     attention: str
 
     @property
     def name(self) -> str:
-        return f"{self.tuning}, {self.contender}, {self.attention}"
+        return f"{self.tuning}, {self.implementation}, {self.attention}"
 
 
 # Attention that is compiled comes last: it may take the time of the others.
 RUNS = (
-    *(Run(tuning, contender, "sdpa") for tuning in TUNINGS for contender in (OURS, THEIRS)),
+    *(Run(tuning, implementation, "sdpa") for tuning in TUNINGS for implementation in (OURS, THEIRS)),
     *(Run(tuning, OURS, "flex_attention") for tuning in TUNINGS),
 )
 
@@ -71,7 +71,7 @@ def unavailable(one: Run, work: Work) -> str | None:
     """Why the run cannot be made here, None if it can."""
     if one.attention == "flex_attention" and work.device == "cpu":
         return "flex_attention has no backward pass on a CPU"
-    return CONTENDERS[one.contender].unavailable(work)
+    return IMPLEMENTATIONS[one.implementation].unavailable(work)
 
 
 def make_model(work: Work, attention: str) -> Any:
@@ -119,10 +119,10 @@ def take(name: str, device: str, deadline: float) -> None:
     def answer(message: dict[str, Any]) -> None:
         report(run=name, step=message, **patience)
 
-    with tempfile.TemporaryDirectory() as folder, mock.patch(NAMES[one.contender], return_value=name):
+    with tempfile.TemporaryDirectory() as folder, mock.patch(NAMES[one.implementation], return_value=name):
         model = make_model(work, one.attention)
         tokenizer = step.make_tokenizer(model.get_input_embeddings().weight.shape[0])
-        trainer = step.trainer_of(CONTENDERS[one.contender], work, ROUNDS[device], model, tokenizer, folder)
+        trainer = step.trainer_of(IMPLEMENTATIONS[one.implementation], work, ROUNDS[device], model, tokenizer, folder)
         report(run=name, parameters=sum(p.numel() for p in model.parameters()), **patience)
         turns = step.turns(trainer, step.Meter(device), answer, lambda: time.monotonic() < deadline)
         trainer.add_callback(turns)
@@ -138,7 +138,7 @@ def child(plan: dict[str, Any]) -> None:
     logging.disable(logging.WARNING)
     os.environ["HF_HUB_OFFLINE"] = "1"
     deadline = time.monotonic() + plan["seconds"]
-    children.take_pieces(plan, lambda name: take(name, plan["device"], deadline))
+    subprocesses.take_pieces(plan, lambda name: take(name, plan["device"], deadline))
 
 
 # ----------------------------------------------------------------------------------------------------------- the parent
@@ -228,7 +228,7 @@ def run(section: Section) -> None:
     names = [one.name for one in RUNS]
     again = [name + AGAIN for name in reversed(names)]
     plan = {"device": section.device}
-    failed = children.run_pieces("bench.device.stepping", plan, [*names, *again], lambda: section.left, each)
+    failed = subprocesses.run_pieces("bench.device.stepping", plan, [*names, *again], lambda: section.left, each)
     section.data["failed"] = failed
     results = section.data["results"] = summaries(found)
     if results:

@@ -18,7 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from bench.device import building, children, recorder
+from bench.device import building, pytest_plugin, subprocesses
 from bench.device.record import NotHere, Section
 
 FILES = ("tests/gpu", "tests/test_kernels.py", "tests/test_cuda_kernels.py")
@@ -27,7 +27,7 @@ MESSAGES, PRINTED = 80, 25
 
 
 class Wave(NamedTuple):
-    """Tests that run beside each other, by :func:`bench.device.recorder.stage`, in processes of their own.
+    """Tests that run beside each other, by :func:`bench.device.pytest_plugin.stage`, in processes of their own.
 
     Attributes:
         stages: the first comes first.
@@ -106,26 +106,28 @@ def work(outcomes: Outcomes, share: str, stages: list[str], files: tuple[str, ..
             outcomes.put(fields["test"], fields["outcome"], fields["seconds"], fields["why"])
 
     command = [sys.executable, "-m", "pytest", "-q", "--tb=short", "--continue-on-collection-errors"]
-    command += ["-p", "bench.device.recorder", "-p", "no:cacheprovider", *files]
-    while left() > 5 and not children.stopped.is_set():
+    command += ["-p", "bench.device.pytest_plugin", "-p", "no:cacheprovider", *files]
+    while left() > 5 and not subprocesses.stopped.is_set():
         finished_before = mine & outcomes.results.keys()
         done.write_text("".join(f"{name}\n" for name in sorted(finished_before)), encoding="utf-8")
         environment = {
-            recorder.SHARE: share,
-            recorder.STAGES: ",".join(stages),
-            recorder.DONE: str(done),
-            recorder.SECONDS: str(left() - 3),
-            recorder.DEVICE: section.device,
+            pytest_plugin.SHARE: share,
+            pytest_plugin.STAGES: ",".join(stages),
+            pytest_plugin.DONE: str(done),
+            pytest_plugin.SECONDS: str(left() - 3),
+            pytest_plugin.DEVICE: section.device,
         }
         if section.dry:
-            environment[recorder.MOST] = "1"
+            environment[pytest_plugin.MOST] = "1"
         running = None
-        ended = children.run(command, left(), each, environment, section.options.get("silence", children.SILENCE))
+        ended = subprocesses.run(
+            command, left(), each, environment, section.options.get("silence", subprocesses.SILENCE)
+        )
         # Where a stage has no test for this device, pytest ends with 5.
         if ended.failure is not None and ended.code != 5:
             with outcomes.lock:
                 outcomes.output = ended.output
-        ours = left() > 0 and not children.stopped.is_set()
+        ours = left() > 0 and not subprocesses.stopped.is_set()
         if running is not None and running not in outcomes.results and ours:
             why = f"{'it hung' if ended.code is None else ended.failure}\n{ended.output[-1500:]}"
             outcomes.put(running, "crashed", round(ended.seconds, 2) if ended.code is None else 0.0, why)
@@ -140,7 +142,7 @@ def run(section: Section) -> None:
     if importlib.util.find_spec("pytest") is None:
         raise NotHere("pytest is not installed")
     files = tuple(
-        name for name in section.options.get("files", FILES) if (children.ROOT / name.split("::")[0]).exists()
+        name for name in section.options.get("files", FILES) if (subprocesses.ROOT / name.split("::")[0]).exists()
     )
     workers = min(section.options.get("workers", 4), max(1, (os.cpu_count() or 1) * 3 // 4))
     section.data |= {"files": [Path(name).name for name in files], "workers": workers}

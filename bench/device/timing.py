@@ -24,12 +24,12 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from bench import contenders as registry
-from bench.contenders import BARE, CONTENDERS, Contender, Inputs, Workload, fused
-from bench.device import children
-from bench.device.children import report
+from bench import implementations as registry
+from bench.device import subprocesses
 from bench.device.peers import GPU_PEERS
 from bench.device.record import Section, first_line
+from bench.device.subprocesses import report
+from bench.implementations import BARE, IMPLEMENTATIONS, Implementation, Inputs, Workload, fused
 from mopo_kernels import backends
 
 # Relative, of the loss and of each gradient; see bench.head.
@@ -102,7 +102,7 @@ class Packing(NamedTuple):
 
 @contextmanager
 def packed_beforehand() -> Iterator[None]:
-    """Contenders pack responses themselves; here they are given them packed."""
+    """Implementations pack responses themselves; here they are given them packed."""
 
     def as_they_are(hidden: Tensor, labels: Packing) -> tuple[Tensor, Tensor, Tensor]:
         return hidden, labels.target, labels.cu_seqlens
@@ -144,10 +144,10 @@ def on_host(x: Inputs) -> Inputs:
 
 @dataclass(frozen=True)
 class Entry:
-    """A contender under some condition. ``host``: offsets and pairs on the CPU; ``unfused``: the Triton backend with
-    the products of the BLAS library and a kernel over them."""
+    """An implementation under some condition. ``host``: offsets and pairs on the CPU; ``unfused``: the Triton backend
+    with the products of the BLAS library and a kernel over them."""
 
-    contender: Contender
+    implementation: Implementation
     objectives: int = 1
     host: bool = False
     unfused: bool = False
@@ -156,11 +156,11 @@ class Entry:
         x = inputs[self.objectives]
         x = on_host(x) if self.host else x
         if not self.unfused:
-            return lambda: self.contender.run(x)
+            return lambda: self.implementation.run(x)
 
         def run() -> registry.Result:
             with mock.patch.object(backends.tile_backend("triton"), "fuses", return_value=False):
-                return self.contender.run(x)
+                return self.implementation.run(x)
 
         return run
 
@@ -168,7 +168,7 @@ class Entry:
 def entries(shape: Shape, device: str, dropped: Collection[str] = ()) -> tuple[dict[str, Entry], dict[str, str]]:
     """Every entry of a shape that can run on the device but those ``dropped``, the bare products first; and the others'
     reasons. A peer is imported here, which is reported before: its import may be what ends the process."""
-    found, reasons = {BARE: Entry(CONTENDERS[BARE])}, {}
+    found, reasons = {BARE: Entry(IMPLEMENTATIONS[BARE])}, {}
     for backend in backends.availability():
         name = OWN + backend
         if backend == "naive":
@@ -178,27 +178,27 @@ def entries(shape: Shape, device: str, dropped: Collection[str] = ()) -> tuple[d
         except RuntimeError as error:
             reasons[name] = str(error)
             continue
-        contender = Contender(fused(backend), registry.plain_compacted)
-        found[name] = Entry(contender, host=True)
+        implementation = Implementation(fused(backend), registry.plain_compacted)
+        found[name] = Entry(implementation, host=True)
         # Torch's many small kernels would take the time of the others.
         if backend == "torch" and device == "cuda":
             continue
-        found[f"{name}, K {MANY}"] = Entry(contender, objectives=MANY, host=True)
+        found[f"{name}, K {MANY}"] = Entry(implementation, objectives=MANY, host=True)
         if shape.trained:
-            found[f"{name}, offsets on the device"] = Entry(contender)
+            found[f"{name}, offsets on the device"] = Entry(implementation)
         if backend == "triton" and shape.dtype != "float32":
-            found[f"{name}, not fused"] = Entry(contender, host=True, unfused=True)
-    for name, contender in {**CONTENDERS, **(GPU_PEERS if device == "cuda" else {})}.items():
+            found[f"{name}, not fused"] = Entry(implementation, host=True, unfused=True)
+    for name, implementation in {**IMPLEMENTATIONS, **(GPU_PEERS if device == "cuda" else {})}.items():
         # All rows are scored here.
         if name == BARE or name.startswith(OWN) or "all rows" in name or name in dropped:
             continue
         report(begun=name, shape=shape.name)
-        reason = contender.unavailable()
+        reason = implementation.unavailable()
         # Each new shape costs compilations of many seconds.
         if reason is None and "compiled" in name and shape != SHAPES[0]:
             reason = f"compiled for {SHAPES[0].name} only"
         if reason is None:
-            found[name] = Entry(contender)
+            found[name] = Entry(implementation)
         else:
             reasons[name] = reason
     return {name: entry for name, entry in found.items() if name not in dropped}, reasons
@@ -260,12 +260,12 @@ def peak_mib(call: Callable[[], Any], device: str) -> float | None:
 
 def difference(entry: Entry, inputs: dict[int, Inputs], expected: dict[tuple[str, int], registry.Result]) -> float:
     """Largest relative difference of the loss and the gradients from plain PyTorch's in fp32 with the same loss."""
-    contender = entry.contender
-    if contender.expected is None:
+    implementation = entry.implementation
+    if implementation.expected is None:
         return 0.0
-    key = contender.loss, entry.objectives
+    key = implementation.loss, entry.objectives
     if key not in expected:
-        expected[key] = contender.expected(inputs[entry.objectives].in_fp32())
+        expected[key] = implementation.expected(inputs[entry.objectives].in_fp32())
     got = entry.prepare(inputs)()
     return max(((a.float() - b).norm() / b.norm()).item() for a, b in zip(got, expected[key], strict=True))
 
@@ -375,7 +375,7 @@ def summary(
     cuts = statistics.quantiles(taken, n=10)
     median = statistics.median(taken)
     return {
-        "loss": entry.contender.loss,
+        "loss": entry.implementation.loss,
         "offsets": "host" if entry.host else "device",
         "objectives": entry.objectives,
         "ms": median,
@@ -474,7 +474,7 @@ def run(section: Section) -> None:
             "seconds": section.left - 3,
         }
         running["name"] = None
-        ended = children.run([sys.executable, "-m", "bench.device.timing", json.dumps(plan)], section.left, each)
+        ended = subprocesses.run([sys.executable, "-m", "bench.device.timing", json.dumps(plan)], section.left, each)
         if ended.failure is not None and running["name"] is not None and section.left > 0:
             lost.setdefault(running["name"], f"{ended.failure}: {ended.output[-300:]}")
         if (len(results), len(lost)) == before:
@@ -485,7 +485,7 @@ def run(section: Section) -> None:
         if "error" in found:
             section.failures.append(f"{shape.name}: {found['error']}")
         for name, why in found.get("failed", {}).items():
-            # A contender that needs more memory than there is has not failed us.
+            # An implementation that needs more memory than there is has not failed us.
             if name.startswith(OWN) or name == BARE or "disagrees" in why:
                 section.failures.append(f"{shape.name}: {name}: {why}")
     section.failures += [f"{name}: took the process with it: {why}" for name, why in lost.items()]

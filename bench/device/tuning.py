@@ -20,9 +20,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.device import children
-from bench.device.children import report
+from bench.device import subprocesses
 from bench.device.record import Section, first_line
+from bench.device.subprocesses import report
 from mopo_kernels.arguments import LogitTransform
 
 HEAD = LogitTransform()
@@ -218,9 +218,9 @@ def run(section: Section) -> None:
         elif "rows" in fields:
             found.update(fields)
 
-    def start(more: dict[str, Any], seconds: float) -> children.Finished:
+    def start(more: dict[str, Any], seconds: float) -> subprocesses.Finished:
         command = [sys.executable, "-m", "bench.device.tuning", json.dumps({**plan, **more, "seconds": seconds})]
-        return children.run(command, seconds + 20, each)
+        return subprocesses.run(command, seconds + 20, each)
 
     workers = min(8, max(1, (os.cpu_count() or 1) // 2)) if section.device == "cuda" else 1
     with ThreadPoolExecutor(workers) as pool:

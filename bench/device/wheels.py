@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from bench.device.children import ROOT
+from bench.device.subprocesses import ROOT
 
 FOLDER = ROOT / ".wheels"
 

@@ -112,7 +112,7 @@ def _command_text(name: str) -> list[str]:
     if name == "bench":
         from bench.run import make_parser
 
-        return lines + _text(list(_argparse_options(make_parser("mopo bench"))))
+        return lines + _text(list(_argparse_options(make_parser())))
     command = _find(name)
     help_text = inspect.cleandoc(command.help or "")
     return [*lines, *map(_literal, help_text.split("\n\n")), "", *_text(list(_typer_options(command)))]

@@ -77,7 +77,7 @@ def _data(context: typer.Context) -> None:
 def _bench(context: typer.Context) -> None:
     from mopo_kernels.cli.bench import run_benchmarks
 
-    raise typer.Exit(run_benchmarks(list(context.args)))
+    run_benchmarks(list(context.args))
 
 
 def run(argv: Sequence[str] | None) -> int:

@@ -46,8 +46,8 @@ Rows = Iterable[tuple[Any, ...]]
 
 def cases(cpu: Rows, cuda: Rows, interpreted: Rows = ()) -> list[Any]:
     """Parameters ``(device, backend, *row)``: the rows of each device under every backend that serves it, and on the
-    CPU those for Triton's interpreter, which is slow. A GPU's are listed, and skipped with the reason, where there is
-    none; the CPU's only where they run."""
+    CPU those for Triton's interpreter, which is slow. A GPU's are collected everywhere, and skipped with the reason
+    where a backend does not serve it; the CPU's only where they run."""
     places = [
         *itertools.product(("cpu",), BACKENDS["cpu"], list(cpu)),
         *itertools.product(("cpu",), ("triton",), list(interpreted)),

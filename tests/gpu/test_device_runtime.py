@@ -102,7 +102,6 @@ def test_two_runs_are_bitwise_equal(device: str, backend: str, dtype: torch.dtyp
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
 @pytest.mark.parametrize("backend", ["torch", "triton", "cuda"])
 def test_a_stream_of_its_own_gives_the_same_bits(backend: str) -> None:
     if (reason := unavailable(backend, "cuda")) is not None:
@@ -208,7 +207,6 @@ def test_the_host_never_waits(device: str, backend: str, dtype: torch.dtype, mod
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
 def test_negative_control_waiting_is_seen() -> None:
     value = torch.ones(3, device="cuda")
     with pytest.raises(RuntimeError, match="synchroniz"), waiting_forbidden("cuda"):
@@ -297,7 +295,6 @@ def compiled_variants() -> dict[str, int]:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
 @pytest.mark.parametrize("dtype", [FP32, BF16, FP16], ids=str)
 @pytest.mark.parametrize("mode", [mode for mode in MODES if "none" not in mode])
 def test_a_new_number_of_tokens_compiles_nothing(mode: str, dtype: torch.dtype) -> None:
@@ -429,7 +426,6 @@ def test_a_bad_value_is_refused_on_the_cpu(name: str) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
 @pytest.mark.parametrize("name", bad_values.BAD)
 def test_a_bad_value_is_asserted_on_the_device(name: str) -> None:
     """In a process of its own, which the assert ends."""

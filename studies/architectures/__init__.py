@@ -1,0 +1,1 @@
+"""What MOPOTrainer does with every causal architecture of transformers."""

@@ -1,0 +1,1 @@
+"""How often certificates are wrong where every win rate is known."""

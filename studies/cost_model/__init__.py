@@ -1,0 +1,1 @@
+"""What a step costs on machines that are not at hand, and what of that was measured here."""
