@@ -933,6 +933,17 @@ def test_over_long_examples_are_refused_with_their_name(tmp_path):
         make_trainer(tmp_path, max_response_length=3).train()
 
 
+def test_over_long_responses_can_be_cut_as_a_sampler_cuts_them(tmp_path):
+    data = make_data(8)
+    trainer = make_trainer(tmp_path, data=data, max_response_length=3, truncate_responses=True, max_steps=1)
+    whole = PreferenceCollator(trainer.data_collator.tokenizer, data.objectives).tokenize(list(data))
+    for item, uncut in zip(trainer.data_collator.tokenize(list(data)), whole, strict=True):
+        assert [list(ids) for ids in item.responses] == [list(ids)[:3] for ids in uncut.responses]
+    assert max(len(ids) for item in whole for ids in item.responses) > 3
+    trainer.train()
+    assert trainer.state.log_history[0]["kl"] == pytest.approx(0.0, abs=1e-6)
+
+
 def test_thresholds_come_as_mapping_text_or_json(tmp_path):
     for value in ({"a": 0.25, "b": 0.5}, "a=0.25, b=0.5", '{"a": 0.25, "b": 0.5}'):
         for name in ("thresholds", "fixed_multipliers"):
