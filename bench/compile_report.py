@@ -18,6 +18,7 @@ import itertools
 import json
 import re
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -40,6 +41,7 @@ from mopo_kernels.backends.triton.lse_fwd import lse_fwd
 from mopo_kernels.backends.triton.mark_target import mark_target_
 from mopo_kernels.backends.triton.math import interpreted
 from mopo_kernels.backends.triton.pair_loss_bwd import pair_loss_bwd
+from mopo_kernels.backends.triton.pair_loss_fwd import pair_loss_fwd
 from mopo_kernels.backends.triton.row_offset import row_offset
 from mopo_kernels.backends.triton.row_statistics import row_statistics
 from mopo_kernels.backends.triton.scale_rows import scale_rows
@@ -227,6 +229,12 @@ def _sequence_variants() -> Iterator[tuple[str, Callable[[], object]]]:
         )
         label = " ".join([SHORT[dtype], loss_type, *(name for name in names if optional[name] is not None)])
         yield f"pair_loss_bwd {label}", partial(pair_loss_bwd, one, one, batch)
+        for index in (torch.int32, torch.int64):
+            tokens = (torch.zeros(5, dtype=index), 4)
+            yield f"pair_loss_bwd {label} tokens {SHORT[index]}", partial(pair_loss_bwd, one, one, batch, *tokens)
+        for estimator in ("pair", "snis"):
+            measured = replace(batch, options=replace(batch.options, estimator=estimator))
+            yield f"pair_loss_fwd {label} {estimator}", partial(pair_loss_fwd, one, one, measured)
 
 
 def variants(match: str = "") -> dict[str, Callable[[], object]]:

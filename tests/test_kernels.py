@@ -784,6 +784,74 @@ def test_pair_loss_bwd_is_the_losss_gradient(options: tuple[str, ...], loss_type
     assert rms(got.double() - truth) <= max(1.1 * budget, 4 * torch.finfo(dtype).eps * rms(truth))
 
 
+@pytest.mark.parametrize("index", [torch.int32, torch.int64], ids=["int32", "int64"])
+@pytest.mark.parametrize("loss_type", ["regression", "sigmoid", "cloning"])
+def test_token_grad_logprob_is_that_of_the_tokens_sequence(loss_type: str, index: torch.dtype) -> None:
+    logprob, ref_logprob, batch = make_pairs(("length",), loss_type, torch.float32)
+    batch = replace(batch, prompt_index=torch.zeros(40, dtype=torch.int64, device=DEVICE))
+    lengths = torch.arange(40, device=DEVICE) * 37 % 23  # empty ones among them, more than a block's tokens in all
+    lengths[5] = 300
+    cu_seqlens = torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).to(index)
+    got = BACKEND.token_grad_logprob(logprob, ref_logprob, batch, cu_seqlens, int(cu_seqlens[-1]))
+    assert torch.equal(got, BACKEND.pair_loss_bwd(logprob, ref_logprob, batch).repeat_interleave(lengths))
+
+
+def losses(logprob: Tensor, ref_logprob: Tensor, batch: PairBatch, dtype: torch.dtype) -> naive.PairLoss:
+    """What the reference makes of the same numbers in ``dtype``."""
+
+    def cast(value: Any) -> Any:
+        return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
+
+    fields = {name: cast(value) for name, value in batch.keywords().items()}
+    return naive.mopo_loss(logprob.to(dtype), ref_logprob.to(dtype), **fields)
+
+
+@pytest.mark.parametrize("dtype", FULL)
+@pytest.mark.parametrize("estimator", ["pair", "snis"])
+@pytest.mark.parametrize("loss_type", ["regression", "sigmoid"])
+@pytest.mark.parametrize("options", [(), *((o,) for o in OPTIONS), OPTIONS], ids=lambda o: "+".join(o) or "none")
+def test_pair_loss_fwd_is_the_loss(
+    options: tuple[str, ...], loss_type: str, estimator: str, dtype: torch.dtype
+) -> None:
+    logprob, ref_logprob, batch = make_pairs(options, loss_type, dtype, sequences=140)
+    batch.preference[:, 1] = torch.nan  # an objective without a label
+    batch = replace(batch, options=replace(batch.options, estimator=estimator))
+    got, again = (BACKEND.pair_loss_fwd(logprob, ref_logprob, batch) for _ in range(2))
+    truth, plain = (losses(logprob, ref_logprob, batch, d) for d in (torch.float64, dtype))
+    for name in naive.PairLoss._fields:
+        value, exact = getattr(got, name), getattr(truth, name)
+        assert value.dtype == dtype
+        assert value.shape == exact.shape
+        assert torch.equal(value.isnan(), exact.isnan()), name
+        assert torch.equal(value.nan_to_num(), getattr(again, name).nan_to_num()), name
+        error, allowed = (rms((x.double() - exact).nan_to_num()) for x in (value, getattr(plain, name)))
+        assert error <= max(1.1 * allowed, 4 * torch.finfo(dtype).eps * rms(exact.nan_to_num())), name
+
+
+@pytest.mark.parametrize("estimator", ["pair", "snis"])
+@pytest.mark.parametrize("loss_type", ["regression", "sigmoid"])
+@pytest.mark.parametrize("case", ["nothing", "no pairs", "no weight", "sure", "far", "NaN", "infinite"])
+def test_pair_loss_fwd_of_odd_batches_is_the_losss(case: str, loss_type: str, estimator: str) -> None:
+    sequences, count = {"nothing": (0, 0), "no pairs": (3, 0)}.get(case, (4, 6))
+    options = ("pair_weight",) if case == "no weight" else ()
+    logprob, ref_logprob, batch = make_pairs(options, loss_type, torch.float32, sequences, count)
+    batch = replace(batch, options=replace(batch.options, estimator=estimator))
+    if batch.pair_weight is not None:
+        batch.pair_weight.zero_()
+    if case == "sure":
+        batch.preference.fill_(1.0)
+    if sequences == 4:
+        logprob[2] += {"sure": 70.0, "far": -500.0, "NaN": torch.nan, "infinite": torch.inf}.get(case, 0.0)
+    got, expected = (
+        BACKEND.pair_loss_fwd(logprob, ref_logprob, batch),
+        losses(logprob, ref_logprob, batch, torch.float32),
+    )
+    for name in naive.PairLoss._fields:
+        torch.testing.assert_close(
+            getattr(got, name), getattr(expected, name), equal_nan=True, rtol=2e-6, atol=1e-30, msg=name
+        )
+
+
 def test_pair_loss_bwd_of_empty_batches_is_zero() -> None:
     assert BACKEND.pair_loss_bwd(*make_pairs(OPTIONS[:4], "regression", torch.float32, 3, 0)).tolist() == [0.0] * 3
     assert BACKEND.pair_loss_bwd(*make_pairs((), "sigmoid", torch.float32, 0, 0)).shape == (0,)
@@ -813,9 +881,16 @@ def test_a_sure_preference_keeps_the_digits_of_what_is_left() -> None:
     assert got.tolist() == pytest.approx(truth.tolist(), rel=1e-4)
 
 
-def test_cloning_is_left_to_torch() -> None:
+def test_the_frozen_ratio_is_left_to_torch() -> None:
     logprob, ref_logprob, batch = make_pairs((), "cloning", torch.float32, 4, 6)
     batch = replace(batch, prompt_index=torch.zeros(4, dtype=torch.int64, device=DEVICE))
+    for options in (batch.options, replace(batch.options, loss_type="sigmoid", estimator="closed_form")):
+        other = replace(batch, options=options)
+        got, expected = (
+            BACKEND.pair_loss_fwd(logprob, ref_logprob, other),
+            losses(logprob, ref_logprob, other, torch.float32),
+        )
+        assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
     truth = autograd_coefficient(logprob, ref_logprob, batch, torch.float32)
     torch.testing.assert_close(BACKEND.pair_loss_bwd(logprob, ref_logprob, batch), truth)
 
@@ -831,6 +906,7 @@ def kernel_modules() -> list[ModuleType]:
         lse_fwd,
         mark_target,
         pair_loss_bwd,
+        pair_loss_fwd,
         row_offset,
         row_statistics,
         scale_rows,
@@ -838,7 +914,7 @@ def kernel_modules() -> list[ModuleType]:
     )
 
     by_row = [row_offset, row_statistics, mark_target, scale_rows]
-    return [exp_logits_bwd, lse_fwd, logits_bwd, linear_lse_fwd, *by_row, pair_loss_bwd, segment_sum]
+    return [exp_logits_bwd, lse_fwd, logits_bwd, linear_lse_fwd, *by_row, pair_loss_fwd, pair_loss_bwd, segment_sum]
 
 
 def kernels() -> dict[str, Any]:
@@ -867,6 +943,7 @@ def test_nothing_that_changes_with_the_batch_is_compiled_in() -> None:
                     "EVEN_H",
                     "EVEN_V",
                     "SIGMOID",
+                    "SNIS",
                 ), f"{name}: {argument}"
             elif "stride" in argument:
                 assert annotation == "tl.int64", f"{name}: {argument}"

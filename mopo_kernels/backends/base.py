@@ -187,3 +187,14 @@ class TileBackend:
     def pair_loss_bwd(self, logprob: Tensor, ref_logprob: Tensor, batch: PairBatch) -> Tensor:
         """``g = d loss / d logprob``, (S,), in a fixed order: :func:`mopo_kernels.naive_grad.grad_logprob`."""
         return naive_grad.grad_logprob(logprob, ref_logprob, batch)
+
+    def token_grad_logprob(
+        self, logprob: Tensor, ref_logprob: Tensor, batch: PairBatch, cu_seqlens: Tensor, tokens: int
+    ) -> Tensor:
+        """:meth:`pair_loss_bwd` of every token's sequence, (N,), N being ``tokens``."""
+        return naive_grad.token_grad(self.pair_loss_bwd(logprob, ref_logprob, batch), cu_seqlens, tokens)
+
+    def pair_loss_fwd(self, logprob: Tensor, ref_logprob: Tensor, batch: PairBatch) -> naive.PairLoss:
+        """The loss of sequences' log-probabilities (S,) and what is reported beside it, each in memory of its own:
+        :func:`mopo_kernels.naive.mopo_loss`."""
+        return naive.PairLoss(*(t.clone() for t in naive.mopo_loss(logprob, ref_logprob, **batch.keywords())))

@@ -30,7 +30,7 @@ from mopo_kernels.fused.custom_ops import (
     shard_of,
     take_gradients,
 )
-from mopo_kernels.fused.mopo_loss import evaluate, fake_loss
+from mopo_kernels.fused.mopo_loss import fake_loss
 from mopo_kernels.fused.pair_groups import closed_groups
 from mopo_kernels.fused.scored_rows import Rows
 from mopo_kernels.transfer import to_device
@@ -85,8 +85,8 @@ def _schedule(head: ChunkedHead, cu_seqlens: Tensor, pairs: Tensor) -> Iterator[
     schema=f"({LinearMOPOLoss.schema()}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 def linear_mopo_loss(*flat: object) -> tuple[Tensor, ...]:
-    """What :func:`mopo_kernels.fused.mopo_loss.evaluate` returns, and the loss's gradients for hidden, weight and bias
-    (size 0 where not needed).
+    """What :meth:`mopo_kernels.backends.base.TileBackend.pair_loss_fwd` returns, and the loss's gradients for hidden,
+    weight and bias (size 0 where not needed).
 
     Three products with a trained head: a chunk of logits is saved until the pairs of its sequences close, grad_logprob
     follows from the pairs, and the chunk becomes ``grad_logprob * J`` in place. Sequences tied together by pairs that
@@ -110,9 +110,6 @@ def linear_mopo_loss(*flat: object) -> tuple[Tensor, ...]:
         sequences, tokens = call.cu_seqlens.shape[0] - 1, hidden.shape[0]
         host_cu_seqlens = call.cu_seqlens.contiguous()
         cu_seqlens = to_device(host_cu_seqlens, hidden.device)
-        segment_ids = torch.searchsorted(
-            cu_seqlens[1:].contiguous(), torch.arange(tokens, device=hidden.device), right=True
-        )
 
         def new_head(copies: int, gathered_rows: bool = False) -> ChunkedHead:
             save = any(inputs.needs)
@@ -163,7 +160,7 @@ def linear_mopo_loss(*flat: object) -> tuple[Tensor, ...]:
             return backend.segment_sum(logprob, cu_seqlens), reference_sum
 
         def grad_logprob() -> Tensor:
-            return backend.pair_loss_bwd(*sums(), batch)[segment_ids]
+            return backend.token_grad_logprob(*sums(), batch, cu_seqlens, tokens)
 
         copies = 2 if together else 1
         if planned:
@@ -179,7 +176,9 @@ def linear_mopo_loss(*flat: object) -> tuple[Tensor, ...]:
                         head.backward(chunk, token, grad[chunk.rows], None)
         else:
             # Either grad_logprob is known beforehand, or it only scales the rows of dhidden, which can wait.
-            known = naive_grad.cloning_grad_logprob(batch, sequences)[segment_ids] if inputs.trained else None
+            known = None
+            if inputs.trained:
+                known = naive_grad.token_grad(naive_grad.cloning_grad_logprob(batch, sequences), cu_seqlens, tokens)
             for chunk in head.chunks():
                 token = forward(chunk, backward=inputs.frozen)
                 if known is not None:
@@ -187,7 +186,7 @@ def linear_mopo_loss(*flat: object) -> tuple[Tensor, ...]:
             if inputs.frozen:
                 gradients[0].mul_(grad_logprob()[:, None])
         head.finish()
-        return (*(t.clone() for t in evaluate(*sums(), batch)), *gradients)
+        return (*backend.pair_loss_fwd(*sums(), batch), *gradients)
 
 
 @linear_mopo_loss.register_fake

@@ -6,6 +6,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from mopo_kernels import naive
 from mopo_kernels.arguments import PairBatch
 from mopo_kernels.backends.base import TileBackend
 from mopo_kernels.backends.triton.exp_logits_bwd import exp_logits_bwd_
@@ -14,6 +15,7 @@ from mopo_kernels.backends.triton.logits_bwd import logits_bwd_
 from mopo_kernels.backends.triton.lse_fwd import lse_fwd
 from mopo_kernels.backends.triton.mark_target import mark_target_
 from mopo_kernels.backends.triton.pair_loss_bwd import pair_loss_bwd
+from mopo_kernels.backends.triton.pair_loss_fwd import pair_loss_fwd
 from mopo_kernels.backends.triton.row_offset import row_offset
 from mopo_kernels.backends.triton.row_statistics import row_statistics
 from mopo_kernels.backends.triton.scale_rows import scale_rows
@@ -52,6 +54,18 @@ class TritonBackend(TileBackend):
         if batch.options.loss_type == "cloning":
             return super().pair_loss_bwd(logprob, ref_logprob, batch)
         return pair_loss_bwd(logprob, ref_logprob, batch)
+
+    def token_grad_logprob(
+        self, logprob: Tensor, ref_logprob: Tensor, batch: PairBatch, cu_seqlens: Tensor, tokens: int
+    ) -> Tensor:
+        if batch.options.loss_type == "cloning":
+            return super().token_grad_logprob(logprob, ref_logprob, batch, cu_seqlens, tokens)
+        return pair_loss_bwd(logprob, ref_logprob, batch, cu_seqlens, tokens)
+
+    def pair_loss_fwd(self, logprob: Tensor, ref_logprob: Tensor, batch: PairBatch) -> naive.PairLoss:
+        if batch.options.loss_type == "cloning" or batch.options.estimator == "closed_form":
+            return super().pair_loss_fwd(logprob, ref_logprob, batch)
+        return pair_loss_fwd(logprob, ref_logprob, batch)
 
 
 BACKEND = TritonBackend()
