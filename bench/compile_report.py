@@ -33,7 +33,8 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
 from bench.provenance import ROOT, origin
-from mopo_kernels.arguments import LogitTransform, LossOptions, PairBatch
+from mopo_kernels.arguments import CallValues, LogitTransform, LossOptions, PairBatch
+from mopo_kernels.backends.triton.check_values import check_values
 from mopo_kernels.backends.triton.exp_logits_bwd import exp_logits_bwd_
 from mopo_kernels.backends.triton.linear_lse_fwd import linear_lse_fwd, offset_blocks, row_offsets
 from mopo_kernels.backends.triton.logits_bwd import logits_bwd_
@@ -235,6 +236,15 @@ def _sequence_variants() -> Iterator[tuple[str, Callable[[], object]]]:
         for estimator in ("pair", "snis"):
             measured = replace(batch, options=replace(batch.options, estimator=estimator))
             yield f"pair_loss_fwd {label} {estimator}", partial(pair_loss_fwd, one, one, measured)
+        target = torch.zeros(4, dtype=torch.int64)
+        pairs_only = CallValues(batch=batch, sequences=4)
+        yield f"check_values {label}", partial(check_values, pairs_only)
+        prompts = replace(pairs_only, batch=replace(batch, prompt_index=target))
+        for index in (torch.int32, torch.int64):
+            every = replace(prompts, target=target, cu_seqlens=torch.zeros(5, dtype=index))
+            yield f"check_values {label} prompt_index target {SHORT[index]}", partial(check_values, every)
+    yield "check_values target", partial(check_values, CallValues(target=torch.zeros(4, dtype=torch.int64)))
+    yield "check_values int64", partial(check_values, CallValues(cu_seqlens=torch.zeros(5, dtype=torch.int64)))
 
 
 def variants(match: str = "") -> dict[str, Callable[[], object]]:

@@ -9,9 +9,10 @@ import inspect
 import itertools
 import math
 import os
+import re
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -22,7 +23,7 @@ import torch
 from torch import Tensor
 
 from mopo_kernels import linear_logprob, naive
-from mopo_kernels.arguments import LogitTransform, LossOptions, PairBatch
+from mopo_kernels.arguments import CallValues, LogitTransform, LossOptions, PairBatch
 from mopo_kernels.backends.base import NOT_SCORED
 from mopo_kernels.backends.triton import unavailable_reason
 
@@ -895,11 +896,117 @@ def test_the_frozen_ratio_is_left_to_torch() -> None:
     torch.testing.assert_close(BACKEND.pair_loss_bwd(logprob, ref_logprob, batch), truth)
 
 
+# Values of arguments.
+
+
+def put(position: tuple[int, ...], value: float) -> Callable[[Tensor], Tensor]:
+    def change(x: Tensor) -> Tensor:
+        x = x.clone()
+        x[position] = value
+        return x
+
+    return change
+
+
+# What is wrong with which argument, beyond a program's block where there is more than one, and what is said of it.
+BAD_VALUES = {
+    "large target": ("target", put((150,), 37), "target must lie in 0 .. V - 1 or equal ignore_index"),
+    "negative target": ("target", put((0,), -1), "target must lie in 0 .. V - 1 or equal ignore_index"),
+    "first offset": ("cu_seqlens", put((0,), 1), "cu_seqlens[0] must be 0"),
+    "last offset": ("cu_seqlens", put((100,), 299), "cu_seqlens[-1] must be N"),
+    "decreasing offsets": ("cu_seqlens", put((70,), 0), "cu_seqlens must not decrease"),
+    "large pair": ("pairs", put((290, 1), 100), "pairs must lie in 0 .. S - 1"),
+    "negative pair": ("pairs", put((5, 0), -1), "pairs must lie in 0 .. S - 1"),
+    "pair of one": ("pairs", lambda x: x[:, :1].expand(-1, 2), "pairs must name two different responses"),
+    "pair of two prompts": (
+        "prompt_index",
+        put((9,), 2),
+        "pairs must join responses to one prompt, as prompt_index has",
+    ),
+    "preference": ("preference", put((299, 2), 1.5), "preference must lie in [0, 1] or be NaN"),
+    "negative preference": ("preference", put((0, 0), -0.5), "preference must lie in [0, 1] or be NaN"),
+    "objective_weight": ("objective_weight", put((1,), torch.nan), "objective_weight must lie in 0 .. 1e+10"),
+    "pair_weight": ("pair_weight", put((100,), -1.0), "pair_weight must lie in 0 .. 1e+10"),
+    "label_rate": ("label_rate", put((2,), 0.0), "label_rate must lie in 1e-10 .. 1"),
+    "margin": ("margin", put((100,), torch.inf), "margin must lie in -1e+10 .. 1e+10"),
+    "length": ("length", put((99,), 0.0), "length must lie in 1e-10 .. 1e+10"),
+    "normalizer": ("normalizer", put((), 1e-11), "normalizer must be 0 or lie in 1e-10 .. 1e+10"),
+}
+
+
+def call_values(index: torch.dtype = torch.int64) -> CallValues:
+    """Values that are right, the limits among them."""
+    _, _, batch = make_pairs(OPTIONS, "sigmoid", torch.float32, 100)
+    target = torch.arange(300) % 37
+    target[7::9] = -100
+    cu_seqlens = (torch.arange(101) * 3).to(index)
+    batch.preference[0] = torch.tensor([0.0, 1.0, torch.nan])
+    assert batch.label_rate is not None
+    batch.label_rate[0] = 1.0
+    batch = replace(batch, prompt_index=torch.zeros(100, dtype=torch.int64, device=DEVICE))
+    return CallValues(target.to(DEVICE), 37, -100, cu_seqlens.to(DEVICE), 300, batch, 100)
+
+
+@pytest.fixture
+def asserting(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The interpreter asserts as a kernel compiled for it does."""
+    if DEVICE.type == "cuda":
+        return
+    from triton.runtime import interpreter
+
+    options = replace(interpreter.interpreter_builder.options, debug=True, sanitize_overflow=False)
+    monkeypatch.setattr(interpreter.interpreter_builder, "options", options)
+
+
+@pytest.mark.skipif(DEVICE.type == "cuda", reason="a failed assert ends the process: tests/gpu has them")
+@pytest.mark.usefixtures("asserting")
+@pytest.mark.parametrize("case", BAD_VALUES)
+def test_check_values_asserts(case: str) -> None:
+    from mopo_kernels.backends.triton.check_values import check_values
+
+    name, change, message = BAD_VALUES[case]
+    values = call_values()
+    assert values.batch is not None
+    if hasattr(values, name):
+        values = replace(values, **{name: change(getattr(values, name))})
+    else:
+        values = replace(values, batch=replace(values.batch, **{name: change(getattr(values.batch, name))}))
+    with pytest.raises(Exception, match=re.escape(message)):
+        check_values(values)
+    with pytest.raises(ValueError, match=re.escape(message.split(" or equal")[0])):
+        BACKEND.check_values(values)
+
+
+@pytest.mark.usefixtures("asserting")
+@pytest.mark.parametrize("index", [torch.int32, torch.int64], ids=["int32", "int64"])
+def test_check_values_lets_right_ones_pass_whatever_is_given(index: torch.dtype) -> None:
+    from mopo_kernels.backends.triton.check_values import check_values
+
+    values = call_values(index)
+    _, _, bare = make_pairs((), "regression", torch.float64, 100)
+    _, _, empty = make_pairs(OPTIONS, "regression", torch.float32, 0, 0)
+    every: list[CallValues] = [
+        values,
+        CallValues(),
+        CallValues(target=values.target, vocabulary=37, ignore_index=-100, tokens=300),
+        CallValues(cu_seqlens=values.cu_seqlens, tokens=300, sequences=100),
+        CallValues(cu_seqlens=torch.zeros(1, dtype=index, device=DEVICE)),
+        CallValues(batch=bare, sequences=100),
+        CallValues(batch=empty),
+    ]
+    for given in every:
+        check_values(given)
+        BACKEND.check_values(given)
+    if DEVICE.type == "cuda":
+        torch.cuda.synchronize()
+
+
 # What is compiled anew.
 
 
 def kernel_modules() -> list[ModuleType]:
     from mopo_kernels.backends.triton import (
+        check_values,
         exp_logits_bwd,
         linear_lse_fwd,
         logits_bwd,
@@ -914,7 +1021,17 @@ def kernel_modules() -> list[ModuleType]:
     )
 
     by_row = [row_offset, row_statistics, mark_target, scale_rows]
-    return [exp_logits_bwd, lse_fwd, logits_bwd, linear_lse_fwd, *by_row, pair_loss_fwd, pair_loss_bwd, segment_sum]
+    return [
+        exp_logits_bwd,
+        lse_fwd,
+        logits_bwd,
+        linear_lse_fwd,
+        *by_row,
+        pair_loss_fwd,
+        pair_loss_bwd,
+        segment_sum,
+        check_values,
+    ]
 
 
 def kernels() -> dict[str, Any]:
@@ -928,7 +1045,7 @@ MODELS = {"tile", "exp_logits", "hidden", "weight", "columns", "hidden_size", "b
 
 def test_nothing_that_changes_with_the_batch_is_compiled_in() -> None:
     found = kernels()
-    assert len(found) == 14
+    assert len(found) == 15
     for name, kernel in found.items():
         options = kernel.kwargs if hasattr(kernel, "kwargs") else vars(kernel)
         for argument, parameter in inspect.signature(kernel.fn).parameters.items():

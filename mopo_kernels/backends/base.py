@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from mopo_kernels import naive, naive_grad
-from mopo_kernels.arguments import LogitTransform, PairBatch
+from mopo_kernels.arguments import CallValues, LogitTransform, PairBatch
 
 # A target that no tile holds: the token is not scored. Its statistics mean nothing and its gradient is exactly 0.
 NOT_SCORED = -1
@@ -37,6 +37,11 @@ class TileBackend:
 
     # Temporaries beside a tile, as a share of it; they count against the buffer. One row always may be.
     temporary_share: float = 0.0
+
+    def check_values(self, values: CallValues) -> None:
+        """Raise ValueError for wrong values on the host; on a device fail an assert, for which the host does not
+        wait."""
+        values.check()
 
     def lse_fwd(
         self,

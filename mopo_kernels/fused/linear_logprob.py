@@ -21,7 +21,7 @@ from mopo_kernels.backends import tile_backend
 from mopo_kernels.fused.buffer_plan import accumulation_dtype, buffer_bytes, layout_of
 from mopo_kernels.fused.chunked_head import ChunkedHead, Tile, TokenLogprob, readable
 from mopo_kernels.fused.custom_ops import (
-    check_targets,
+    check_values,
     fake_gradients,
     no_autocast,
     save_arguments,
@@ -88,7 +88,7 @@ def linear_logprob(*flat: object) -> tuple[Tensor, Tensor, Tensor, Tensor, Tenso
     and its offsets or scale, or nothing."""
     call = LinearLogprob.unflatten(flat)
     shard = shard_of(call.inputs, call.options)
-    check_targets(call.inputs, call.options, shard)
+    check_values(call.inputs, call.options, shard)
     inputs, options = readable(call.inputs, call.options), call.options
     hidden, tokens = inputs.hidden, inputs.hidden.shape[0]
     dtype, limit = accumulation_dtype(hidden.dtype), buffer_bytes(options, inputs.weight)

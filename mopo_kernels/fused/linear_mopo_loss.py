@@ -21,7 +21,7 @@ from mopo_kernels.fused import scored_rows
 from mopo_kernels.fused.buffer_plan import accumulation_dtype, buffer_bytes
 from mopo_kernels.fused.chunked_head import Chunk, ChunkedHead, TokenLogprob, readable
 from mopo_kernels.fused.custom_ops import (
-    check_targets,
+    check_values,
     fake_gradients,
     no_autocast,
     save_arguments,
@@ -98,13 +98,11 @@ def linear_mopo_loss(*flat: object) -> tuple[Tensor, ...]:
     call = LinearMOPOLoss.unflatten(flat)
     options, ref_hidden = call.options, call.ref_hidden
     shard = shard_of(call.inputs, options)
-    check_targets(call.inputs, options, shard)
-    inputs, dtype = readable(call.inputs, options), accumulation_dtype(call.inputs.hidden.dtype)
-    checks.cu_seqlens(call.cu_seqlens, inputs.hidden.shape[0])
+    batch = call.batch.to(accumulation_dtype(call.inputs.hidden.dtype), call.inputs.hidden.device)
+    check_values(call.inputs, options, shard, call.cu_seqlens, batch)
     if call.ref_logprob is not None:
         checks.ref_logprob(call.ref_logprob)
-    batch = call.batch.to(dtype, inputs.hidden.device)
-    batch.check_values(call.cu_seqlens.shape[0] - 1)
+    inputs = readable(call.inputs, options)
     with no_autocast(inputs.hidden):
         hidden, limit = inputs.hidden, buffer_bytes(options, inputs.weight)
         sequences, tokens = call.cu_seqlens.shape[0] - 1, hidden.shape[0]

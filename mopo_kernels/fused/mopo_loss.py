@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from mopo_kernels import checks, naive_grad
-from mopo_kernels.arguments import OpArguments, PairBatch, bundle
+from mopo_kernels.arguments import CallValues, OpArguments, PairBatch, bundle
 from mopo_kernels.backends import tile_backend
 from mopo_kernels.fused.buffer_plan import accumulation_dtype
 from mopo_kernels.fused.custom_ops import constant
@@ -20,8 +20,9 @@ from mopo_kernels.fused.custom_ops import constant
     "mopo::segment_sum", mutates_args=(), schema="(Tensor value, Tensor cu_seqlens, str backend) -> Tensor"
 )
 def segment_sum(value: Tensor, cu_seqlens: Tensor, backend: str) -> Tensor:
-    checks.cu_seqlens(cu_seqlens, value.shape[0])
-    return tile_backend(backend).segment_sum(value, cu_seqlens)
+    tiles = tile_backend(backend)
+    tiles.check_values(CallValues(cu_seqlens=cu_seqlens, tokens=value.shape[0], sequences=cu_seqlens.shape[0] - 1))
+    return tiles.segment_sum(value, cu_seqlens)
 
 
 @segment_sum.register_fake
@@ -69,9 +70,9 @@ def mopo_loss(*flat: object) -> tuple[Tensor, ...]:
     """What :meth:`mopo_kernels.backends.base.TileBackend.pair_loss_fwd` returns, and d loss / d logprob."""
     call = MOPOLoss.unflatten(flat)
     checks.ref_logprob(call.ref_logprob)
-    call.batch.check_values(call.ref_logprob.shape[0])
     batch = call.batch.to(call.ref_logprob.dtype, call.ref_logprob.device)
     backend, logprobs = tile_backend(call.backend), (call.logprob, call.ref_logprob)
+    backend.check_values(CallValues(batch=batch, sequences=call.ref_logprob.shape[0]))
     return (*backend.pair_loss_fwd(*logprobs, batch), backend.pair_loss_bwd(*logprobs, batch))
 
 

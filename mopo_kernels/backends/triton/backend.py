@@ -3,12 +3,15 @@ holds exponentials in the input's dtype."""
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
 from mopo_kernels import naive
-from mopo_kernels.arguments import PairBatch
+from mopo_kernels.arguments import CallValues, PairBatch
 from mopo_kernels.backends.base import TileBackend
+from mopo_kernels.backends.triton.check_values import check_values
 from mopo_kernels.backends.triton.exp_logits_bwd import exp_logits_bwd_
 from mopo_kernels.backends.triton.linear_lse_fwd import linear_lse_fwd, offset_blocks, row_offsets
 from mopo_kernels.backends.triton.logits_bwd import logits_bwd_
@@ -38,6 +41,17 @@ class TritonBackend(TileBackend):
 
     def fuses(self, dtype: torch.dtype) -> bool:
         return dtype in (torch.bfloat16, torch.float16)
+
+    def check_values(self, values: CallValues) -> None:
+        cu_seqlens = values.cu_seqlens
+        if cu_seqlens is not None and cu_seqlens.device.type == "cpu":
+            super().check_values(CallValues(cu_seqlens=cu_seqlens, tokens=values.tokens))
+            values = replace(values, cu_seqlens=None)
+        tensors = (values.target, values.cu_seqlens, None if values.batch is None else values.batch.pairs)
+        if all(x is None or x.device.type == "cpu" for x in tensors):
+            super().check_values(values)
+        else:
+            check_values(values)
 
     def row_statistics(self, row_max: Tensor, sum_exp: Tensor, target_logit: Tensor) -> tuple[Tensor, Tensor]:
         if row_max.dtype != torch.float32:
