@@ -192,7 +192,7 @@ def _by_row(
     for name, transform in HEADS.items():
         marked = (tile, target, 0, transform, row, row.double(), row, row)
         yield f"mark_target {label.format(name)}", partial(mark_target_, *marked)
-    yield f"row_statistics {label.format('any')}", partial(row_statistics, row, row, row)
+    yield f"row_statistics {label.format('any')}", partial(row_statistics, row, row, row, target, row, row.double())
     for name, x, factor in (("rows", hidden, row), ("gradient", weight.float(), torch.ones(()))):
         yield f"scale_rows {label.format(name)}", partial(scale_rows, x, factor, torch.bfloat16)
 

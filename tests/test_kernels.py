@@ -184,11 +184,18 @@ class Statistics(NamedTuple):
     def empty(rows: int, dtype: torch.dtype) -> Statistics:
         return Statistics(*(torch.full((rows,), v, dtype=dtype, device=DEVICE) for v in (-torch.inf, 0.0, 0.0)))
 
+    def finished(self) -> tuple[Tensor, Tensor]:
+        """Log-probabilities and log-sum-exp as of rows that are all scored."""
+        logprob = torch.full_like(self.row_max, torch.nan)
+        logsumexp = torch.full_like(self.row_max, torch.nan, dtype=torch.float64)
+        BACKEND.row_statistics(*self, torch.zeros_like(self.row_max, dtype=torch.int64), logprob, logsumexp)
+        return logprob, logsumexp
+
     def logsumexp(self) -> Tensor:
-        return BACKEND.row_statistics(*self)[1]
+        return self.finished()[1]
 
     def logprob(self) -> Tensor:
-        return BACKEND.row_statistics(*self)[0]
+        return self.finished()[0]
 
 
 def pieces(case: Case, cuts: tuple[int, ...]) -> Iterator[tuple[int, int, Tensor | None]]:
@@ -204,7 +211,7 @@ def lse_fwd(
     if case.hidden is not None and backend.row_offsets(case.hidden.dtype):
         assert case.weight is not None
         at = case.bias, case.target, START, transform
-        statistics = statistics._replace(row_max=backend.row_offset(case.hidden, case.weight, *at))
+        statistics = Statistics(*backend.row_offset(case.hidden, case.weight, *at))
     for a, b, bias in pieces(case, cuts):
         at = bias, case.target, START + a, transform, *statistics
         if case.tile is not None:
@@ -593,8 +600,8 @@ def test_rows_are_computed_again_where_they_must_and_nowhere_else() -> None:
     assert case.hidden is not None
     assert case.weight is not None
     at = case.bias, case.target, START, PLAIN
-    offset = BACKEND.row_offset(case.hidden, case.weight, *at)
-    statistics = Statistics.empty(40, torch.float32)._replace(row_max=offset.clone())
+    statistics = Statistics(*BACKEND.row_offset(case.hidden, case.weight, *at))
+    offset = statistics.row_max.clone()
     BACKEND.linear_lse_fwd(case.hidden, case.weight, *at, *statistics)
     again = (statistics.row_max != offset).nonzero()[:, 0].tolist()
     assert again == [*range(40)[FAR], *range(40)[BESIDE]]

@@ -90,7 +90,7 @@ def fused(backend: TileBackend, device: str) -> None:
         factors = (_there(h, device), _there(w, device), None, _there(target, device), 0, transform)
         at = factors[3:]
         if backend.row_offsets(dtype):
-            row_max = backend.row_offset(*factors)
+            row_max, sum_exp, target_logit = backend.row_offset(*factors)
             backend.linear_lse_fwd(*factors, row_max, sum_exp, target_logit, exp_logits)
             logsumexp = row_max.double() + sum_exp.double().log()
             scale = torch.empty(rows, device=device)

@@ -18,7 +18,8 @@ from torch import Tensor
 from mopo_kernels import naive, naive_grad
 from mopo_kernels.arguments import CallValues, LogitTransform, PairBatch
 
-# A target that no tile holds: the token is not scored. Its statistics mean nothing and its gradient is exactly 0.
+# A target that no tile holds, like every one below 0: the token is not scored. Its statistics mean nothing and its
+# gradient is exactly 0.
 NOT_SCORED = -1
 
 
@@ -32,8 +33,8 @@ class RowStats(NamedTuple):
 
 
 class TileBackend:
-    """Tile work. ``tile`` (R, W), ``bias`` (W,) or None, ``target`` (R,) int64 in 0 .. V - 1 or ``NOT_SCORED``; the
-    rest (R,)."""
+    """Tile work. ``tile`` (R, W), ``bias`` (W,) or None, ``target`` (R,) int64 in 0 .. V - 1, or below 0 where
+    the token is not scored; the rest (R,)."""
 
     # Temporaries beside a tile, as a share of it; they count against the buffer. One row always may be.
     temporary_share: float = 0.0
@@ -114,9 +115,10 @@ class TileBackend:
 
     def row_offset(
         self, hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, start: int, transform: LogitTransform
-    ) -> Tensor:
-        """(R,) fp32, finite, and near the log-sum-exp of each row of ``hidden (R, H) @ weight (W, H).T``: the target's
-        logit, or that of a row of the weight where the target lies elsewhere."""
+    ) -> RowStats:
+        """The statistics of rows of ``hidden (R, H) @ weight (W, H).T`` before the first tile, fp32: ``row_max`` finite
+        and near the log-sum-exp, being the target's logit, or that of a row of the weight where the target lies
+        elsewhere; the others 0."""
         raise NotImplementedError
 
     def linear_lse_fwd(
@@ -143,11 +145,20 @@ class TileBackend:
         written."""
         raise NotImplementedError
 
-    def row_statistics(self, row_max: Tensor, sum_exp: Tensor, target_logit: Tensor) -> tuple[Tensor, Tensor]:
-        """(R,) each: the targets' log-probabilities, and the log-sum-exp in fp64, since its rounding would tilt the
-        gradient of the whole row."""
+    def row_statistics(
+        self,
+        row_max: Tensor,
+        sum_exp: Tensor,
+        target_logit: Tensor,
+        target: Tensor,
+        logprob: Tensor,
+        logsumexp: Tensor,
+    ) -> None:
+        """Write the targets' log-probabilities, 0 where not scored, and the log-sum-exp in fp64, since its rounding
+        would tilt the gradient of the whole row."""
         # Not target_logit - logsumexp: the difference to row_max is small, so it rounds less.
-        return (target_logit - row_max) - torch.log(sum_exp), row_max.double() + torch.log(sum_exp.double())
+        logprob.copy_(((target_logit - row_max) - torch.log(sum_exp)).where(target >= 0, 0))
+        logsumexp.copy_(row_max.double() + torch.log(sum_exp.double()))
 
     def mark_target_(
         self,

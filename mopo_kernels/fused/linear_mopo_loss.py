@@ -128,50 +128,51 @@ def linear_mopo_loss(*flat: object) -> tuple[Tensor, ...]:
             groups = list(_schedule(head, host_cu_seqlens, call.batch.pairs))
         backend = head.backend
         gradients = head.allocate(*inputs.needs)
-        logprob = hidden.new_zeros(tokens, dtype=head.layout.acc_dtype)
-        ref_logprob = torch.zeros_like(logprob)
-        logsumexp = logprob.new_zeros(tokens, dtype=torch.float64)
+        policy = head.new_token_logprob()
+        reference = None if ref_hidden is None else head.new_token_logprob()
+        ref_logprob = call.ref_logprob
 
         def forward(chunk: Chunk, backward: bool = False) -> TokenLogprob:
-            if together and ref_hidden is not None:
-                token, ref_logprob[chunk.rows] = head.forward_with_reference(chunk, ref_hidden)
-                if backward:
-                    head.backward(chunk, token, None, head.saved_tile(chunk, 2))
-            else:
-                token = head.forward(chunk, backward=backward)
-            logprob[chunk.rows], logsumexp[chunk.rows] = token
+            if not together or ref_hidden is None or reference is None:
+                return head.forward(chunk, policy, backward=backward)
+            token = head.forward_with_reference(chunk, policy, ref_hidden, reference.logprob)
+            if backward:
+                head.backward(chunk, token, None, head.saved_tile(chunk, 2))
             return token
 
-        if ref_hidden is not None and not together:
+        if ref_hidden is not None and reference is not None and not together:
             reference_head = head
             if head.fused and head.save_logits:
                 # Without a tile to save, more rows go at a time.
                 reference_inputs = replace(inputs, hidden=ref_hidden)
                 reference_head = ChunkedHead(reference_inputs, options, shard, limit, save_logits=False)
             for chunk in reference_head.chunks(of=ref_hidden):
-                ref_logprob[chunk.rows] = reference_head.forward(chunk, store=False).logprob
+                reference_head.forward(chunk, reference, store=False)
+            ref_logprob = backend.segment_sum(reference.logprob, cu_seqlens)
 
         def sums() -> tuple[Tensor, Tensor]:
-            reference_sum = (
-                backend.segment_sum(ref_logprob, cu_seqlens) if call.ref_logprob is None else call.ref_logprob
-            )
-            return backend.segment_sum(logprob, cu_seqlens), reference_sum
+            logprob = backend.segment_sum(policy.logprob, cu_seqlens)
+            if ref_logprob is not None:
+                return logprob, ref_logprob
+            assert reference is not None
+            return logprob, backend.segment_sum(reference.logprob, cu_seqlens)
 
-        def grad_logprob() -> Tensor:
-            return backend.token_grad_logprob(*sums(), batch, cu_seqlens, tokens)
-
+        # Of the rows that went forward so far.
+        latest: tuple[Tensor, Tensor] | None = None
         copies = 2 if together else 1
         if planned:
             for group in groups:
                 for chunk in head.chunks(group.positions):
                     token = forward(chunk)
                     if group.one_chunk:
-                        head.backward(chunk, token, grad_logprob()[chunk.rows], head.saved_tile(chunk, copies))
+                        latest = sums()
+                        grad = backend.token_grad_logprob(*latest, batch, cu_seqlens, tokens)
+                        head.backward(chunk, token, grad[chunk.rows], head.saved_tile(chunk, copies))
                 if not group.one_chunk:
-                    grad = grad_logprob()
+                    latest = sums()
+                    grad = backend.token_grad_logprob(*latest, batch, cu_seqlens, tokens)
                     for chunk in head.chunks(group.positions):
-                        token = TokenLogprob(logprob[chunk.rows], logsumexp[chunk.rows])
-                        head.backward(chunk, token, grad[chunk.rows], None)
+                        head.backward(chunk, policy.at(chunk.rows), grad[chunk.rows], None)
         else:
             # Either grad_logprob is known beforehand, or it only scales the rows of dhidden, which can wait.
             known = None
@@ -181,10 +182,12 @@ def linear_mopo_loss(*flat: object) -> tuple[Tensor, ...]:
                 token = forward(chunk, backward=inputs.frozen)
                 if known is not None:
                     head.backward(chunk, token, known[chunk.rows], head.saved_tile(chunk, copies))
+            latest = sums()
             if inputs.frozen:
-                gradients[0].mul_(grad_logprob()[:, None])
+                grad = backend.token_grad_logprob(*latest, batch, cu_seqlens, tokens)
+                gradients[0].mul_(grad[:, None])
         head.finish()
-        return (*backend.pair_loss_fwd(*sums(), batch), *gradients)
+        return (*backend.pair_loss_fwd(*(latest or sums()), batch), *gradients)
 
 
 @linear_mopo_loss.register_fake

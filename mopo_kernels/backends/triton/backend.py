@@ -53,10 +53,19 @@ class TritonBackend(TileBackend):
         else:
             check_values(values)
 
-    def row_statistics(self, row_max: Tensor, sum_exp: Tensor, target_logit: Tensor) -> tuple[Tensor, Tensor]:
+    def row_statistics(
+        self,
+        row_max: Tensor,
+        sum_exp: Tensor,
+        target_logit: Tensor,
+        target: Tensor,
+        logprob: Tensor,
+        logsumexp: Tensor,
+    ) -> None:
         if row_max.dtype != torch.float32:
-            return super().row_statistics(row_max, sum_exp, target_logit)
-        return row_statistics(row_max, sum_exp, target_logit)
+            super().row_statistics(row_max, sum_exp, target_logit, target, logprob, logsumexp)
+        else:
+            row_statistics(row_max, sum_exp, target_logit, target, logprob, logsumexp)
 
     def scaled(self, x: Tensor, factor: Tensor, dtype: torch.dtype, overwrite: bool = False) -> Tensor:
         rows = x if x.dim() == 2 else x[None]
