@@ -29,7 +29,7 @@ BUFFERS = {2: (1 << 20, 60_000, 30_000), 4: (1 << 20, 60_000, 45_000)}
 # Launches a chunk of rows, and a call besides: copies to the device and the upstream 1 included, and with a frozen head
 # the last scale of its rows.
 CHUNK_AND_CALL = {
-    torch.bfloat16: {"none": (4, 5), "frozen": (7, 9), "trained": (12, 7)},
+    torch.bfloat16: {"none": (4, 5), "frozen": (7, 10), "trained": (11, 8)},
     torch.float16: {"none": (5, 5), "frozen": (18, 10), "trained": (20, 9)},
     torch.float32: {"none": (5, 5), "frozen": (7, 10), "trained": (10, 8)},
 }
@@ -123,7 +123,7 @@ def test_a_loss_launches_few_kernels_a_chunk_and_few_a_call(
 @pytest.mark.parametrize("trained", TRAINED)
 def test_what_adds_to_the_launches(trained: str, of_triton: list[str]) -> None:
     """Nothing is copied where all is on the device; the last block of a vocabulary that is no multiple of 16 is
-    launched by itself, twice in a reference's or frozen head's chunk as well."""
+    launched by itself."""
 
     def of(**batch_options: Any) -> int:
         batch = device_batch(torch.bfloat16, trained, **batch_options)
@@ -136,7 +136,7 @@ def test_what_adds_to_the_launches(trained: str, of_triton: list[str]) -> None:
     assert of(vocabulary=70) == planned - 1
 
 
-@pytest.mark.parametrize(("trained", "expected"), [("none", 5), ("frozen", 13), ("trained", 17)])
+@pytest.mark.parametrize(("trained", "expected"), [("none", 5), ("frozen", 14), ("trained", 17)])
 def test_log_probabilities_launch_few_kernels(trained: str, expected: int, of_triton: list[str]) -> None:
     batch = device_batch(torch.bfloat16, trained)
     call = partial(linear_logprob, batch.hidden, batch.weight, batch.target, backend="triton")

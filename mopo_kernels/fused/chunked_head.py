@@ -143,6 +143,8 @@ class ChunkedHead:
         self.dhidden: Tensor | None = None
         self.dweight: Tensor | None = None
         self.dbias: Tensor | None = None
+        # What rows of dhidden (N, H) are multiplied with in the end, (N,).
+        self.row_factor: Tensor | None = None
         self.untouched = True
 
     # ---- rows
@@ -355,6 +357,7 @@ class ChunkedHead:
         weight, dtype = self.weight, self.layout.acc_dtype
         new = self.hidden.new_empty if self._overwrites and self.scored.index is None else self.hidden.new_zeros
         dhidden = new(self.hidden.shape if need_hidden else (0,), dtype=dtype)
+        self.row_factor = new(self.hidden.shape[0], dtype=dtype) if need_hidden and self._overwrites else None
         dweight = weight.new_empty(weight.shape if need_weight else (0,), dtype=dtype)
         dbias = weight.new_zeros(weight.shape[:1] if need_bias else (0,), dtype=dtype)
         self.dhidden = dhidden if need_hidden else None
@@ -362,10 +365,17 @@ class ChunkedHead:
         self.dbias = dbias if need_bias else None
         return dhidden, dweight, dbias
 
-    def finish(self) -> None:
-        """Gradients of nothing are zeros; sum over the ranks what every rank has a part of."""
+    def finish(self, grad_logprob: Tensor | None = None) -> None:
+        """What is left to do after the last chunk: gradients of nothing are zeros, rows of dhidden are multiplied with
+        their factors, and with ``grad_logprob`` (N,) if :meth:`backward` did not have it; the ranks' parts of it are
+        summed."""
         if self.dweight is not None and self.untouched:
             self.dweight.zero_()
+        factor = grad_logprob if self.row_factor is None else self.row_factor
+        if grad_logprob is not None and self.row_factor is not None:
+            factor = self.row_factor.mul_(grad_logprob)
+        if factor is not None and self.dhidden is not None:
+            self.dhidden.mul_(factor[:, None])
         if self.shard is not None and self.dhidden is not None:
             self.shard.all_reduce_(self.dhidden)
 
@@ -430,12 +440,23 @@ class ChunkedHead:
                 self._tile_backward(tile, chunk, start, stop, token, grad_logprob, dhidden)
             else:
                 # The same for every tile.
-                factor = (tile.scale if grad_logprob is None else tile.scale * grad_logprob)[:, None]
-                self._unscaled_products(tile.values, factor, chunk.hidden, start, stop, dhidden)
-        if factor is not None and dhidden is not None:
-            dhidden.mul_(factor)
+                factor = self._keep_factor(chunk, tile.scale, grad_logprob) if factor is None else factor
+                self._unscaled_products(tile.values, factor[:, None], chunk.hidden, start, stop, dhidden)
         self.untouched = False
         self._put_back(dhidden, chunk)
+
+    def _keep_factor(self, chunk: Chunk, scale: Tensor, grad_logprob: Tensor | None) -> Tensor:
+        """What the gradients of the chunk's rows lack (R,), also where :meth:`finish` finds it."""
+        kept = None
+        if self.row_factor is not None and isinstance(chunk.rows, slice):
+            kept = self.row_factor[chunk.rows]
+        if grad_logprob is None:
+            factor = scale if kept is None else kept.copy_(scale)
+        else:
+            factor = torch.mul(scale, grad_logprob, out=kept)
+        if self.row_factor is not None and kept is None:
+            self.row_factor[chunk.rows] = factor
+        return factor
 
     def _again(self, chunk: Chunk, token: TokenLogprob, start: int, stop: int) -> Tile:
         """A tile of the chunk whose log-sum-exp is known, computed again."""
@@ -457,8 +478,8 @@ class ChunkedHead:
         self, values: Tensor, factor: Tensor, hidden: Tensor, start: int, stop: int, dhidden: Tensor | None
     ) -> None:
         """:meth:`_backward_products` of a gradient whose rows lack a factor (R, 1): what they are multiplied with has
-        it instead, and dhidden, which is overwritten by the first tile, lacks it as well. The tile is left as it
-        was."""
+        it instead, and dhidden, which is overwritten by the first tile, lacks it until :meth:`finish`. The tile is left
+        as it was."""
         if self.dbias is not None:
             # Two numbers of half precision stand for each factor.
             high = factor.to(values.dtype)

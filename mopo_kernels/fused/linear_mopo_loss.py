@@ -183,10 +183,10 @@ def linear_mopo_loss(*flat: object) -> tuple[Tensor, ...]:
                 if known is not None:
                     head.backward(chunk, token, known[chunk.rows], head.saved_tile(chunk, copies))
             latest = sums()
-            if inputs.frozen:
-                grad = backend.token_grad_logprob(*latest, batch, cu_seqlens, tokens)
-                gradients[0].mul_(grad[:, None])
-        head.finish()
+        scale = None
+        if inputs.frozen and latest is not None:
+            scale = backend.token_grad_logprob(*latest, batch, cu_seqlens, tokens)
+        head.finish(scale)
         return (*backend.pair_loss_fwd(*(latest or sums()), batch), *gradients)
 
 
