@@ -17,7 +17,7 @@ from samples import Batch, make_batch
 from torch import Tensor
 
 from mopo_kernels import MOPOLossOutput, backends, linear_logprob, linear_mopo_loss
-from mopo_kernels.fused.chunked_head import ChunkedHead
+from mopo_kernels.fused.chunked_head import Chunk, ChunkedHead
 
 pytestmark = pytest.mark.skipif(
     backends.availability()["triton"] is not None, reason=f"triton: {backends.availability()['triton']}"
@@ -118,6 +118,26 @@ def test_a_loss_launches_few_kernels_a_chunk_and_few_a_call(
             # Both go through one product, their rows put together and their log-probabilities parted again.
             assert launched <= expected + 7
     assert len(numbers) > 1
+
+
+def test_all_chunks_but_the_last_fill_the_fused_products_blocks_of_rows(
+    of_triton: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes: list[int] = []
+    forward = ChunkedHead.forward
+
+    def noted(head: ChunkedHead, chunk: Chunk, *arguments: Any, **options: Any) -> Any:
+        sizes.append(chunk.stop - chunk.start)
+        return forward(head, chunk, *arguments, **options)
+
+    monkeypatch.setattr(ChunkedHead, "forward", noted)
+    batch = device_batch(torch.bfloat16, "frozen")
+    call = partial(linear_logprob, batch.hidden, batch.weight, batch.target, backend="triton", max_buffer_bytes=45_000)
+    count(of_triton, lambda: call().sum(), "frozen")
+    block = backends.tile_backend("triton").row_block(torch.bfloat16)
+    assert block > 1
+    assert len(sizes) > 1
+    assert all(size % block == 0 for size in sizes[:-1])
 
 
 @pytest.mark.parametrize("trained", TRAINED)

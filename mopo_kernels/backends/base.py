@@ -103,6 +103,10 @@ class TileBackend:
         """Whether :meth:`linear_lse_fwd` and :meth:`exp_logits_bwd_` take input of this dtype."""
         return False
 
+    def row_block(self, dtype: torch.dtype) -> int:
+        """Rows of this dtype that the products take at a time: a chunk of a multiple wastes none."""
+        return 1
+
     def row_offsets(self, dtype: torch.dtype) -> bool:
         """Whether a fused tile of this dtype has one offset a row, which :meth:`row_offset` chooses, and is turned into
         its gradient by :meth:`mark_target_`; otherwise each block of it has its own, and

@@ -159,7 +159,8 @@ class ChunkedHead:
         if positions is None:
             positions = slice(0, self.scored.count)
         count = positions.stop - positions.start if isinstance(positions, slice) else positions.shape[0]
-        for start, stop in row_chunks(count, self.plan.rows):
+        block = self.backend.row_block(self.weight.dtype)
+        for start, stop in row_chunks(count, self.plan.rows, block):
             if isinstance(positions, slice):
                 rows: Rows = slice(positions.start + start, positions.start + stop)
             else:

@@ -13,7 +13,7 @@ from mopo_kernels.arguments import CallValues, PairBatch
 from mopo_kernels.backends.base import TileBackend
 from mopo_kernels.backends.triton.check_values import check_values
 from mopo_kernels.backends.triton.exp_logits_bwd import exp_logits_bwd_
-from mopo_kernels.backends.triton.linear_lse_fwd import linear_lse_fwd, offset_blocks, row_offsets
+from mopo_kernels.backends.triton.linear_lse_fwd import configuration, linear_lse_fwd, offset_blocks, row_offsets
 from mopo_kernels.backends.triton.logits_bwd import logits_bwd_
 from mopo_kernels.backends.triton.lse_fwd import lse_fwd
 from mopo_kernels.backends.triton.mark_target import mark_target_
@@ -41,6 +41,9 @@ class TritonBackend(TileBackend):
 
     def fuses(self, dtype: torch.dtype) -> bool:
         return dtype in (torch.bfloat16, torch.float16)
+
+    def row_block(self, dtype: torch.dtype) -> int:
+        return configuration().block_r if self.fuses(dtype) else 1
 
     def check_values(self, values: CallValues) -> None:
         cu_seqlens = values.cu_seqlens
