@@ -131,6 +131,7 @@ def make_case(
     target[1::4] = START - 1
     target[2::4] = START + columns
     target[3::8] = NOT_SCORED
+    target[11::16] = -100  # as ignore_index has it
     real = dtype if dtype == torch.float64 else torch.float32
     b = normal(columns).to(real).to(DEVICE) if bias else None
     common = margin, target.to(DEVICE), b, normal(rows).to(real).to(DEVICE)
@@ -621,6 +622,15 @@ def test_a_tile_without_any_probability_leaves_the_others_gradients_alone(limit:
         gradients.append(torch.autograd.grad(loss, leaves))
     for got, exact in zip(*gradients, strict=True):
         assert rms(got - exact) <= 0.01 * rms(exact)
+
+
+@pytest.mark.parametrize("dtype", FULL)
+def test_a_row_that_is_not_scored_has_logprob_0(dtype: torch.dtype) -> None:
+    statistics = Statistics(*torch.tensor([[1.0, torch.nan, 2.0], [2.0, 0.0, 3.0], [0.5, 7.0, 2.5]]).to(DEVICE, dtype))
+    logprob, logsumexp = torch.full((3,), torch.nan).to(DEVICE, dtype), torch.zeros(3, device=DEVICE).double()
+    BACKEND.row_statistics(*statistics, torch.tensor([0, -100, NOT_SCORED], device=DEVICE), logprob, logsumexp)
+    assert logprob.tolist() == pytest.approx([-0.5 - math.log(2), 0.0, 0.0], rel=1e-6)
+    assert logsumexp[0].item() == pytest.approx(1 + math.log(2), rel=1e-6)
 
 
 @pytest.mark.parametrize("sharpness", [1.0, 4.0, 16.0])
