@@ -356,3 +356,25 @@ class PairBatch(OpArguments):
             cast(self.normalizer),
             self.options,
         )
+
+
+@dataclass(frozen=True)
+class CallValues:
+    """Arguments of an op whose values must be right, each part only where the op has it: targets (N,), ids of a
+    ``vocabulary`` or ``ignore_index``; cu_seqlens (S + 1,) of N ``tokens``; the pairs of S ``sequences``."""
+
+    target: Tensor | None = None
+    vocabulary: int = 0
+    ignore_index: int = 0
+    cu_seqlens: Tensor | None = None
+    tokens: int = 0
+    batch: PairBatch | None = None
+    sequences: int = 0
+
+    def check(self) -> None:
+        if self.target is not None:
+            checks.targets(self.target, self.vocabulary, self.ignore_index)
+        if self.cu_seqlens is not None:
+            checks.cu_seqlens(self.cu_seqlens, self.tokens)
+        if self.batch is not None:
+            self.batch.check_values(self.sequences)

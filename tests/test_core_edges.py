@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+import itertools
 import weakref
 from typing import Any
 
@@ -27,7 +28,7 @@ from mopo_kernels import (
 from mopo_kernels.arguments import HeadInputs, HeadOptions
 from mopo_kernels.backends.cpp import CppBackend, has_native_products
 from mopo_kernels.fused import linear_logprob as fused_logprob
-from mopo_kernels.fused.buffer_plan import Layout, layout_of
+from mopo_kernels.fused.buffer_plan import Layout, layout_of, row_chunks
 from mopo_kernels.fused.linear_logprob import LinearLogprob, LinearLogprobBackward, saves_logits
 from mopo_kernels.fused.pair_groups import Group, closed_groups
 
@@ -488,3 +489,23 @@ def test_tensors_without_a_unit_stride_are_as_good_as_others(backend: str, dtype
 def test_hidden_states_of_size_zero_are_refused_by_name() -> None:
     with pytest.raises(ValueError, match=r"hidden must have shape \(\.\.\., H\); got \(3, 0\)"):
         linear_logprob(torch.zeros(3, 0), torch.zeros(5, 0), torch.tensor([0, 1, 2]))
+
+
+@pytest.mark.parametrize("multiple", [1, 8, 128])
+def test_chunks_of_rows_are_the_fewest_that_fit_and_fill_the_blocks_of_products(multiple: int) -> None:
+    for count, largest in itertools.product((0, 1, 7, 127, 128, 129, 1000, 8192, 8193), (1, 5, 128, 130, 300, 4096)):
+        found = list(row_chunks(count, largest, multiple))
+        sizes = [stop - start for start, stop in found]
+        assert [0, *(stop for _, stop in found)] == [*(start for start, _ in found), count]
+        assert all(0 < size <= largest for size in sizes)
+        assert len(sizes) == -(-count // largest)
+        # Where blocks are wasted, it is because a chunk that wastes none would be too large.
+        if any(size % multiple for size in sizes[:-1]):
+            assert multiple > largest - max(sizes)
+        elif sizes:
+            assert max(sizes) < count / len(sizes) + multiple
+
+
+def test_rows_for_the_fused_product_go_in_whole_blocks() -> None:
+    assert list(row_chunks(10_000, 4_200, 128)) == [(0, 3_456), (3_456, 6_784), (6_784, 10_000)]
+    assert list(row_chunks(10_000, 4_200)) == [(0, 3_333), (3_333, 6_666), (6_666, 10_000)]
