@@ -385,8 +385,8 @@ def sequence_logprobs(
     ``batch_size`` examples at once; ``progress`` shows a bar.
     """
     from mopo_kernels.functional import linear_sequence_logprob
-    from mopo_kernels.trainer.head import find_transform, output_head
-    from mopo_kernels.trainer.layout import take_layout
+    from mopo_kernels.trainer.batch_layout import take_layout
+    from mopo_kernels.trainer.lm_head import find_transform, output_head
 
     found: list[list[float]] = []
     with policy.active() as model, torch.no_grad(), progress_bar(progress) as bar:

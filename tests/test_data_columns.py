@@ -25,7 +25,7 @@ from mopo_kernels.data.columns import parse_columns
 from mopo_kernels.data.synthetic import byte_tokenizer
 from mopo_kernels.data.tokenized import text_digest
 from mopo_kernels.evaluation import load_prompts
-from mopo_kernels.trainer.trainer import as_preference_data
+from mopo_kernels.trainer.setup import as_preference_data
 
 
 def turn(role: str, content: str) -> dict[str, Any]:

@@ -13,7 +13,7 @@ import torch
 
 from mopo_kernels import tabular
 from mopo_kernels.data import load_preferences, win_rates
-from mopo_kernels.dual import DualAscent, LabelSolution, ThresholdError, Unmet, solve_labels
+from mopo_kernels.dual import DualAscent, LabelSolution, ThresholdError, UnmetThreshold, solve_labels
 
 NAMES = ("detail", "plain", "warm")
 
@@ -147,14 +147,14 @@ def test_unmet_thresholds_are_reported_after_patience_at_the_maximum() -> None:
 
 
 def test_threshold_error_says_what_cannot_be_met() -> None:
-    error = ThresholdError([Unmet("helpful", 0.6, 0.5532, 10.0)])
+    error = ThresholdError([UnmetThreshold("helpful", 0.6, 0.5532, 10.0)])
     text = "threshold helpful >= 0.60 cannot be met: best seen 0.553 (multiplier at its maximum 10)"
     assert isinstance(error, RuntimeError)
     assert str(error) == text
     assert str(pickle.loads(pickle.dumps(error))) == text
     told = pickle.loads(pickle.dumps(ThresholdError(error.unmet, "in other words")))
     assert (str(told), told.unmet) == ("in other words", error.unmet)
-    assert "helpful >= 0.3976 cannot" in str(Unmet("helpful", 0.3976, 0.1, 10.0))
+    assert "helpful >= 0.3976 cannot" in str(UnmetThreshold("helpful", 0.3976, 0.1, 10.0))
 
 
 def test_set_thresholds_replaces_and_starts_the_divergence_count_afresh() -> None:

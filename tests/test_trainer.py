@@ -33,8 +33,8 @@ from mopo_kernels.data import (
 )
 from mopo_kernels.dual import ThresholdError, solve_labels
 from mopo_kernels.trainer import MOPOConfig, MOPOTrainer
-from mopo_kernels.trainer.layout import take_layout
-from mopo_kernels.trainer.statistics import Statistics, importance_sums
+from mopo_kernels.trainer.batch_layout import take_layout
+from mopo_kernels.trainer.metrics import Statistics, importance_sums
 
 DOUBLE = torch.float64
 DEMO = Path(__file__).parents[1] / "examples" / "demo" / "data" / "preferences.jsonl"

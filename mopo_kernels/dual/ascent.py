@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from mopo_kernels.dual.thresholds import Unmet, check_maximum, check_objectives, check_thresholds
+from mopo_kernels.dual.thresholds import UnmetThreshold, check_maximum, check_objectives, check_thresholds
 
 
 def _floats(name: str, value: torch.Tensor | Sequence[float], size: int) -> list[float]:
@@ -190,7 +190,7 @@ class DualAscent:
             self._best_seen[name] = None
             self._at_maximum[name] = 0
 
-    def unmet(self) -> list[Unmet]:
+    def unmet(self) -> list[UnmetThreshold]:
         """Thresholds whose multiplier has been at its maximum, unmet, for the last ``patience`` updates.
 
         Raise :class:`ThresholdError` with them to stop a run.
@@ -199,7 +199,7 @@ class DualAscent:
         for name, count in self._at_maximum.items():
             best = self._best_seen[name]
             if count >= self.patience and best is not None:
-                found.append(Unmet(name, self._threshold[name], best, self._multiplier[name]))
+                found.append(UnmetThreshold(name, self._threshold[name], best, self._multiplier[name]))
         return found
 
     def state_dict(self) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import numpy.typing as npt
 from scipy.optimize import brentq
 from scipy.special import expit
 
-from mopo_kernels.dual.thresholds import Unmet, check_maximum, check_objectives, check_thresholds, wanted
+from mopo_kernels.dual.thresholds import UnmetThreshold, check_maximum, check_objectives, check_thresholds, wanted
 from mopo_kernels.naive import ESTIMATORS
 from mopo_kernels.tabular import TabularProblem, capped_multipliers, solve
 
@@ -39,7 +39,7 @@ class LabelSolution:
     multiplier: dict[str, float]
     satisfaction: dict[str, float]
     feasible: bool
-    unmet: tuple[Unmet, ...]
+    unmet: tuple[UnmetThreshold, ...]
     message: str
     residual: float
     converged: bool = True
@@ -230,7 +230,7 @@ def solve_labels(
     converged = bool(reason) or residual <= accepted
     found = dict(zip(bounds_by_name, multiplier.tolist(), strict=True))
     unmet = tuple(
-        Unmet(name, bounds_by_name[name], float(satisfaction[names.index(name)]), found[name])
+        UnmetThreshold(name, bounds_by_name[name], float(satisfaction[names.index(name)]), found[name])
         for name, bad in zip(bounds_by_name, missed, strict=True)
         if bad
     )
@@ -264,7 +264,7 @@ def _win_rate_jacobian(problem: TabularProblem, objective_weight: Array) -> Arra
     return np.asarray(covariance / problem.tau)
 
 
-def _impossible(unmet: Sequence[Unmet], held: Sequence[str]) -> str:
+def _impossible(unmet: Sequence[UnmetThreshold], held: Sequence[str]) -> str:
     """That the multipliers of ``unmet`` are all at their maximum and do not suffice while ``held`` are met."""
     named = " and ".join(wanted(each.objective, each.threshold) for each in unmet)
     beside = f" beside {' and '.join(held)}" if held else ""

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 
 
 @dataclasses.dataclass(frozen=True)
-class Unmet:
+class UnmetThreshold:
     """A threshold that is not met. In training its multiplier is at its maximum, and ``best_seen`` is the largest value
     since it was last met, if it ever was, so it lies below the threshold. On labels ``best_seen`` is the value at the
     multipliers that were found."""
@@ -28,11 +28,11 @@ class Unmet:
 class ThresholdError(RuntimeError):
     """Thresholds cannot be met; ``unmet`` says which. ``message``: in words, where they are not those of ``unmet``."""
 
-    def __init__(self, unmet: Sequence[Unmet], message: str | None = None) -> None:
+    def __init__(self, unmet: Sequence[UnmetThreshold], message: str | None = None) -> None:
         self.unmet = tuple(unmet)
         super().__init__("; ".join(map(str, self.unmet)) if message is None else message)
 
-    def __reduce__(self) -> tuple[type[ThresholdError], tuple[tuple[Unmet, ...], str]]:
+    def __reduce__(self) -> tuple[type[ThresholdError], tuple[tuple[UnmetThreshold, ...], str]]:
         return type(self), (self.unmet, str(self))
 
 
