@@ -453,7 +453,7 @@ def test_sampling_sees_the_prompt_that_training_has_and_stops_at_the_end_of_the_
         seen.update(prompts=prompts, stops=options["eos_token_id"])
         return [[options["pad_token_id"]] for _ in prompts]
 
-    monkeypatch.setattr("mopo_kernels.evaluation._sample_batch", sampled)
+    monkeypatch.setattr("mopo_kernels.evaluation.sampling._sample_batch", sampled)
     model = AutoModelForCausalLM.from_config(_config(len(tokenizer)))
     model.generation_config.eos_token_id = None
     draw_responses(

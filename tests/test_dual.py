@@ -247,7 +247,7 @@ def test_ascent_on_exact_values_ends_at_the_exact_multipliers(sign: int) -> None
 
 
 def test_sampled_ascent_ends_near_the_exact_multipliers() -> None:
-    """A table policy at the closed form, 256 sampled responses a step: the loop SPEC section 2 describes."""
+    """A table policy at the closed form, 256 sampled responses a step."""
     problem = table_problem()
     exact = tabular.solve(problem)
     rng = np.random.default_rng(1)
@@ -298,7 +298,7 @@ def label_data(seed: int, prompts: int = 60, responses: int = 4, missing: float 
 
 
 def pair_satisfaction(data: dict, multiplier: dict[str, float]) -> dict[str, float]:
-    """SPEC section 2's formula, pair by pair."""
+    """The estimator "pair", pair by pair."""
     weight = [1.0 if name == data["primary"] else multiplier.get(name, 0.0) for name in data["objectives"]]
     out = {}
     for k, name in enumerate(data["objectives"]):

@@ -144,7 +144,7 @@ def test_greedy_responses_match_a_plain_loop_in_input_order_whatever_the_batch(p
 
 def without_a_cache(monkeypatch):
     """Batches are decoded whole, as for models whose cache cannot be continued."""
-    monkeypatch.setattr(evaluation, "_prompt_cache", lambda *arguments: None)
+    monkeypatch.setattr(evaluation.sampling, "_prompt_cache", lambda *arguments: None)
 
 
 @pytest.mark.parametrize("options", [{}, {"temperature": 1.5, "top_p": 0.7}], ids=str)
@@ -690,7 +690,7 @@ def test_the_bootstrap_gives_the_same_interval_when_it_works_in_blocks(monkeypat
     rng = np.random.default_rng(4)
     candidate, baseline = rng.normal(size=(2, 40, 3))
     whole = evaluation.win_rate(candidate, baseline)
-    monkeypatch.setattr(evaluation, "_BOOTSTRAP_BLOCK", 40 * 7)
+    monkeypatch.setattr(evaluation.win_rates, "_BOOTSTRAP_BLOCK", 40 * 7)
     assert evaluation.win_rate(candidate, baseline) == whole
 
 
@@ -780,7 +780,7 @@ def test_bad_bootstrap_options_are_refused_before_anything_is_sampled(policy, mo
     def never(*args, **options):
         raise AssertionError("sampled")
 
-    monkeypatch.setattr(evaluation, "sample_responses", never)
+    monkeypatch.setattr(evaluation.compare, "sample_responses", never)
     for prompts, options in ((["w1"], {}), (PROMPTS, {"confidence": 1.0}), (PROMPTS, {"n_boot": 0})):
         with pytest.raises(ValueError, match="must be"):
             evaluation.compare_policies(policy, policy, prompts, {"length": lambda p, r: len(r)}, **options)

@@ -17,9 +17,10 @@ import yaml
 from safetensors.torch import load_file
 from trainer_samples import make_config, make_data, make_model, make_tokenizer
 
-from mopo_kernels import cli, evaluation, plots
+from mopo_kernels import cli, plots
 from mopo_kernels.cli.train import train
 from mopo_kernels.data.rendering import Renderer
+from mopo_kernels.evaluation import compare
 from mopo_kernels.tabular import nondominated
 from mopo_kernels.trainer import MOPOTrainer, last_complete_checkpoint
 from mopo_kernels.trainer.sweep import Sweep, SweepPoint, load_sweep
@@ -490,10 +491,8 @@ def test_eval_of_a_sweep_equals_evals_of_its_points_and_samples_the_base_once(sw
     common = ["--prompts", str(tmp_path / "prompts.txt"), "--judges", f"{tmp_path / 'judges.py'}:JUDGES"]
     common += ["--max-new-tokens", "5", "--samples", "3", "--device", "cpu"]
     drawn, loaded = [], []
-    draw = evaluation.sample_responses
-    monkeypatch.setattr(
-        evaluation, "sample_responses", lambda *a, **k: (drawn.append(k["description"]), draw(*a, **k))[1]
-    )
+    draw = compare.sample_responses
+    monkeypatch.setattr(compare, "sample_responses", lambda *a, **k: (drawn.append(k["description"]), draw(*a, **k))[1])
     from transformers import AutoModelForCausalLM
 
     load = AutoModelForCausalLM.from_pretrained
