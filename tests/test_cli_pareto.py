@@ -17,9 +17,10 @@ import numpy as np
 import pytest
 
 from mopo_kernels import cli, plots, tabular
-from mopo_kernels.cli import pareto
+from mopo_kernels.cli import pareto_file
 from mopo_kernels.data import PreferenceData, load_preferences, win_rates
 from mopo_kernels.dual import solve_labels
+from mopo_kernels.tabular import explore
 
 EXAMPLE = Path(__file__).parent.parent / "examples" / "pareto" / "three_objectives.json"
 
@@ -422,7 +423,10 @@ def test_thresholds_that_none_of_the_policies_meets_are_all_named(capsys):
             ["{two}", "--thresholds", "nothing=0.5"],
             "--thresholds: expected an objective of quality, safety; got 'nothing'",
         ),
-        (["{two}", "--thresholds", "quality=0.5"], "--thresholds: the primary objective 'quality' is maximised"),
+        (
+            ["{two}", "--thresholds", "quality=0.5"],
+            "--thresholds: expected none for the primary objective 'quality', which is maximised; got 0.5",
+        ),
         (["{two}", "--thresholds", "safety=1.5"], "--thresholds: expected win rates in [0, 1]; got 1.5 for 'safety'"),
         (["{two}", "--thresholds", "safety=nan"], "--thresholds['safety']: expected a finite number; got 'nan'"),
         (
@@ -447,12 +451,15 @@ def test_thresholds_that_none_of_the_policies_meets_are_all_named(capsys):
         (["{two}", "--grid", "many"], "--grid: expected a number of points, or name=START:STOP:POINTS; got 'many'"),
         (["{two}", "--grid", "safety=0.5"], "got 'safety=0.5'"),
         (["{two}", "--grid", "safety=0.5:0.2:4"], "--grid: expected 0 <= START <= STOP <= 1"),
-        (["{two}", "--grid", "quality=0.2:0.5:4"], "--grid: the primary objective 'quality' is maximised"),
+        (
+            ["{two}", "--grid", "quality=0.2:0.5:4"],
+            "--grid: expected none for the primary objective 'quality', which is maximised; got 0.2:0.5:4",
+        ),
         (["{two}", "--grid", "nothing=0.2:0.5:4"], "--grid: expected an objective of quality, safety; got 'nothing'"),
-        (["{two}", "--grid", "99999"], "--grid: expected at most 20000 points in all; got 99999"),
-        (["{two}", "--split", "train"], "--split: is for preferences"),
+        (["{two}", "--grid", "99999"], "grid: expected at most 20000 points in all; got 99999"),
+        (["{two}", "--split", "train"], "--split: expected with preferences alone; got the finite problem"),
         (["{two}", "--output_json", "{dir}"], "{dir}"),
-        (["{two}", "--columns", "prompt=q"], "--columns: is for preferences"),
+        (["{two}", "--columns", "prompt=q"], "--columns: expected with preferences alone"),
         (["{labels}", "--format", "csv"], "format: expected auto, canonical"),
         (["{labels}", "--columns", "prompt=q"], ":1: q: expected a string, got None"),
         (["{labels}", "--split", "test"], "no split 'test', there is: one without a name"),
@@ -501,7 +508,10 @@ GOOD: dict[str, Any] = {"win_rate": [[[0.2, 0.8]], [[0.7, 0.3]]]}
         (GOOD | {"tau": "small"}, "tau: expected a number; got 'small'"),
         (GOOD | {"thresholds": [0.5]}, "thresholds: expected an object of objective to number; got [0.5]"),
         (GOOD | {"thresholds": {"objective_1": None}}, "thresholds.objective_1: expected a number; got None"),
-        (GOOD | {"thresholds": {"objective_0": 0.5}}, "thresholds: the primary objective 'objective_0'"),
+        (
+            GOOD | {"thresholds": {"objective_0": 0.5}},
+            "thresholds: expected none for the primary objective",
+        ),
     ],
 )
 def test_bad_problems_exit_2_with_one_line_that_names_file_and_field(tmp_path, capsys, content, words):
@@ -547,7 +557,7 @@ def test_a_broken_archive_exits_2_with_one_line(tmp_path, capsys, content):
 def test_a_picture_needs_two_objectives(tmp_path, capsys):
     path = write(tmp_path / "one.json", win_rate=rates(1).tolist())
     assert cli.main(["pareto", str(path), "--output_png", str(tmp_path / "p.png")]) == 2
-    assert "--output_png: there is no front to draw with one objective" in error_line(capsys)
+    assert "--output_png: expected two objectives at least to draw a front; got 'obj" in error_line(capsys)
 
 
 def test_an_interruption_exits_130_and_a_failed_solution_1(two, tmp_path, monkeypatch, capsys):
@@ -683,7 +693,7 @@ def test_two_objectives_are_one_curve_and_six_fill_two_rows(figures, two, tmp_pa
 def test_robust_thresholds_hold_in_the_worst_case_and_are_drawn_on_its_scale(
     figures, two, tmp_path, capsys, monkeypatch
 ):
-    monkeypatch.setattr(pareto, "_POINTS", 3)
+    monkeypatch.setattr(explore, "SWEEP_POINTS", 3)
     report = run(
         tmp_path,
         two,
@@ -704,7 +714,8 @@ def test_robust_thresholds_hold_in_the_worst_case_and_are_drawn_on_its_scale(
     assert lower.get_xlabel() == "safety: threshold (worst case)"
     capsys.readouterr()
     assert cli.main(["pareto", str(two), "--thresholds", "safety=0.9", "--robustness", "0.01"]) == 2
-    assert f"no policy attains more than {pareto._floor(report['best_attainable']['safety'])}" in error_line(capsys)
+    best = explore.round_down(report["best_attainable"]["safety"])
+    assert f"no policy attains more than {best}" in error_line(capsys)
 
 
 def test_a_front_of_one_objective_is_refused(tmp_path):
@@ -727,5 +738,5 @@ def test_a_front_of_one_objective_is_refused(tmp_path):
 def test_the_example_and_the_defaults_of_the_command_are_those_of_training():
     from mopo_kernels import MOPOConfig
 
-    assert MOPOConfig.tau == pareto.DEFAULT_TAU
+    assert MOPOConfig.tau == pareto_file.DEFAULT_TAU
     assert json.loads(EXAMPLE.read_text())["objectives"] == ["helpful", "harmless", "concise"]

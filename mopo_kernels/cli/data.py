@@ -4,18 +4,26 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
-from rich.text import Text
 
-from mopo_kernels.cli.output import Chat, TemplateVariables, chat_options, literal, prepare_file, show, show_help
+from mopo_kernels.cli.output import (
+    Chat,
+    TemplateVariables,
+    chat_options,
+    count_rows,
+    fail,
+    literal,
+    prepare_file,
+    print_line,
+    show,
+    show_help,
+)
 from mopo_kernels.data.converters import CONVERTERS
 from mopo_kernels.data.dataset import PreferenceData
 from mopo_kernels.data.loaders import load_preferences
@@ -23,7 +31,6 @@ from mopo_kernels.data.report import PreferenceReport, summarize
 from mopo_kernels.data.schema import DataError, judged_text
 from mopo_kernels.evaluation import Prompt, load_judges, load_policy, load_prompts
 from mopo_kernels.mappings import parse_mapping
-from mopo_kernels.text import one_line
 
 data_app = typer.Typer(
     help="Check, convert and describe preference data.",
@@ -65,17 +72,6 @@ ColumnNames = Annotated[
 ]
 
 
-def _print(text: str, console: Console) -> None:
-    """A line as it is: names from data are neither markup nor what a terminal acts on."""
-    console.print(Text(one_line(text)), highlight=False)
-
-
-def _fail(message: object, status: int = 2) -> NoReturn:
-    """One clear line on stderr, then the exit status."""
-    _print(f"mopo: error: {' '.join(str(message).split())}", Console(stderr=True, soft_wrap=True))
-    raise typer.Exit(status)
-
-
 def _parse_sources(sources: list[str]) -> Any:
     """A path or name as it is, or {objective: path} for ``objective=path`` arguments."""
     if len(sources) == 1 and ("=" not in sources[0] or Path(sources[0]).exists()):
@@ -84,9 +80,9 @@ def _parse_sources(sources: list[str]) -> Any:
     for item in sources:
         objective, sign, path = item.partition("=")
         if not (objective and sign and path):
-            _fail(f"SOURCES: to merge several give each as objective=path, got {item!r}")
+            fail(f"SOURCES: to merge several give each as objective=path, got {item!r}")
         if objective in named:
-            _fail(f"SOURCES: objective {objective!r} is given twice")
+            fail(f"SOURCES: objective {objective!r} is given twice")
         named[objective] = path
     return named
 
@@ -96,18 +92,7 @@ def _prepare(option: str, path: Path) -> None:
     try:
         prepare_file(option, path)
     except ValueError as error:
-        _fail(error)
-
-
-@contextmanager
-def _progress(description: str, total: int | None = None) -> Iterator[Any]:
-    """A bar on stderr; yields the callable that counts one row, or so many."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    console = Console(stderr=True)
-    # Where nobody watches, a bar would leave stray lines in the log.
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task(description, total=total)
-        yield lambda count=1: bar.advance(task, count)
+        fail(error)
 
 
 def _load(
@@ -137,9 +122,9 @@ def _load(
         options["conversational"] = conversational
     names = [item.strip() for item in objectives.split(",")] if objectives is not None else None
     if on_error not in ("raise", "skip"):
-        _fail(f"--on-error: expected raise or skip, got {on_error!r}")
+        fail(f"--on-error: expected raise or skip, got {on_error!r}")
     try:
-        with _progress("reading") as advance:
+        with count_rows("reading") as advance:
             return load_preferences(
                 _parse_sources(sources),
                 format=format,
@@ -157,20 +142,20 @@ def _load(
                 **options,
             )
     except ImportError as error:
-        _fail(error, status=1)
+        fail(error, status=1)
     except (ValueError, OSError) as error:
         skipped = error.skipped if isinstance(error, DataError) else ()
         if not skipped:
-            _fail(error)
+            fail(error)
         _print_skipped(skipped, Console(soft_wrap=True), 50)
-        _fail(f"no usable row, {len(skipped)} bad ones", status=1)
+        fail(f"no usable row, {len(skipped)} bad ones", status=1)
 
 
 def _print_skipped(skipped: Sequence[DataError], console: Console, shown: int) -> None:
     for error in skipped[:shown]:
-        _print(str(error), console)
+        print_line(str(error), console)
     if len(skipped) > shown:
-        _print(f"... and {len(skipped) - shown} more", console)
+        print_line(f"... and {len(skipped) - shown} more", console)
 
 
 def _percent(share: float | None) -> str:
@@ -223,7 +208,7 @@ def validate(
     )  # fmt: skip
     console = Console(soft_wrap=True)
     _print_skipped(data.skipped, console, shown)
-    _print(
+    print_line(
         f"{len(data)} good examples, {len(data.skipped)} bad rows; objectives: {', '.join(data.objectives)}", console
     )
     if data.skipped:
@@ -251,7 +236,7 @@ def convert(
 ) -> None:
     """Write preference data in the canonical schema."""
     if output.suffix not in (".jsonl", ".parquet"):
-        _fail(f"--output: expected a name ending in .jsonl or .parquet, got {output.name!r}")
+        fail(f"--output: expected a name ending in .jsonl or .parquet, got {output.name!r}")
     _prepare("--output", output)
     data = _load(
         sources, format, split, name, data_dir, objectives, objective, negative, conversational, max_prompt_chars,
@@ -260,9 +245,9 @@ def convert(
     try:
         data.save(output)
     except OSError as error:
-        _fail(error)
+        fail(error)
     _print_skipped(data.skipped, Console(stderr=True, soft_wrap=True), 50)
-    _print(
+    print_line(
         f"wrote {len(data)} examples to {output}, left out {len(data.skipped)} bad rows; "
         f"objectives: {', '.join(data.objectives)}",
         Console(soft_wrap=True),
@@ -294,14 +279,14 @@ def report(
         sources, format, split, name, data_dir, objectives, objective, negative, conversational, max_prompt_chars,
         max_response_chars, max_rows, columns, on_error,
     )  # fmt: skip
-    with _progress("counting", total=len(data)) as advance:
+    with count_rows("counting", total=len(data)) as advance:
         findings = summarize(data, progress=advance)
     _print_report(findings)
     if output is not None:
         try:
             output.write_text(json.dumps(findings.to_dict(), indent=2) + "\n", encoding="utf-8")
         except OSError as error:
-            _fail(error)
+            fail(error)
 
 
 @data_app.command()
@@ -354,9 +339,9 @@ def label(
     from mopo_kernels.labelling import Sampler, Source, label_file
 
     if output.suffix != ".jsonl":
-        _fail(f"--output: expected a name ending in .jsonl, got {output.name!r}")
+        fail(f"--output: expected a name ending in .jsonl, got {output.name!r}")
     if unfinished not in ("drop", "keep"):
-        _fail(f"--unfinished: expected drop or keep, got {unfinished!r}")
+        fail(f"--unfinished: expected drop or keep, got {unfinished!r}")
     _prepare("--output", output)
     prompts: list[Prompt]
     responses: Source
@@ -407,7 +392,7 @@ def label(
             }
             responses = Sampler(loaded, **sampling)
             settings |= {"policy_adapter": policy_adapter, "source": _digest(prompts), **sampling, **writing}
-        with _progress("labelling", total=len(prompts)) as advance:
+        with count_rows("labelling", total=len(prompts)) as advance:
             progress = label_file(
                 output,
                 prompts,
@@ -419,9 +404,9 @@ def label(
                 advance=advance,
             )
     except ImportError as error:
-        _fail(error, status=1)
+        fail(error, status=1)
     except (ValueError, OSError) as error:
-        _fail(error)
+        fail(error)
     more = "" if policy is None or unfinished == "keep" else "; more of them end with more --max-new-tokens"
     show(
         literal(

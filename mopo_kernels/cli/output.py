@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console, RenderableType
 from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.text import Text
 
 from mopo_kernels.mappings import parse_json
 from mopo_kernels.text import one_line
@@ -63,3 +67,25 @@ def prepare_file(option: str, path: Path) -> None:
         raise ValueError(f"{option}: cannot make the folder {path.parent}: {error.strerror}") from error
     if not os.access(path if path.exists() else path.parent, os.W_OK):
         raise ValueError(f"{option}: no permission to write {path}")
+
+
+def print_line(text: str, console: Console) -> None:
+    """A line as it is: names from data are neither markup nor what a terminal acts on."""
+    console.print(Text(one_line(text)), highlight=False)
+
+
+def fail(message: object, status: int = 2) -> NoReturn:
+    """One clear line on stderr, then the exit status."""
+    print_line(f"mopo: error: {' '.join(str(message).split())}", Console(stderr=True, soft_wrap=True))
+    raise typer.Exit(status)
+
+
+@contextmanager
+def count_rows(description: str, total: int | None = None) -> Iterator[Any]:
+    """A bar on stderr; yields the callable that counts one row, or so many."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    console = Console(stderr=True)
+    # Where nobody watches, a bar would leave stray lines in the log.
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task(description, total=total)
+        yield lambda count=1: bar.advance(task, count)

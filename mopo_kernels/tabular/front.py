@@ -499,5 +499,5 @@ class _Programme:
         policy = np.zeros_like(problem.reference)
         policy[self.prompt, self.response] = np.maximum(cells, 0.0)
         policy /= policy.sum(1, keepdims=True)
-        value = np.einsum("kxy,xy->kx", problem.win_rate, policy) @ problem.prompt_weight
+        value = problem.value(policy)
         return weight / weight.sum(), value, policy

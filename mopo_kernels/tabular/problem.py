@@ -128,6 +128,10 @@ class TabularProblem:
         changed.thresholds = _thresholds(thresholds, len(self.win_rate), self.primary)
         return changed
 
+    def value(self, policy: Array) -> Array:
+        """(K,) win rates of a policy (X, Y)."""
+        return np.asarray(np.einsum("kxy,xy->kx", self.win_rate, policy) @ self.prompt_weight, dtype=np.float64)
+
 
 def _thresholds(thresholds: Mapping[int, float], objectives: int, primary: int) -> dict[int, float]:
     """``thresholds`` checked and in the order of the objectives."""

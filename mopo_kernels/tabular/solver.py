@@ -269,7 +269,7 @@ def capped_multipliers(problem: TabularProblem, maximum: float, tolerance: float
     constrained = np.array(list(problem.thresholds), dtype=np.int64)
     dual = Dual(problem, problem.win_rate[constrained], np.array(list(problem.thresholds.values())))
     found, residual, _ = minimise(dual, problem.tau, tolerance, np.zeros(len(constrained)), maximum)
-    value = np.einsum("kxy,xy->kx", problem.win_rate, dual.policy(found, problem.tau)[0]) @ problem.prompt_weight
+    value = problem.value(dual.policy(found, problem.tau)[0])
     multiplier = np.zeros(len(value))
     multiplier[problem.primary] = 1.0
     multiplier[constrained] = found
