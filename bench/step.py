@@ -912,7 +912,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--pairs", type=int, default=2, help="a step")
     parser.add_argument("--responses", type=int, default=2, help="to a prompt, every two of them a pair")
     parser.add_argument("--length", type=int, default=128, help="tokens of the longest row")
-    parser.add_argument("--prompt-share", nargs="+", type=float, help="prompt's part of a row; default: 0.5 0.8")
+    parser.add_argument("--prompt_share", nargs="+", type=float, help="prompt's part of a row; default: 0.5 0.8")
     parser.add_argument(
         "--dtype", choices=DTYPES, default="float32", help="; ".join(f"{k}: {v}" for k, v in DTYPES.items())
     )
@@ -947,7 +947,7 @@ def main(arguments: list[str] | None = None) -> None:
             f"got {options.pairs}"
         )
     if options.data is not None and (options.model is None or options.prompt_share):
-        parser.error("argument --data: takes --model, whose tokens its texts become, and no --prompt-share")
+        parser.error("argument --data: takes --model, whose tokens its texts become, and no --prompt_share")
     if options.data is not None and not options.data.is_file():
         parser.error(f"argument --data: there is no file {options.data}")
     if options.data is not None:
@@ -955,7 +955,7 @@ def main(arguments: list[str] | None = None) -> None:
     if options.prompt_share is None:
         options.prompt_share = [0.5, 0.8]
     if not all(0 < share < 1 for share in options.prompt_share):
-        parser.error(f"argument --prompt-share: must be between 0 and 1; got {options.prompt_share}")
+        parser.error(f"argument --prompt_share: must be between 0 and 1; got {options.prompt_share}")
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("argument --device: there is no CUDA device here")
     asked = options.contenders or (QUICK if options.quick else list(CONTENDERS))

@@ -298,7 +298,7 @@ def test_several_candidates_are_chosen_among_on_other_prompts(workspace, tmp_pat
 def test_judges_certify_by_fresh_answers_and_equal_scores_are_parity(workspace, tmp_path):
     out = tmp_path / "record.json"
     more = ["--prompts", str(workspace / "prompts.jsonl"), "--judges", f"{workspace / 'judges.py'}:JUDGES"]
-    more += ["--samples", "2", "--max-new-tokens", "4", "--output", str(out)]
+    more += ["--samples", "2", "--max_new_tokens", "4", "--output", str(out)]
     assert run(workspace, *more, "--thresholds", "same=0.4") == 0
     record = json.loads(out.read_text(encoding="utf-8"))
     assert record["bounds"][0]["value"] == 0.5

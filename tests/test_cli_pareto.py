@@ -71,7 +71,7 @@ def labels(tmp_path: Path) -> Path:
 def run(tmp_path: Path, *arguments: object) -> dict[str, Any]:
     """The report of a run that must succeed."""
     out = tmp_path / "new" / "out.json"
-    assert cli.main(["pareto", *map(str, arguments), "--output_json", str(out)]) == 0
+    assert cli.main(["pareto", *map(str, arguments), "--output", str(out)]) == 0
     report: dict[str, Any] = json.loads(out.read_text(encoding="utf-8"))
     return report
 
@@ -458,7 +458,7 @@ def test_thresholds_that_none_of_the_policies_meets_are_all_named(capsys):
         (["{two}", "--grid", "nothing=0.2:0.5:4"], "--grid: expected an objective of quality, safety; got 'nothing'"),
         (["{two}", "--grid", "99999"], "grid: expected at most 20000 points in all; got 99999"),
         (["{two}", "--split", "train"], "--split: expected with preferences alone; got the finite problem"),
-        (["{two}", "--output_json", "{dir}"], "{dir}"),
+        (["{two}", "--output", "{dir}"], "{dir}"),
         (["{two}", "--columns", "prompt=q"], "--columns: expected with preferences alone"),
         (["{labels}", "--format", "csv"], "format: expected auto, canonical"),
         (["{labels}", "--columns", "prompt=q"], ":1: q: expected a string, got None"),
@@ -519,7 +519,7 @@ def test_bad_problems_exit_2_with_one_line_that_names_file_and_field(tmp_path, c
     raw = content if isinstance(content, (str, bytes)) else json.dumps(content)
     path.write_bytes(raw if isinstance(raw, bytes) else raw.encode())
     out = tmp_path / "out.json"
-    assert cli.main(["pareto", str(path), "--output_json", str(out)]) == 2
+    assert cli.main(["pareto", str(path), "--output", str(out)]) == 2
     line = error_line(capsys)
     assert line.startswith(f"mopo: error: {path}:")
     assert words in line
@@ -556,8 +556,8 @@ def test_a_broken_archive_exits_2_with_one_line(tmp_path, capsys, content):
 
 def test_a_picture_needs_two_objectives(tmp_path, capsys):
     path = write(tmp_path / "one.json", win_rate=rates(1).tolist())
-    assert cli.main(["pareto", str(path), "--output_png", str(tmp_path / "p.png")]) == 2
-    assert "--output_png: expected two objectives at least to draw a front; got 'obj" in error_line(capsys)
+    assert cli.main(["pareto", str(path), "--plot", str(tmp_path / "p.png")]) == 2
+    assert "--plot: expected two objectives at least to draw a front; got 'obj" in error_line(capsys)
 
 
 def test_an_interruption_exits_130_and_a_failed_solution_1(two, tmp_path, monkeypatch, capsys):
@@ -565,7 +565,7 @@ def test_an_interruption_exits_130_and_a_failed_solution_1(two, tmp_path, monkey
         raise KeyboardInterrupt
 
     monkeypatch.setattr(tabular, "pareto_front", stop)
-    assert cli.main(["pareto", str(two), "--output_json", str(tmp_path / "o.json")]) == 130
+    assert cli.main(["pareto", str(two), "--output", str(tmp_path / "o.json")]) == 130
     assert capsys.readouterr().err == "mopo: interrupted\n"
     assert not (tmp_path / "o.json").exists()
 
@@ -587,7 +587,7 @@ def test_missing_packages_exit_1_naming_their_extra(two, tmp_path, monkeypatch, 
 
     with monkeypatch.context() as patch:
         patch.setattr(builtins, "__import__", hide)
-        assert cli.main(["pareto", str(two), "--output_png", str(tmp_path / "p.png")]) == 1
+        assert cli.main(["pareto", str(two), "--plot", str(tmp_path / "p.png")]) == 1
         assert "pip install 'mopo-kernels[plot]'" in error_line(capsys)
     monkeypatch.setattr(
         importlib.util, "find_spec", lambda name, *rest: None if name == "moocore" else real_find(name, *rest)
@@ -636,7 +636,7 @@ def test_the_picture_shows_front_thresholds_and_what_no_policy_attains(figures, 
         "harmless=0.52,concise=0.55",
         "--grid",
         "harmless=0.5:0.55:3",
-        "--output_png",
+        "--plot",
         png,
     )
     (figure,) = figures
@@ -677,14 +677,14 @@ def test_the_picture_shows_front_thresholds_and_what_no_policy_attains(figures, 
 
 
 def test_two_objectives_are_one_curve_and_six_fill_two_rows(figures, two, tmp_path):
-    run(tmp_path, two, "--output_png", tmp_path / "a.png")
+    run(tmp_path, two, "--plot", tmp_path / "a.png")
     upper, lower = figures[0].axes
     assert len(lines_of(upper)["exact front"]) == 21
     assert "front on the grid" not in lines_of(upper)
     assert "chosen threshold" not in lines_of(lower)
     assert upper.get_title() == "safety"
     path = write(tmp_path / "six.json", win_rate=rates(6).tolist())
-    run(tmp_path, path, "--thresholds", "objective_3=0.5", "--output_png", tmp_path / "b.png")
+    run(tmp_path, path, "--thresholds", "objective_3=0.5", "--plot", tmp_path / "b.png")
     titles = [axes.get_title() for axes in figures[1].axes if axes.axison and axes.get_title()]
     assert titles == [f"objective_{k} ({'held' if k == 3 else 'watched'})" for k in range(1, 6)]
     assert sum(axes.axison for axes in figures[1].axes) == 10
@@ -703,7 +703,7 @@ def test_robust_thresholds_hold_in_the_worst_case_and_are_drawn_on_its_scale(
         0.01,
         "--grid",
         2,
-        "--output_png",
+        "--plot",
         tmp_path / "r.png",
     )
     assert report["chosen"]["constraint_value"]["safety"] == pytest.approx(0.4, abs=1e-8)

@@ -489,7 +489,7 @@ def test_eval_of_a_sweep_equals_evals_of_its_points_and_samples_the_base_once(sw
     )
     (tmp_path / "prompts.txt").write_text("w1 w2\nw3\nw4 w5 w6\n")
     common = ["--prompts", str(tmp_path / "prompts.txt"), "--judges", f"{tmp_path / 'judges.py'}:JUDGES"]
-    common += ["--max-new-tokens", "5", "--samples", "3", "--device", "cpu"]
+    common += ["--max_new_tokens", "5", "--samples", "3", "--device", "cpu"]
     drawn, loaded = [], []
     draw = compare.sample_responses
     monkeypatch.setattr(compare, "sample_responses", lambda *a, **k: (drawn.append(k["description"]), draw(*a, **k))[1])
@@ -527,8 +527,8 @@ def test_eval_of_a_sweep_refuses_what_does_not_fit(swept, tmp_path, capsys):
     (tmp_path / "judges.py").write_text("JUDGES = {'kind': lambda prompt, response: len(response)}\n")
     (tmp_path / "prompts.txt").write_text("w1\nw2\n")
     common = ["eval", "--prompts", str(tmp_path / "prompts.txt"), "--judges", f"{tmp_path / 'judges.py'}:JUDGES"]
-    assert cli.main([*common, "--policy", str(swept), "--policy-adapter", "x"]) == 2
-    assert "--policy-adapter must not be given with a sweep" in capsys.readouterr().err
+    assert cli.main([*common, "--policy", str(swept), "--policy_adapter", "x"]) == 2
+    assert "--policy_adapter must not be given with a sweep" in capsys.readouterr().err
     assert cli.main([*common, "--policy", str(swept), "--plot", str(tmp_path / "x.png")]) == 2
     assert "--y must be one of kind, got helpful" in capsys.readouterr().err
     assert cli.main([*common, "--policy", str(swept), "--plot", str(tmp_path / "x.png"), "--y", "kind"]) == 2

@@ -52,15 +52,23 @@ def certify_policies(
         str | None, typer.Option(help="The model that wrote the responses. Default: the policy's base, adapter off.")
     ] = None,
     max_response_length: Annotated[
-        int | None, typer.Option(min=1, help="With --data: tokens after which every response was cut, EOS included.")
+        int | None,
+        typer.Option(
+            "--max_response_length", min=1, help="With --data: tokens after which every response was cut, EOS included."
+        ),
     ] = None,
     samples: Annotated[int, typer.Option(min=1, help="With --prompts: responses a prompt from each policy.")] = 4,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest such response, tokens.")] = 48,
+    max_new_tokens: Annotated[int, typer.Option("--max_new_tokens", min=1, help="Longest such response, tokens.")] = 48,
     temperature: Annotated[float, typer.Option(min=0.0, help="Of sampling; 0 is greedy.")] = 1.0,
-    top_p: Annotated[float, typer.Option(min=0.0, max=1.0, help="Nucleus mass.")] = 1.0,
-    batch_size: Annotated[int, typer.Option(min=1, help="Sequences decoded, or prompts scored, together.")] = 16,
+    top_p: Annotated[float, typer.Option("--top_p", min=0.0, max=1.0, help="Nucleus mass.")] = 1.0,
+    batch_size: Annotated[
+        int, typer.Option("--batch_size", min=1, help="Sequences decoded, or prompts scored, together.")
+    ] = 16,
     effective_prompts: Annotated[
-        float, typer.Option(min=2.0, help="Effective number of prompts below which nothing is certified.")
+        float,
+        typer.Option(
+            "--effective_prompts", min=2.0, help="Effective number of prompts below which nothing is certified."
+        ),
     ] = 30.0,
     coverage: Annotated[
         float, typer.Option(min=0.0, max=1.0, help="Mean importance weight below which nothing is certified.")

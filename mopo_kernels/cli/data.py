@@ -50,7 +50,7 @@ Sources = Annotated[
 Format = Annotated[str, typer.Option(help=f"auto, {', '.join(CONVERTERS)}.")]
 Split = Annotated[str | None, typer.Option(help="Which split, when there are several.")]
 Config = Annotated[str | None, typer.Option("--name", help="Configuration of a hub data set.")]
-DataDir = Annotated[str | None, typer.Option(help="Sub-folder, such as harmless-base.")]
+DataDir = Annotated[str | None, typer.Option("--data_dir", help="Sub-folder, such as harmless-base.")]
 Objectives = Annotated[str | None, typer.Option(help="Comma-separated objectives, in order.")]
 Objective = Annotated[str | None, typer.Option(help="Name of the objective (hh-rlhf, trl, summarize-from-feedback).")]
 Negative = Annotated[
@@ -60,9 +60,11 @@ Conversational = Annotated[
     bool | None,
     typer.Option("--conversational/--transcript", help="Turns as messages, or the text as it is (hh-rlhf)."),
 ]
-PromptChars = Annotated[int | None, typer.Option(min=1, help="Characters a prompt may have.")]
-ResponseChars = Annotated[int | None, typer.Option(min=1, help="Characters a response may have.")]
-MaxRows = Annotated[int | None, typer.Option(min=1, help="Read this many rows at most.")]
+PromptChars = Annotated[int | None, typer.Option("--max_prompt_chars", min=1, help="Characters a prompt may have.")]
+ResponseChars = Annotated[
+    int | None, typer.Option("--max_response_chars", min=1, help="Characters a response may have.")
+]
+MaxRows = Annotated[int | None, typer.Option("--max_rows", min=1, help="Read this many rows at most.")]
 ColumnNames = Annotated[
     str | None,
     typer.Option(
@@ -122,7 +124,7 @@ def _load(
         options["conversational"] = conversational
     names = [item.strip() for item in objectives.split(",")] if objectives is not None else None
     if on_error not in ("raise", "skip"):
-        fail(f"--on-error: expected raise or skip, got {on_error!r}")
+        fail(f"--on_error: expected raise or skip, got {on_error!r}")
     try:
         with count_rows("reading") as advance:
             return load_preferences(
@@ -218,7 +220,7 @@ def validate(
 @data_app.command()
 def convert(
     sources: Sources,
-    output: Annotated[Path, typer.Option("--output", "-o", help="Target, .jsonl or .parquet.")],
+    output: Annotated[Path, typer.Option(help="Target, .jsonl or .parquet.")],
     format: Format = "auto",
     split: Split = None,
     name: Config = None,
@@ -231,7 +233,9 @@ def convert(
     max_response_chars: ResponseChars = None,
     max_rows: MaxRows = None,
     columns: ColumnNames = None,
-    on_error: Annotated[str, typer.Option(help="raise: stop at a bad row. skip: leave it out and list it.")] = "raise",
+    on_error: Annotated[
+        str, typer.Option("--on_error", help="raise: stop at a bad row. skip: leave it out and list it.")
+    ] = "raise",
     group: Annotated[bool, typer.Option("--group", help="Join the examples that share a prompt.")] = False,
 ) -> None:
     """Write preference data in the canonical schema."""
@@ -269,12 +273,14 @@ def report(
     max_response_chars: ResponseChars = None,
     max_rows: MaxRows = None,
     columns: ColumnNames = None,
-    on_error: Annotated[str, typer.Option(help="raise: stop at a bad row. skip: leave it out and count it.")] = "skip",
-    output: Annotated[Path | None, typer.Option("--json", help="Also write the figures to this file.")] = None,
+    on_error: Annotated[
+        str, typer.Option("--on_error", help="raise: stop at a bad row. skip: leave it out and count it.")
+    ] = "skip",
+    output: Annotated[Path | None, typer.Option(help="Also write the figures to this file, as JSON.")] = None,
 ) -> None:
     """Label coverage, ties, cycles, and how strongly the objectives agree within prompts."""
     if output is not None:
-        _prepare("--json", output)
+        _prepare("--output", output)
     data = _load(
         sources, format, split, name, data_dir, objectives, objective, negative, conversational, max_prompt_chars,
         max_response_chars, max_rows, columns, on_error,
@@ -300,16 +306,16 @@ def label(
         ),
     ],
     judges: Annotated[str, typer.Option(help="package.module:ATTR or file.py:ATTR, a dict of objective -> judge.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="Target, .jsonl; an interrupted run goes on with it.")],
+    output: Annotated[Path, typer.Option(help="Target, .jsonl; an interrupted run goes on with it.")],
     policy: Annotated[str | None, typer.Option(help="Model or adapter that writes the responses.")] = None,
-    policy_adapter: Annotated[str | None, typer.Option(help="A peft adapter to put on it.")] = None,
+    policy_adapter: Annotated[str | None, typer.Option("--policy_adapter", help="A peft adapter to put on it.")] = None,
     samples: Annotated[int, typer.Option(min=2, help="Responses drawn for each prompt.")] = 4,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest response, tokens.")] = 128,
+    max_new_tokens: Annotated[int, typer.Option("--max_new_tokens", min=1, help="Longest response, tokens.")] = 128,
     temperature: Annotated[float, typer.Option(min=0.0, help="Of sampling.")] = 1.0,
-    top_p: Annotated[float, typer.Option(min=0.0, max=1.0, help="Nucleus mass.")] = 1.0,
-    batch_size: Annotated[int, typer.Option(min=1, help="Sequences decoded together.")] = 16,
+    top_p: Annotated[float, typer.Option("--top_p", min=0.0, max=1.0, help="Nucleus mass.")] = 1.0,
+    batch_size: Annotated[int, typer.Option("--batch_size", min=1, help="Sequences decoded together.")] = 16,
     stop: Annotated[str | None, typer.Option(help="A response ends before this text; \\n is a new line.")] = None,
-    unfinished: Annotated[str, typer.Option(help="Responses cut at --max-new-tokens: drop or keep.")] = "drop",
+    unfinished: Annotated[str, typer.Option(help="Responses cut at --max_new_tokens: drop or keep.")] = "drop",
     scale: Annotated[
         str, typer.Option(help="Difference of scores that wins 73 of 100: a number, or OBJECTIVE=NUMBER,...")
     ] = "1",
@@ -371,7 +377,7 @@ def label(
             responses = stored
             settings["source"] = _digest([prompts, texts])
         else:
-            given: dict[str, Any] = {"--split": split, "--name": name, "--data-dir": data_dir, "--columns": columns}
+            given: dict[str, Any] = {"--split": split, "--name": name, "--data_dir": data_dir, "--columns": columns}
             given |= {"--format": None if format == "auto" else format, "--conversational": conversational}
             if unused := [option for option, value in given.items() if value is not None]:
                 raise ValueError(
@@ -407,7 +413,7 @@ def label(
         fail(error, status=1)
     except (ValueError, OSError) as error:
         fail(error)
-    more = "" if policy is None or unfinished == "keep" else "; more of them end with more --max-new-tokens"
+    more = "" if policy is None or unfinished == "keep" else "; more of them end with more --max_new_tokens"
     show(
         literal(
             f"{progress.rows} rows in {output}, {progress.left_out} prompts left out with fewer than two "

@@ -28,14 +28,17 @@ from mopo_kernels.evaluation import (
 )
 from mopo_kernels.mappings import parse_mapping
 
-Adapter = Annotated[
-    list[str] | None,
-    typer.Option(
+
+def _adapter(option: str) -> Any:
+    return typer.Option(
+        option,
         metavar="ADAPTER[=WEIGHT]",
         help="A peft adapter (folder or hub name) to put on it; repeat for the weighted sum of several.",
-    ),
-]
-Scale = Annotated[float, typer.Option(help="Factor of the update by its adapter, or adapters; 0 is the model alone.")]
+    )
+
+
+def _scale(option: str) -> Any:
+    return typer.Option(option, help="Factor of the update by its adapter, or adapters; 0 is the model alone.")
 
 
 def evaluate(
@@ -44,19 +47,19 @@ def evaluate(
     ],
     prompts: Annotated[Path, typer.Option(help='Held-out prompts: .jsonl with a "prompt" field, or .txt.')],
     judges: Annotated[str, typer.Option(help="package.module:ATTR or file.py:ATTR, a dict of objective -> judge.")],
-    policy_adapter: Adapter = None,
-    policy_scale: Scale = 1.0,
+    policy_adapter: Annotated[list[str] | None, _adapter("--policy_adapter")] = None,
+    policy_scale: Annotated[float, _scale("--policy_scale")] = 1.0,
     baseline: Annotated[
         str | None,
         typer.Option(help="Model or adapter to compare with. Default: the policy's base model, its adapter off."),
     ] = None,
-    baseline_adapter: Adapter = None,
-    baseline_scale: Scale = 1.0,
+    baseline_adapter: Annotated[list[str] | None, _adapter("--baseline_adapter")] = None,
+    baseline_scale: Annotated[float, _scale("--baseline_scale")] = 1.0,
     samples: Annotated[int, typer.Option(min=1, help="Responses drawn for each prompt from each policy.")] = 4,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest response, tokens.")] = 48,
+    max_new_tokens: Annotated[int, typer.Option("--max_new_tokens", min=1, help="Longest response, tokens.")] = 48,
     temperature: Annotated[float, typer.Option(min=0.0, help="Of sampling; 0 is greedy.")] = 1.0,
-    top_p: Annotated[float, typer.Option(min=0.0, max=1.0, help="Nucleus mass.")] = 1.0,
-    batch_size: Annotated[int, typer.Option(min=1, help="Sequences decoded together.")] = 16,
+    top_p: Annotated[float, typer.Option("--top_p", min=0.0, max=1.0, help="Nucleus mass.")] = 1.0,
+    batch_size: Annotated[int, typer.Option("--batch_size", min=1, help="Sequences decoded together.")] = 16,
     limit: Annotated[int | None, typer.Option(min=2, help="Use the first so many prompts only.")] = None,
     threshold: Annotated[
         list[str] | None, typer.Option(help="OBJECTIVE=VALUE, a win rate to hold; repeat for several.")
@@ -83,11 +86,11 @@ def evaluate(
     across = [] if x is None else [x]
     sweep = read_sweep(policy) if is_sweep(policy) else None
     compared = [name for name in judge_of if sweep is not None and name in sweep["compared"]] or list(judge_of)
-    ours_on = adapters("--policy-adapter", policy_adapter)
-    theirs_on = adapters("--baseline-adapter", baseline_adapter)
+    ours_on = adapters("--policy_adapter", policy_adapter)
+    theirs_on = adapters("--baseline_adapter", baseline_adapter)
     if sweep is not None and (ours_on is not None or policy_scale != 1.0):
         raise ValueError(
-            "--policy-adapter must not be given with a sweep, whose adapters are known, nor --policy-scale, "
+            "--policy_adapter must not be given with a sweep, whose adapters are known, nor --policy_scale, "
             f"got {', '.join(ours_on or [str(policy_scale)])}"
         )
     held_out = load_prompts(prompts)[:limit]
@@ -120,7 +123,7 @@ def evaluate(
     if baseline is None and theirs_on is None:
         if baseline_scale != 1.0:
             raise ValueError(
-                f"--baseline-scale must be 1 without --baseline or --baseline-adapter, got {baseline_scale}"
+                f"--baseline_scale must be 1 without --baseline or --baseline_adapter, got {baseline_scale}"
             )
         reference = candidate.base()
     else:

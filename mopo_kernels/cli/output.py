@@ -22,13 +22,13 @@ Chat = Annotated[
     str, typer.Option(help="Prompts that are strings as user turns of the chat template: auto, always or never.")
 ]
 TemplateVariables = Annotated[
-    str | None, typer.Option("--chat-template-kwargs", help="Variables for the chat template, as a JSON object.")
+    str | None, typer.Option("--chat_template_kwargs", help="Variables for the chat template, as a JSON object.")
 ]
 
 
 def chat_options(chat: str, chat_template_kwargs: str | None) -> dict[str, Any]:
     """How prompts are written, as ``evaluation.load_policy`` takes it."""
-    return {"chat": chat, "chat_template_kwargs": parse_json("--chat-template-kwargs", chat_template_kwargs)}
+    return {"chat": chat, "chat_template_kwargs": parse_json("--chat_template_kwargs", chat_template_kwargs)}
 
 
 def show_help(context: typer.Context) -> None:

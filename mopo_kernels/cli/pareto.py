@@ -53,8 +53,8 @@ def exact_front(
     robustness: Annotated[
         float | None, typer.Option(help="Radius of the KL ball of the robust constraint, nats. Default: the file's, 0.")
     ] = None,
-    output_json: Annotated[Path | None, typer.Option("--output_json", help="Write everything as JSON.")] = None,
-    output_png: Annotated[Path | None, typer.Option("--output_png", help="Draw the front.")] = None,
+    output: Annotated[Path | None, typer.Option(help="Write everything as JSON.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Write a PNG of the front.")] = None,
     format: Annotated[str | None, typer.Option(help="Of preferences: auto, canonical, trl, hh-rlhf, ...")] = None,
     split: Annotated[str | None, typer.Option(help="Of preferences, when there are several splits.")] = None,
     columns: Annotated[
@@ -74,7 +74,7 @@ def exact_front(
     """
     if importlib.util.find_spec("moocore") is None:
         raise ModuleNotFoundError("fronts need moocore: pip install 'mopo-kernels[pareto]'")
-    if output_png is not None:
+    if plot is not None:
         from mopo_kernels.plots import require_matplotlib
 
         require_matplotlib()
@@ -94,9 +94,9 @@ def exact_front(
     if wanted:
         named = named.with_thresholds(wanted, "--thresholds")
     count, ranges = _parse_grid(grid or [], named)
-    if output_png is not None and not named.others:
-        raise ValueError(f"--output_png: expected two objectives at least to draw a front; got {named.primary!r} alone")
-    for path in (output_json, output_png):
+    if plot is not None and not named.others:
+        raise ValueError(f"--plot: expected two objectives at least to draw a front; got {named.primary!r} alone")
+    for path in (output, plot):
         if path is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
     try:
@@ -104,15 +104,15 @@ def exact_front(
     except ArithmeticError as error:
         fail(error, status=1)
     report = pareto_report.report_findings(file, named, found)
-    if output_json is not None:
-        output_json.write_text(json.dumps(report, indent=1, ensure_ascii=False, allow_nan=False) + "\n", "utf-8")
-    if output_png is not None:
+    if output is not None:
+        output.write_text(json.dumps(report, indent=1, ensure_ascii=False, allow_nan=False) + "\n", "utf-8")
+    if plot is not None:
         from mopo_kernels.plots import plot_front
         from mopo_kernels.tabular.explore import win_rate_boundaries
 
         plot_front(
             found.front,
-            output_png,
+            plot,
             objectives=named.objectives,
             primary=named.primary,
             tau=named.problem.tau,

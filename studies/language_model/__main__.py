@@ -72,14 +72,14 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--workers", type=int, help="processes; default 2 on a CPU, 6 on a GPU")
     parser.add_argument("--deadline", type=float, metavar="SECONDS", help="begin no job after so many seconds")
     parser.add_argument(
-        "--choose-by", type=float, metavar="SECONDS", help="study: go on to test then; default 0.6 of it"
+        "--choose_by", type=float, metavar="SECONDS", help="study: go on to test then; default 0.6 of it"
     )
     parser.add_argument("--small", action="store_true", help="study: fewer candidates and samples, one seed")
     parser.add_argument("--epochs", type=float, help="study: of every run")
     parser.add_argument("--tau", type=float, help="study: KL weight")
-    parser.add_argument("--learning-rate", type=float, help="study: peak")
-    parser.add_argument("--prompts-per-step", type=int, metavar="N", help="of every run; default 8")
-    parser.add_argument("--lora-rank", type=int, help="study: rank of the adapters")
+    parser.add_argument("--learning_rate", type=float, help="study: peak")
+    parser.add_argument("--prompts_per_step", type=int, metavar="N", help="of every run; default 8")
+    parser.add_argument("--lora_rank", type=int, help="study: rank of the adapters")
     parser.add_argument(
         "--seeds", type=int, nargs="+", help="study: of the final table; choices are made with the first"
     )
