@@ -29,7 +29,7 @@ from bench.growth import groups
 from bench.head import DTYPES
 from bench.provenance import provenance
 from mopo_kernels import naive, pack_responses
-from mopo_kernels.cli.output import prepare_file
+from mopo_kernels.files import prepare_file
 
 # Random inputs of each kind.
 DRAWS = 12

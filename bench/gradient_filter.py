@@ -34,7 +34,7 @@ from bench.contenders import BARE, BUFFER_BYTES
 from bench.head import DTYPES, peak_mib
 from bench.provenance import provenance
 from mopo_kernels import backends, linear_mopo_loss, naive
-from mopo_kernels.cli.output import prepare_file
+from mopo_kernels.files import prepare_file
 
 ROOT = Path(__file__).resolve().parent.parent
 PLAIN, EXACT = "plain PyTorch", "exact"

@@ -37,7 +37,7 @@ from bench.head import DTYPES, check, measure
 from bench.provenance import ROOT, provenance
 from bench.step import Meter
 from mopo_kernels import backends
-from mopo_kernels.cli.output import prepare_file
+from mopo_kernels.files import prepare_file
 
 ALL_ROWS = "plain PyTorch, all rows"
 COMPILED = "plain PyTorch, scored rows, compiled"

@@ -26,7 +26,7 @@ from rich.table import Table
 
 from bench.contenders import BARE, Contender, Inputs, Workload, available
 from bench.provenance import provenance
-from mopo_kernels.cli.output import prepare_file
+from mopo_kernels.files import prepare_file
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 # Relative, of the loss and of each gradient. In bf16 a log-probability near -11 nats is rounded to 1/16 nats by a peer

@@ -213,7 +213,7 @@ def test_one_that_disagrees_stops_the_report(monkeypatch: pytest.MonkeyPatch) ->
     ("arguments", "message"),
     [
         (("--contenders", "nobody"), "no contender is called like 'nobody'"),
-        (("--output", "."), "--output: expected a file to write, got the folder ."),
+        (("--output", "."), "--output: expected a file to write; got the folder ."),
     ],
     ids=str,
 )

@@ -19,7 +19,7 @@ import mopo_kernels.backends
 import mopo_kernels.cli.doctor as doctor_module
 from mopo_kernels import cli
 from mopo_kernels.backends import BackendUnavailableError, cpp
-from mopo_kernels.cli.output import prepare_file
+from mopo_kernels.files import prepare_file
 
 JUDGES = """
 JUDGES = {
@@ -133,7 +133,7 @@ def test_a_command_of_commands_alone_shows_its_help(capsys, argv, command):
             "--y must be one of length, variety [of words], got heat",
         ),
         (["--plot", "p.png"], "--x must be one of"),
-        (["--output", "folder"], "--output: expected a file to write, got the folder folder"),
+        (["--output", "folder"], "--output: expected a file to write; got the folder folder"),
         (["--output", "file/report.json"], "--output: cannot make the folder file: File exists"),
         (["--plot", "folder", "--x", "length", "--y", "variety [of words]"], "--plot: expected a file to write"),
         (["--policy", "nowhere/at/all"], "--baseline is needed"),

@@ -85,7 +85,7 @@ def test_data_without_a_good_row_exits_1_and_lists_them(tmp_path: Path) -> None:
         (["convert", "{bad}", "--output", "{dir}/o.jsonl"], "responses[1]: is empty"),
         (["convert", "{data}", "--output", "{data}/o.jsonl"], "File exists"),
         (["report", "{data}", "--objectives", "x,y"], "unknown objective 'a', expected one of x, y"),
-        (["report", "{data}", "--output", "{dir}"], "--output: expected a file to write, got the folder"),
+        (["report", "{data}", "--output", "{dir}"], "--output: expected a file to write; got the folder"),
         (["report", "{data}", "--output", "{data}/r.json"], "--output: cannot make the folder"),
     ],
 )
@@ -182,7 +182,7 @@ def test_a_file_that_cannot_be_written_is_refused_before_the_data_are_read(
     (tmp_path / "o.jsonl").mkdir()
     result = mopo_data(command, tmp_path / "d.jsonl", "--output", tmp_path / "o.jsonl")
     assert (result.exit_code, result.stdout) == (2, "")
-    assert f"expected a file to write, got the folder {tmp_path}" in result.stderr
+    assert f"expected a file to write; got the folder {tmp_path}" in result.stderr
 
 
 def test_report_folds_no_line_in_a_pipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,7 +21,7 @@ PACKAGE = Path(mopo_kernels.__file__).parent
 FLOORS = ("modules", "functional", "fused", "backends", "naive_grad", "arguments", "checks", "naive", "transfer")
 # Other than the core: they use its public functions.
 ABOVE = ("cli", "data", "trainer", "tabular", "certify", "dual", "evaluation", "labelling", "mappings", "plots")
-ABOVE += ("rewards", "text")
+ABOVE += ("files", "rewards", "text")
 
 
 def core() -> Iterator[tuple[str, ast.Module]]:

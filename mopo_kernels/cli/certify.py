@@ -15,8 +15,9 @@ from rich.table import Table
 import mopo_kernels
 from mopo_kernels.certify import ESTIMATORS, certify, measure_judged, measure_pairs
 from mopo_kernels.cli.doctor import installed_version
-from mopo_kernels.cli.output import Chat, TemplateVariables, chat_options, literal, prepare_file, show
+from mopo_kernels.cli.output import Chat, TemplateVariables, chat_options, literal, show
 from mopo_kernels.evaluation import is_adapter, is_sweep, load_judges, load_policy, load_prompts, read_sweep
+from mopo_kernels.files import prepare_file
 from mopo_kernels.mappings import parse_mappings
 
 

@@ -19,7 +19,6 @@ from mopo_kernels.cli.output import (
     count_rows,
     fail,
     literal,
-    prepare_file,
     print_line,
     show,
     show_help,
@@ -30,6 +29,7 @@ from mopo_kernels.data.loaders import load_preferences
 from mopo_kernels.data.report import PreferenceReport, summarize
 from mopo_kernels.data.schema import DataError, judged_text
 from mopo_kernels.evaluation import Prompt, load_judges, load_policy, load_prompts
+from mopo_kernels.files import prepare_file
 from mopo_kernels.mappings import parse_mapping
 
 data_app = typer.Typer(

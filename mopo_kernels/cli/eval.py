@@ -14,7 +14,7 @@ from rich.table import Table
 
 import mopo_kernels
 from mopo_kernels.cli.doctor import installed_version
-from mopo_kernels.cli.output import Chat, TemplateVariables, chat_options, literal, prepare_file, show
+from mopo_kernels.cli.output import Chat, TemplateVariables, chat_options, literal, show
 from mopo_kernels.evaluation import (
     Comparison,
     compare_with_baseline,
@@ -26,6 +26,7 @@ from mopo_kernels.evaluation import (
     load_sweep_policies,
     read_sweep,
 )
+from mopo_kernels.files import prepare_file
 from mopo_kernels.mappings import parse_mapping
 
 

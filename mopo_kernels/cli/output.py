@@ -1,12 +1,10 @@
-"""What the commands share: how prompts are written, tables on stdout, and files that are written at the end."""
+"""What the commands share: how prompts are written, tables on stdout, errors and progress on stderr."""
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
 import typer
@@ -51,22 +49,6 @@ def show(part: RenderableType) -> None:
     with console.capture() as captured:
         console.print(part)
     print("\n".join(line.rstrip() for line in captured.get().splitlines()))
-
-
-def prepare_file(option: str, path: Path) -> None:
-    """See that a file can be written, before the work whose result it is to hold; missing folders are made.
-
-    Raises:
-        ValueError: it cannot; the message names the option.
-    """
-    if path.is_dir():
-        raise ValueError(f"{option}: expected a file to write, got the folder {path}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ValueError(f"{option}: cannot make the folder {path.parent}: {error.strerror}") from error
-    if not os.access(path if path.exists() else path.parent, os.W_OK):
-        raise ValueError(f"{option}: no permission to write {path}")
 
 
 def print_line(text: str, console: Console) -> None:

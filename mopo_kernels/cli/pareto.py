@@ -16,6 +16,7 @@ import numpy.typing as npt
 import typer
 
 from mopo_kernels.cli.output import count_rows, fail
+from mopo_kernels.files import prepare_file
 from mopo_kernels.mappings import parse_mappings
 
 if TYPE_CHECKING:
@@ -96,9 +97,9 @@ def exact_front(
     count, ranges = _parse_grid(grid or [], named)
     if plot is not None and not named.others:
         raise ValueError(f"--plot: expected two objectives at least to draw a front; got {named.primary!r} alone")
-    for path in (output, plot):
+    for option, path in (("--output", output), ("--plot", plot)):
         if path is not None:
-            path.parent.mkdir(parents=True, exist_ok=True)
+            prepare_file(option, path)
     try:
         found = _solve(named, count, ranges)
     except ArithmeticError as error:
