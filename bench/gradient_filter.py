@@ -273,7 +273,7 @@ def main(arguments: list[str] | None = None) -> None:
         parser.error("arguments --hidden and --vocabulary: expected both or neither")
     for name, got, least in (("tokens", options.tokens, 2 * SEQUENCE), ("rounds", options.rounds, 2)):
         if got < least:
-            parser.error(f"argument --{name}: must be at least {least}; got {got}")
+            parser.error(f"argument --{name}: expected at least {least}; got {got}")
     if options.output is not None:
         try:
             prepare_file("--output", options.output)

@@ -311,7 +311,7 @@ def main(arguments: list[str] | None = None) -> None:
         child()
         return
     if options.rounds < 2:
-        parser.error(f"argument --rounds: must be at least 2; got {options.rounds}")
+        parser.error(f"argument --rounds: expected at least 2; got {options.rounds}")
     if options.output is not None:
         try:
             prepare_file("--output", options.output)

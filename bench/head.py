@@ -149,7 +149,7 @@ def main(arguments: list[str] | None = None) -> None:
         ("rounds", 2),
     ):
         if (got := getattr(options, name)) < least:
-            parser.error(f"argument --{name}: must be at least {least}; got {got}")
+            parser.error(f"argument --{name}: expected at least {least}; got {got}")
     if options.output is not None:
         try:
             prepare_file("--output", options.output)

@@ -940,10 +940,10 @@ def main(arguments: list[str] | None = None) -> None:
         options.data, options.responses, options.pairs, options.length = DEMO_DATA, 4, 12, 512
     for name, value, low in (("rounds", options.rounds, 2), ("pairs", options.pairs, 1), ("length", options.length, 8)):
         if value < low:
-            parser.error(f"argument --{name}: must be at least {low}; got {value}")
+            parser.error(f"argument --{name}: expected at least {low}; got {value}")
     if options.responses < 2 or options.pairs % math.comb(options.responses, 2):
         parser.error(
-            f"argument --pairs: must be a multiple of the pairs that {options.responses} responses make; "
+            f"argument --pairs: expected a multiple of the pairs that {options.responses} responses make; "
             f"got {options.pairs}"
         )
     if options.data is not None and (options.model is None or options.prompt_share):
@@ -955,7 +955,7 @@ def main(arguments: list[str] | None = None) -> None:
     if options.prompt_share is None:
         options.prompt_share = [0.5, 0.8]
     if not all(0 < share < 1 for share in options.prompt_share):
-        parser.error(f"argument --prompt_share: must be between 0 and 1; got {options.prompt_share}")
+        parser.error(f"argument --prompt_share: expected numbers between 0 and 1; got {options.prompt_share}")
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("argument --device: there is no CUDA device here")
     asked = options.contenders or (QUICK if options.quick else list(CONTENDERS))

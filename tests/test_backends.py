@@ -411,7 +411,7 @@ def test_a_package_without_the_extension_works_and_says_why(tmp_path: Path, env:
     [
         ({"PATH": "/nowhere", "MOPO_BUILD": "cpu"}, "MOPO_BUILD=cpu, but no C++ compiler was found"),
         ({"CXX": BROKEN, "MOPO_BUILD": "cpu"}, "Error compiling objects for extension"),
-        ({"MOPO_BUILD": "gpu"}, "MOPO_BUILD must be one of auto, cuda, cpu, 0; got 'gpu'"),
+        ({"MOPO_BUILD": "gpu"}, "MOPO_BUILD: expected one of auto, cuda, cpu, 0; got 'gpu'"),
     ],
     ids=["no_compiler", "broken_compiler", "unknown_mode"],
 )

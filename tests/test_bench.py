@@ -197,9 +197,9 @@ def test_only_the_contenders_asked_for_run_and_the_bare_products_always() -> Non
     ("arguments", "message"),
     [
         (("--contenders", "nobody"), "no contender is called like 'nobody'"),
-        (("--rounds", "1"), "argument --rounds: must be at least 2; got 1"),
+        (("--rounds", "1"), "argument --rounds: expected at least 2; got 1"),
         *(
-            ((f"--{name}", "0"), f"argument --{name}: must be at least 1; got 0")
+            ((f"--{name}", "0"), f"argument --{name}: expected at least 1; got 0")
             for name in ("hidden", "vocabulary", "prompts", "length", "objectives")
         ),
         (("--dtype", "float16"), "invalid choice: 'float16'"),

@@ -489,7 +489,7 @@ def test_the_fingerprint_has_all_that_ids_depend_on() -> None:
             {"chat_template_kwargs": {"quick": True}},
             "kwargs: expected variables that the chat template uses; got 'quick'",
         ),
-        ({"chat_template_kwargs": {"tokenize": True}}, "kwargs: expected variables of the template, got tokenize"),
+        ({"chat_template_kwargs": {"tokenize": True}}, "kwargs: expected variables of the template; got tokenize"),
     ],
 )
 def test_an_unknown_choice_is_named(options: dict[str, Any], problem: str) -> None:

@@ -101,7 +101,7 @@ def error_line(capsys: pytest.CaptureFixture[str]) -> str:
         (["eval"], "--policy"),
         (["eval", "--policy", "p", "--prompts", "q", "--judges", "j:k", "--samples", "0"], "--samples"),
         (["eval", "--policy", "p", "--prompts", "q", "--judges", "j:k", "--samples", "many"], "--samples"),
-        (["eval", "--policy", "p", "--prompts", "q", "--judges", "nowhere"], "judges must be"),
+        (["eval", "--policy", "p", "--prompts", "q", "--judges", "nowhere"], "judges: expected"),
         (["doctor", "extra"], "extra"),
     ],
 )
@@ -125,21 +125,21 @@ def test_a_command_of_commands_alone_shows_its_help(capsys, argv, command):
     ("more", "words"),
     [
         (["--prompts", "absent.jsonl"], "absent.jsonl"),
-        (["--threshold", "length"], "--threshold must be OBJECTIVE=VALUE"),
+        (["--threshold", "length"], "--threshold: expected OBJECTIVE=VALUE"),
         (["--threshold", "length=1.5"], "got 'length=1.5'"),
         (["--threshold", "other=0.5"], "got 'other=0.5'"),
         (
             ["--plot", "p.png", "--x", "length", "--y", "heat"],
-            "--y must be one of length, variety [of words], got heat",
+            "--y: expected one of length, variety [of words]; got heat",
         ),
-        (["--plot", "p.png"], "--x must be one of"),
+        (["--plot", "p.png"], "--x: expected one of"),
         (["--output", "folder"], "--output: expected a file to write; got the folder folder"),
         (["--output", "file/report.json"], "--output: cannot make the folder file: File exists"),
         (["--plot", "folder", "--x", "length", "--y", "variety [of words]"], "--plot: expected a file to write"),
-        (["--policy", "nowhere/at/all"], "--baseline is needed"),
+        (["--policy", "nowhere/at/all"], "--baseline: expected a model"),
         (["--policy", "nowhere/at/all", "--baseline", "b"], "got nowhere/at/all, which does not exist"),
-        (["--top_p", "0"], "top_p must be in (0, 1], got 0.0"),
-        (["--confidence", "1"], "confidence must be in (0, 1), got 1.0"),
+        (["--top_p", "0"], "top_p: expected a number in (0, 1]; got 0.0"),
+        (["--confidence", "1"], "confidence: expected a number in (0, 1); got 1.0"),
     ],
 )
 def test_bad_values_of_eval_exit_2_with_one_line_and_before_sampling(
@@ -169,7 +169,7 @@ def test_eval_tells_two_policies_of_the_same_name_apart(workspace, capsys):
 
 def test_a_folder_without_a_model_exits_2(workspace, capsys, tmp_path):
     assert cli.main(eval_arguments(workspace, "--policy", str(tmp_path), "--baseline", str(workspace / "model"))) == 2
-    assert "model must be a model folder" in error_line(capsys)
+    assert "model: expected a model folder" in error_line(capsys)
 
 
 def fake_train(monkeypatch: pytest.MonkeyPatch, action) -> None:
@@ -188,7 +188,11 @@ def raising(error: BaseException):
 @pytest.mark.parametrize(
     ("error", "code", "line"),
     [
-        (ValueError("tau must be positive,\n  got -1"), 2, "mopo: error: tau must be positive, got -1"),
+        (
+            ValueError("tau: expected a positive number;\n  got -1"),
+            2,
+            "mopo: error: tau: expected a positive number; got -1",
+        ),
         (FileNotFoundError(2, "No such file", "c.yaml"), 2, "mopo: error: [Errno 2] No such file: 'c.yaml'"),
         (
             BackendUnavailableError("backend 'cuda' is not available: no GPU"),
@@ -363,9 +367,12 @@ def test_eval_of_scaled_adapters_is_that_of_the_policies_they_make(workspace, tm
 
 def test_eval_refuses_weights_that_are_no_numbers(workspace, capsys):
     for options, message in (
-        (["--policy_adapter", "runs/a=half"], "--policy_adapter must be ADAPTER or ADAPTER=WEIGHT, got 'runs/a=half'"),
+        (
+            ["--policy_adapter", "runs/a=half"],
+            "--policy_adapter: expected ADAPTER or ADAPTER=WEIGHT; got 'runs/a=half'",
+        ),
         (["--policy_adapter", "runs/a=1", "--policy_adapter", "runs/a"], "--policy_adapter: 'runs/a' is given twice"),
-        (["--baseline_scale", "0.5"], "--baseline_scale must be 1 without --baseline or --baseline_adapter, got 0.5"),
+        (["--baseline_scale", "0.5"], "--baseline_scale: expected 1 without --baseline or --baseline_adapter; got 0.5"),
     ):
         assert cli.main(eval_arguments(workspace, *options)) == 2
         assert message in capsys.readouterr().err

@@ -51,7 +51,7 @@ def test_validate_lists_bad_rows_by_file_line_and_field_and_exits_1(tmp_path: Pa
     assert result.exit_code == 1
     assert result.stdout.splitlines() == [
         f"{path}:2: responses[1]: is empty",
-        f"{path}:3: pairs[0].preference.a: expected a number in [0, 1], got 2.0",
+        f"{path}:3: pairs[0].preference.a: expected a number in [0, 1]; got 2.0",
         "1 good examples, 2 bad rows; objectives: a",
     ]
 
@@ -75,7 +75,7 @@ def test_data_without_a_good_row_exits_1_and_lists_them(tmp_path: Path) -> None:
         (["validate", "missing.jsonl"], "missing.jsonl: no such file or folder"),
         (["validate", "{data}", "--format", "csv"], "format: expected auto, canonical"),
         (["validate", "{data}", "--negative", "verbosity"], "signs: not an option of format 'canonical'"),
-        (["validate", "{data}", "{data}"], "SOURCES: to merge several give each as objective=path"),
+        (["validate", "{data}", "{data}"], "SOURCES: expected objective=path for each"),
         (["validate", "a={data}", "a={data}"], "SOURCES: objective 'a' is given twice"),
         (["convert", "{data}", "--output", "out.csv"], "--output: expected a name ending in .jsonl or .parquet"),
         (

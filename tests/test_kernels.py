@@ -524,7 +524,7 @@ def test_offsets_of_another_layout_are_refused() -> None:
     blocks = BACKEND.offset_blocks(130)
     tile, offsets = torch.zeros(3, 130, dtype=torch.float16, device=DEVICE), torch.zeros(blocks + 1, 3, device=DEVICE)
     at, statistics = (None, case.target, START, PLAIN), Statistics.empty(3, torch.float32)
-    message = rf"offsets must have shape \(blocks, R\) = \({blocks}, 3\); got \({blocks + 1}, 3\)"
+    message = rf"offsets: expected shape \(blocks, R\) = \({blocks}, 3\); got \({blocks + 1}, 3\)"
     with pytest.raises(ValueError, match=message):
         BACKEND.linear_lse_fwd(case.hidden, case.weight, *at, *statistics, tile, offsets)
     with pytest.raises(ValueError, match=message):

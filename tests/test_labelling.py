@@ -212,10 +212,10 @@ def test_a_new_line_in_a_stop_text_is_written_as_in_a_string(place: Path, tmp_pa
     [
         (["--scale", "0"], "--scale: expected a positive number, or one for each of length, early; got 0"),
         (["--scale", "length=1"], "--scale: expected a positive number, or one for each of length, early"),
-        (["--unfinished", "no"], "--unfinished: expected drop or keep, got 'no'"),
-        (["--output", "{dir}/rows.parquet"], "--output: expected a name ending in .jsonl, got 'rows.parquet'"),
+        (["--unfinished", "no"], "--unfinished: expected drop or keep; got 'no'"),
+        (["--output", "{dir}/rows.parquet"], "--output: expected a name ending in .jsonl; got 'rows.parquet'"),
         (["--judges", "absent.py:JUDGES"], "judges: no file absent.py"),
-        (["--policy", "{dir}/absent"], "model must be a folder or a hub name"),
+        (["--policy", "{dir}/absent"], "model: expected a folder or a hub name"),
     ],
 )
 def test_bad_input_exits_2_with_one_line(place: Path, tmp_path: Path, arguments: list[str], problem: str) -> None:

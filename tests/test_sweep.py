@@ -528,16 +528,16 @@ def test_eval_of_a_sweep_refuses_what_does_not_fit(swept, tmp_path, capsys):
     (tmp_path / "prompts.txt").write_text("w1\nw2\n")
     common = ["eval", "--prompts", str(tmp_path / "prompts.txt"), "--judges", f"{tmp_path / 'judges.py'}:JUDGES"]
     assert cli.main([*common, "--policy", str(swept), "--policy_adapter", "x"]) == 2
-    assert "--policy_adapter must not be given with a sweep" in capsys.readouterr().err
+    assert "--policy_adapter, --policy_scale: expected neither with a sweep" in capsys.readouterr().err
     assert cli.main([*common, "--policy", str(swept), "--plot", str(tmp_path / "x.png")]) == 2
-    assert "--y must be one of kind, got helpful" in capsys.readouterr().err
+    assert "--y: expected one of kind; got helpful" in capsys.readouterr().err
     assert cli.main([*common, "--policy", str(swept), "--plot", str(tmp_path / "x.png"), "--y", "kind"]) == 2
-    assert "--x must be one of kind, got None" in capsys.readouterr().err
+    assert "--x: expected one of kind; got None" in capsys.readouterr().err
     (tmp_path / "empty").mkdir()
     report = {"primary": "kind", "compared": ["kind"], "points": [{"name": "a", "status": "infeasible"}]}
     (tmp_path / "empty" / "sweep.json").write_text(json.dumps(report))
     assert cli.main([*common, "--policy", str(tmp_path / "empty")]) == 2
-    assert "must be a sweep with a trained point, got 1 points without" in capsys.readouterr().err
+    assert "expected a sweep with a trained point; got 1 points without" in capsys.readouterr().err
 
 
 def test_the_picture_has_every_policy_its_threshold_and_the_front(tmp_path, monkeypatch):
@@ -575,7 +575,7 @@ def test_the_picture_has_every_policy_its_threshold_and_the_front(tmp_path, monk
     plots.plot_policies(values, tmp_path / "x.png", x=["a", "b"], y="y", nondominated=front, scale="win rate")
     assert [ax.get_xlabel() for ax in drawn[1].axes] == ["a: win rate", "b: win rate"]
     with pytest.raises(
-        ValueError, match=r"values must have every objective drawn, got none of \['c'\] for policy 'p0'"
+        ValueError, match=r"values: expected every objective drawn; got none of \['c'\] for policy 'p0'"
     ):
         plots.plot_policies(values, tmp_path / "x.png", x=["c"], y="y", nondominated=[], scale="win rate")
 

@@ -882,7 +882,7 @@ def test_bad_settings_are_refused_by_name(changes, message, tmp_path):
     [
         ({"primary": "kind"}, "primary: expected one of helpful, brief; got 'kind'"),
         ({"thresholds": {"kind": 0.4}}, "thresholds: expected objectives among helpful, brief; got 'kind'"),
-        ({"thresholds": {"helpful": 0.4}}, "must not include the primary objective 'helpful'"),
+        ({"thresholds": {"helpful": 0.4}}, "expected none for the primary objective 'helpful'"),
         (
             {"fixed_multipliers": {"kind": 1}, "thresholds": None},
             "fixed_multipliers: expected objectives among helpful",

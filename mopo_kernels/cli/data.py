@@ -82,7 +82,7 @@ def _parse_sources(sources: list[str]) -> Any:
     for item in sources:
         objective, sign, path = item.partition("=")
         if not (objective and sign and path):
-            fail(f"SOURCES: to merge several give each as objective=path, got {item!r}")
+            fail(f"SOURCES: expected objective=path for each, to merge several; got {item!r}")
         if objective in named:
             fail(f"SOURCES: objective {objective!r} is given twice")
         named[objective] = path
@@ -124,7 +124,7 @@ def _load(
         options["conversational"] = conversational
     names = [item.strip() for item in objectives.split(",")] if objectives is not None else None
     if on_error not in ("raise", "skip"):
-        fail(f"--on_error: expected raise or skip, got {on_error!r}")
+        fail(f"--on_error: expected raise or skip; got {on_error!r}")
     try:
         with count_rows("reading") as advance:
             return load_preferences(
@@ -240,7 +240,7 @@ def convert(
 ) -> None:
     """Write preference data in the canonical schema."""
     if output.suffix not in (".jsonl", ".parquet"):
-        fail(f"--output: expected a name ending in .jsonl or .parquet, got {output.name!r}")
+        fail(f"--output: expected a name ending in .jsonl or .parquet; got {output.name!r}")
     _prepare("--output", output)
     data = _load(
         sources, format, split, name, data_dir, objectives, objective, negative, conversational, max_prompt_chars,
@@ -345,9 +345,9 @@ def label(
     from mopo_kernels.labelling import Sampler, Source, label_file
 
     if output.suffix != ".jsonl":
-        fail(f"--output: expected a name ending in .jsonl, got {output.name!r}")
+        fail(f"--output: expected a name ending in .jsonl; got {output.name!r}")
     if unfinished not in ("drop", "keep"):
-        fail(f"--unfinished: expected drop or keep, got {unfinished!r}")
+        fail(f"--unfinished: expected drop or keep; got {unfinished!r}")
     _prepare("--output", output)
     prompts: list[Prompt]
     responses: Source

@@ -91,12 +91,12 @@ def evaluate(
     theirs_on = adapters("--baseline_adapter", baseline_adapter)
     if sweep is not None and (ours_on is not None or policy_scale != 1.0):
         raise ValueError(
-            "--policy_adapter must not be given with a sweep, whose adapters are known, nor --policy_scale, "
+            "--policy_adapter, --policy_scale: expected neither with a sweep, whose adapters are known; "
             f"got {', '.join(ours_on or [str(policy_scale)])}"
         )
     held_out = load_prompts(prompts)[:limit]
     if len(held_out) < 2:
-        raise ValueError(f"--prompts {prompts} must hold at least 2 prompts, got {len(held_out)}")
+        raise ValueError(f"--prompts {prompts}: expected at least 2 prompts; got {len(held_out)}")
     if plot is not None:
         # Before the long part: a missing package or a misspelt objective must not cost the samples.
         from mopo_kernels.plots import require_matplotlib
@@ -108,7 +108,7 @@ def evaluate(
                 across = [name for name in compared if name != y]
         for option, objective in (("--x", across[0] if across else None), ("--y", y)):
             if objective not in judge_of:
-                raise ValueError(f"{option} must be one of {', '.join(judge_of)}, got {objective}")
+                raise ValueError(f"{option}: expected one of {', '.join(judge_of)}; got {objective}")
     for option, path in (("--output", output), ("--plot", plot)):
         if path is not None:
             prepare_file(option, path)
@@ -117,14 +117,14 @@ def evaluate(
         _nondominated(np.empty((0, 1)))  # a missing package shows before the work, not after it
         candidates = load_sweep_policies(policy, **loading)
     elif baseline is None and ours_on is None and not is_adapter(policy):
-        raise ValueError("--baseline is needed: the policy has no adapter, so no base model to be compared with")
+        raise ValueError("--baseline: expected a model, as the policy has no adapter, so no base model; got none")
     else:
         candidates = [load_policy(policy, ours_on, scale=policy_scale, **loading)]
     candidate = candidates[0]
     if baseline is None and theirs_on is None:
         if baseline_scale != 1.0:
             raise ValueError(
-                f"--baseline_scale must be 1 without --baseline or --baseline_adapter, got {baseline_scale}"
+                f"--baseline_scale: expected 1 without --baseline or --baseline_adapter; got {baseline_scale}"
             )
         reference = candidate.base()
     else:
@@ -216,7 +216,7 @@ def adapters(option: str, values: Sequence[str] | None) -> dict[str, float] | No
         try:
             number = float(weight)
         except ValueError:
-            raise ValueError(f"{option} must be ADAPTER or ADAPTER=WEIGHT, got {value!r}") from None
+            raise ValueError(f"{option}: expected ADAPTER or ADAPTER=WEIGHT; got {value!r}") from None
         if folder in found:
             raise ValueError(f"{option}: {folder!r} is given twice")
         found[folder] = number
@@ -238,7 +238,7 @@ def _nondominated(points: Any) -> np.ndarray:
 
 def _thresholds(options: list[str], objectives: list[str]) -> dict[str, float]:
     expected = (
-        f"--threshold must be OBJECTIVE=VALUE, an objective of {', '.join(objectives)} and a value in [0, 1], got"
+        f"--threshold: expected OBJECTIVE=VALUE, an objective of {', '.join(objectives)} and a value in [0, 1]; got"
     )
     thresholds: dict[str, float] = {}
     for option in options:

@@ -86,7 +86,7 @@ def length_statistics(responses: Sequence[Sequence[str]], tokenizer: Any = None)
     """Lengths of [prompt][sample] responses: in tokens with a tokenizer (no special tokens), else in words."""
     texts = [text for drawn in responses for text in drawn]
     if not texts:
-        raise ValueError("responses must hold at least one response, got none")
+        raise ValueError("responses: expected at least one response; got none")
     if tokenizer is None:
         lengths = np.array([len(text.split()) for text in texts])
     else:

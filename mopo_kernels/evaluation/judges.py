@@ -38,18 +38,20 @@ def load_judges(spec: str) -> dict[str, Judge]:
     """
     place, colon, attribute = spec.rpartition(":")
     if not colon or not place or not attribute:
-        raise ValueError(f'judges must be "package.module:ATTR" or "path/to/file.py:ATTR", got {spec!r}')
+        raise ValueError(f'judges: expected "package.module:ATTR" or "path/to/file.py:ATTR"; got {spec!r}')
     module = _module_from_file(Path(place)) if place.endswith(".py") else _module_by_name(place)
     if not hasattr(module, attribute):
         raise ValueError(f"judges {spec!r}: {place} has no attribute {attribute!r}")
     judges = getattr(module, attribute)
     if not isinstance(judges, dict) or not judges:
-        raise ValueError(f"judges {spec!r}: {attribute} must be a non-empty dict of name -> callable, got {judges!r}")
+        raise ValueError(
+            f"judges {spec!r}: expected {attribute} to be a non-empty dict of name -> callable; got {judges!r}"
+        )
     for name, judge in judges.items():
         if not isinstance(name, str) or not callable(judge):
-            raise ValueError(f"judges {spec!r}: every entry must be str -> callable, got {name!r}: {judge!r}")
+            raise ValueError(f"judges {spec!r}: expected str -> callable; got {name!r}: {judge!r}")
         if not name.isprintable():
-            raise ValueError(f"judges {spec!r}: names must be of printable characters, got {name!r}")
+            raise ValueError(f"judges {spec!r}: expected names of printable characters; got {name!r}")
     return dict(judges)
 
 
@@ -106,7 +108,7 @@ def judge_responses(
     gives another number of scores.
     """
     if len(prompts) != len(responses):
-        raise ValueError(f"responses must have one list a prompt: expected {len(prompts)}, got {len(responses)}")
+        raise ValueError(f"responses: expected a list for each of {len(prompts)} prompts; got {len(responses)}")
     asked = [prompt_text(prompt) for prompt, drawn in zip(prompts, responses, strict=True) for _ in drawn]
     answers = [response for drawn in responses for response in drawn]
     scores: dict[str, list[list[float]]] = {}
@@ -116,7 +118,7 @@ def judge_responses(
             if isinstance(judge, BatchJudge):
                 values = judge.score_batch(asked, answers)
                 if len(values) != len(answers):
-                    raise ValueError(f"judge {name!r} must give {len(answers)} scores, got {len(values)}")
+                    raise ValueError(f"judge {name!r}: expected {len(answers)} scores; got {len(values)}")
                 bar.advance(task, len(answers))
             else:
                 values = []
@@ -127,5 +129,5 @@ def judge_responses(
             scores[name] = [[float(next(rest)) for _ in drawn] for drawn in responses]
             for index, row in enumerate(scores[name]):
                 if not np.isfinite(row).all():
-                    raise ValueError(f"judge {name!r} must give finite scores, got {row} for prompts[{index}]")
+                    raise ValueError(f"judge {name!r}: expected finite scores; got {row} for prompts[{index}]")
     return scores

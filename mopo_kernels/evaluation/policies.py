@@ -98,7 +98,7 @@ class Policy:
         """
         known = list(getattr(model, "peft_config", {}))
         if adapter is not None and adapter not in known:
-            raise ValueError(f"adapter must be one of the model's adapters {known}, got {adapter!r}")
+            raise ValueError(f"adapter: expected one of the model's adapters {known}; got {adapter!r}")
         renderer = Renderer(tokenizer, chat, chat_template_kwargs=chat_template_kwargs or {})
         return cls(name, {} if adapter is None else {adapter: 1.0}, _Weights(name, model, renderer))
 
@@ -206,38 +206,37 @@ def load_policy(
     source = str(model)
     _check_place("model", source)
     if not np.isfinite(scale):
-        raise ValueError(f"scale must be a finite number, got {scale}")
+        raise ValueError(f"scale: expected a finite number; got {scale}")
     wanted: dict[str, float] = {}
     if isinstance(adapter, Mapping):
         wanted = {str(folder): float(weight) for folder, weight in adapter.items()}
     elif adapter is not None:
         wanted = {str(adapter): 1.0}
     if adapter is not None and not wanted:
-        raise ValueError("adapter must name at least one folder, got an empty mapping")
+        raise ValueError("adapter: expected at least one folder; got an empty mapping")
     for folder, weight in wanted.items():
         _check_place("adapter", folder)
         if not np.isfinite(weight):
-            raise ValueError(f"adapter must have finite weights, got {weight} for {folder}")
+            raise ValueError(f"adapter: expected finite weights; got {weight} for {folder}")
     if is_adapter(source):
         if adapter is not None:
-            raise ValueError(f"model {source} is itself an adapter, so adapter must be None, got {adapter}")
+            raise ValueError(f"adapter: expected None, as the model {source} is itself an adapter; got {adapter}")
         wanted, source = {source: 1.0}, _adapter_base(source)
     elif Path(source).exists() and not (Path(source) / "config.json").is_file():
         raise ValueError(
-            f"model must be a model folder (config.json) or an adapter folder (adapter_config.json), got {source}"
+            f"model: expected a model folder (config.json) or an adapter folder (adapter_config.json); got {source}"
         )
     elif scale != 1.0 and not wanted:
-        raise ValueError(f"scale must be 1 without an adapter, got {scale}")
+        raise ValueError(f"scale: expected 1 without an adapter; got {scale}")
     for folder in wanted:
         if Path(folder).exists() and not (Path(folder) / "adapter_config.json").is_file():
-            raise ValueError(f"adapter must be a folder with an adapter_config.json, got {folder}")
+            raise ValueError(f"adapter: expected a folder with an adapter_config.json; got {folder}")
     factors = {folder: scale * weight for folder, weight in wanted.items()}
     name = _policy_name(factors) if factors else one_line(Path(source).name)
     for folder, factor in factors.items():
         if (factor != 1.0 or len(factors) > 1) and (reason := _not_scalable(folder)):
             raise ValueError(
-                f"scale and weights must be 1 for an adapter that {reason}, and it the only one, got {factor:g} for "
-                f"{folder}"
+                f"scale: expected 1, and no other adapter, with one that {reason}; got {factor:g} for {folder}"
             )
 
     if share is not None and _same_source(share._weights.source, source):
@@ -301,10 +300,10 @@ def read_sweep(folder: str | Path) -> dict[str, Any]:
         report: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         names = [str(point["name"]) for point in report["points"]]
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} must be what mopo train --sweep writes, got other content ({error!r})") from error
+        raise ValueError(f"{path}: expected what mopo train --sweep writes; got other content ({error!r})") from error
     for name in names:
         if name in ("", ".", "..") or Path(name).name != name or "\\" in name:
-            raise ValueError(f"{path} must name points by folders within it, got {name!r}")
+            raise ValueError(f"{path}: expected points named by folders within it; got {name!r}")
     return report
 
 
@@ -322,14 +321,14 @@ def load_sweep_policies(
             share = policies[0] if policies else None
             policies.append(load_policy(Path(folder) / record["name"], device=device, share=share, **options))
     if not policies:
-        raise ValueError(f"policy {folder} must be a sweep with a trained point, got {len(records)} points without")
+        raise ValueError(f"policy {folder}: expected a sweep with a trained point; got {len(records)} points without")
     return policies
 
 
 def _check_place(argument: str, place: str) -> None:
     # A hub name has one slash at most: anything else is a folder, and should not be looked for on the network first.
     if (place.count("/") > 1 or place.startswith((".", "~", "/"))) and not Path(place).exists():
-        raise ValueError(f"{argument} must be a folder or a hub name, got {place}, which does not exist")
+        raise ValueError(f"{argument}: expected a folder or a hub name; got {place}, which does not exist")
 
 
 def _adapter_base(adapter: str) -> str:

@@ -34,7 +34,7 @@ def prompt_text(prompt: Prompt) -> str:
         return prompt
     users = [message["content"] for message in prompt if message["role"] == "user"]
     if not users:
-        raise ValueError(f"prompt must hold a message with role 'user', got roles {[m['role'] for m in prompt]}")
+        raise ValueError(f"prompt: expected a message with role 'user'; got roles {[m['role'] for m in prompt]}")
     return users[-1]
 
 
@@ -49,7 +49,7 @@ def load_prompts(path: str | Path) -> list[Prompt]:
 
     path = Path(path)
     if path.suffix not in (".jsonl", ".txt"):
-        raise ValueError(f"prompts must be a .jsonl or .txt file, got {path}")
+        raise ValueError(f"prompts: expected a .jsonl or .txt file; got {path}")
     if path.suffix == ".jsonl":
         names = Columns({})
         prompts = [_row_prompt(row.record, f"{path}:{row.line}", names) for row in read_text_rows(path)]
@@ -62,7 +62,7 @@ def load_prompts(path: str | Path) -> list[Prompt]:
             raise ValueError(f"{path}: not valid UTF-8: {error.reason} at byte {error.start + 1}") from None
         prompts = [line.strip() for line in lines if line.strip()]
     if not prompts:
-        raise ValueError(f"{path}: expected at least one prompt, got none")
+        raise ValueError(f"{path}: expected at least one prompt; got none")
     return prompts
 
 
@@ -72,7 +72,7 @@ def _row_prompt(record: Any, where: str, names: Columns) -> Prompt:
         if isinstance(record, DataError):
             raise DataError(record.problem, field=record.field)
         if not isinstance(record, Mapping):
-            raise DataError(f"expected an object, got {type(record).__name__}")
+            raise DataError(f"expected an object; got {type(record).__name__}")
         check_media(record)
         for name in TEMPLATE_COLUMNS:
             if is_given(record.get(name)):

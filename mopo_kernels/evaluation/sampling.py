@@ -210,11 +210,11 @@ def draw_responses(
         ("batch_size", batch_size),
     ):
         if value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}")
+            raise ValueError(f"{name}: expected at least 1; got {value}")
     if not 0.0 <= temperature < math.inf:
-        raise ValueError(f"temperature must be at least 0 and finite, got {temperature}")
+        raise ValueError(f"temperature: expected a finite number >= 0; got {temperature}")
     if not 0.0 < top_p <= 1.0:
-        raise ValueError(f"top_p must be in (0, 1], got {top_p}")
+        raise ValueError(f"top_p: expected a number in (0, 1]; got {top_p}")
 
     context = getattr(model.config, "max_position_embeddings", None)
     rows = model.get_input_embeddings().weight.shape[0]
@@ -225,16 +225,16 @@ def draw_responses(
     ]
     for index, ids in enumerate(encoded):
         if not ids:
-            raise ValueError(f"prompts[{index}] must have at least one token, got {prompts[index]!r}")
+            raise ValueError(f"prompts[{index}]: expected at least one token; got {prompts[index]!r}")
         if (largest := max(ids)) >= rows:
             raise ValueError(
-                f"prompts[{index}] has token {largest} ({tokenizer.convert_ids_to_tokens(largest)!r}), and the model's "
-                f"embedding {rows} rows"
+                f"prompts[{index}]: expected tokens among the {rows} rows of the model's embedding; got {largest} "
+                f"({tokenizer.convert_ids_to_tokens(largest)!r})"
             )
         if context is not None and len(ids) + max_new_tokens > context:
             raise ValueError(
-                f"prompts[{index}] has {len(ids)} tokens: with max_new_tokens {max_new_tokens} that exceeds the "
-                f"model's context of {context}"
+                f"prompts[{index}]: expected room for max_new_tokens {max_new_tokens} in the model's context of "
+                f"{context}; got a prompt of {len(ids)}"
             )
 
     stop = getattr(model.generation_config, "eos_token_id", None)

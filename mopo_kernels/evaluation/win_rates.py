@@ -50,11 +50,11 @@ class Difference:
 def check_bootstrap(prompts: int, n_boot: int, confidence: float) -> None:
     """Raise ValueError for options that allow no interval."""
     if prompts < 2:
-        raise ValueError(f"prompts must be at least 2 for an interval by prompt, got {prompts}")
+        raise ValueError(f"prompts: expected at least 2 for an interval by prompt; got {prompts}")
     if n_boot < 1:
-        raise ValueError(f"n_boot must be at least 1, got {n_boot}")
+        raise ValueError(f"n_boot: expected at least 1; got {n_boot}")
     if not 0.0 < confidence < 1.0:
-        raise ValueError(f"confidence must be in (0, 1), got {confidence}")
+        raise ValueError(f"confidence: expected a number in (0, 1); got {confidence}")
 
 
 def win_rate_by_prompt(
@@ -70,7 +70,7 @@ def win_rate_by_prompt(
     """
     if len(candidate_scores) != len(baseline_scores):
         raise ValueError(
-            f"baseline_scores must have as many prompts as {name}, {len(candidate_scores)}, got {len(baseline_scores)}"
+            f"baseline_scores: expected as many prompts as {name}, {len(candidate_scores)}; got {len(baseline_scores)}"
         )
     by_prompt, tied = np.empty(len(candidate_scores)), np.empty(len(candidate_scores))
     for index in range(len(candidate_scores)):
@@ -79,7 +79,7 @@ def win_rate_by_prompt(
         for argument, scores in ((name, candidate), ("baseline_scores", baseline)):
             if scores.ndim != 1 or scores.size == 0 or not np.isfinite(scores).all():
                 raise ValueError(
-                    f"{argument}[{index}] must be a non-empty list of finite numbers, got {scores.tolist()}"
+                    f"{argument}[{index}]: expected a non-empty list of finite numbers; got {scores.tolist()}"
                 )
         sign = np.sign(candidate[:, None] - baseline[None, :])
         by_prompt[index] = (1.0 + sign.mean()) / 2.0
@@ -142,7 +142,7 @@ def win_rate_difference(
     rows = []
     for name, scores in (("candidate_scores", candidate_scores), ("rival_scores", rival_scores)):
         if len(scores) != prompts:
-            raise ValueError(f"{name} must have as many prompts as baseline_scores, {prompts}, got {len(scores)}")
+            raise ValueError(f"{name}: expected as many prompts as baseline_scores, {prompts}; got {len(scores)}")
         rows.append(win_rate_by_prompt(scores, baseline_scores, name=name)[0])
     check_bootstrap(prompts, n_boot, confidence)
     low, high = _interval(rows[0] - rows[1], n_boot, confidence, seed)
