@@ -371,7 +371,10 @@ def test_eval_refuses_weights_that_are_no_numbers(workspace, capsys):
             ["--policy_adapter", "runs/a=half"],
             "--policy_adapter: expected ADAPTER or ADAPTER=WEIGHT; got 'runs/a=half'",
         ),
-        (["--policy_adapter", "runs/a=1", "--policy_adapter", "runs/a"], "--policy_adapter: 'runs/a' is given twice"),
+        (
+            ["--policy_adapter", "runs/a=1", "--policy_adapter", "runs/a"],
+            "--policy_adapter: expected every adapter once; got 'runs/a' twice",
+        ),
         (["--baseline_scale", "0.5"], "--baseline_scale: expected 1 without --baseline or --baseline_adapter; got 0.5"),
     ):
         assert cli.main(eval_arguments(workspace, *options)) == 2

@@ -76,7 +76,7 @@ def test_data_without_a_good_row_exits_1_and_lists_them(tmp_path: Path) -> None:
         (["validate", "{data}", "--format", "csv"], "format: expected auto, canonical"),
         (["validate", "{data}", "--negative", "verbosity"], "signs: not an option of format 'canonical'"),
         (["validate", "{data}", "{data}"], "SOURCES: expected objective=path for each"),
-        (["validate", "a={data}", "a={data}"], "SOURCES: objective 'a' is given twice"),
+        (["validate", "a={data}", "a={data}"], "SOURCES: expected every objective once; got 'a' twice"),
         (["convert", "{data}", "--output", "out.csv"], "--output: expected a name ending in .jsonl or .parquet"),
         (
             ["convert", "{data}", "--output", "{dir}/o.jsonl", "--on_error", "ignore"],

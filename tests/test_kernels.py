@@ -531,7 +531,7 @@ def test_offsets_of_another_layout_are_refused() -> None:
         BACKEND.exp_logits_bwd_(
             tile, offsets, case.target, START, PLAIN, torch.zeros(3), torch.zeros(3), case.grad_logprob
         )
-    with pytest.raises(ValueError, match="offsets must come with exponentials; got None"):
+    with pytest.raises(ValueError, match="offsets: expected a tensor with exponentials, and only then; got None"):
         BACKEND.linear_lse_fwd(case.hidden, case.weight, *at, *statistics, tile)
 
 

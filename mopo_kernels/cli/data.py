@@ -84,7 +84,7 @@ def _parse_sources(sources: list[str]) -> Any:
         if not (objective and sign and path):
             fail(f"SOURCES: expected objective=path for each, to merge several; got {item!r}")
         if objective in named:
-            fail(f"SOURCES: objective {objective!r} is given twice")
+            fail(f"SOURCES: expected every objective once; got {objective!r} twice")
         named[objective] = path
     return named
 

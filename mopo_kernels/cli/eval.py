@@ -218,7 +218,7 @@ def adapters(option: str, values: Sequence[str] | None) -> dict[str, float] | No
         except ValueError:
             raise ValueError(f"{option}: expected ADAPTER or ADAPTER=WEIGHT; got {value!r}") from None
         if folder in found:
-            raise ValueError(f"{option}: {folder!r} is given twice")
+            raise ValueError(f"{option}: expected every adapter once; got {folder!r} twice")
         found[folder] = number
     return found or None
 
@@ -249,7 +249,7 @@ def _thresholds(options: list[str], objectives: list[str]) -> dict[str, float]:
         if not all(name in objectives and 0.0 <= bound <= 1.0 for name, bound in found.items()):
             raise ValueError(f"{expected} {option!r}")
         if twice := [name for name in found if name in thresholds]:
-            raise ValueError(f"--threshold: {twice[0]!r} is given twice")
+            raise ValueError(f"--threshold: expected every objective once; got {twice[0]!r} twice")
         thresholds |= found
     return thresholds
 

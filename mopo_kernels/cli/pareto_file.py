@@ -101,12 +101,13 @@ def _build_problem(
     letters = {"win_rate": "KXY", "preference": "KXYY", "behaviour": "XY", "reference": "XY", "prompt_weight": "X"}
     arrays = {name: _numbers(name, content[name], letters[name]) for name in _ARRAYS if name in content}
     if "win_rate" in arrays and "behaviour" in arrays:
-        raise ValueError("behaviour: goes with preference, and win_rate was given")
+        raise ValueError("behaviour: expected with preference only; got it with win_rate")
     # A response that nobody has judged is padding.
     rates = arrays["win_rate"] if "win_rate" in arrays else np.nanmax(arrays["preference"], 3, initial=-np.inf)
     available: npt.NDArray[np.bool_] = np.asarray(np.isfinite(rates).any(0), dtype=np.bool_)
     if not available.any(1).all():
-        raise ValueError(f"prompt {int(np.argmin(available.any(1)))} has no response with a number")
+        source, empty = ("win_rate" if "win_rate" in arrays else "preference"), int(np.argmin(available.any(1)))
+        raise ValueError(f"{source}: expected a number for every prompt; got none for {empty}")
     uniform = available / available.sum(1, keepdims=True)
     arrays.setdefault("reference", uniform)
     if "preference" in arrays:

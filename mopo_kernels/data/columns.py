@@ -60,7 +60,7 @@ def parse_columns(value: Mapping[str, str] | str | None) -> dict[str, str]:
         if not (isinstance(name, str) and name and isinstance(column, str)):
             raise ValueError(f"{expected}; got {shown(column)} for {shown(name)}")
         if name in columns:
-            raise ValueError(f"columns: {name!r} is given twice")
+            raise ValueError(f"columns: expected every name once; got {name!r} twice")
         columns[name] = column
     return columns
 
