@@ -227,7 +227,7 @@ def test_a_file_that_cannot_be_written_is_refused_before_anything_is_measured(
     with pytest.raises(SystemExit) as stop:
         head.main(["--output", str(tmp_path / place)])
     assert stop.value.code == 2
-    assert f"--output: {'expected a file to write, ' * (not place)}{message}" in capsys.readouterr().err
+    assert f"--output: {'expected a file to write; ' * (not place)}{message}" in capsys.readouterr().err
 
 
 def test_the_peak_of_memory_is_that_of_the_call() -> None:
