@@ -47,7 +47,7 @@ from mopo_kernels.backends.triton.row_offset import row_offset
 from mopo_kernels.backends.triton.row_statistics import row_statistics
 from mopo_kernels.backends.triton.scale_rows import scale_rows
 from mopo_kernels.backends.triton.segment_sum import segment_sum
-from mopo_kernels.cli.output import prepare_file
+from mopo_kernels.files import prepare_file
 
 OUTPUT = ROOT / "bench" / "results" / "compile_report.json"
 # 8.6 stands for the architectures that have no configuration of their own.

@@ -245,7 +245,7 @@ def test_a_report_that_cannot_be_written_is_refused_before_anything_is_compiled(
     with pytest.raises(SystemExit) as stop:
         compile_report.main(["--match", "segment_sum", "--output", str(tmp_path)])
     assert stop.value.code == 2
-    assert "--output: expected a file to write, got the folder" in capsys.readouterr().err
+    assert "--output: expected a file to write; got the folder" in capsys.readouterr().err
 
 
 def test_interpreted_kernels_are_refused() -> None:

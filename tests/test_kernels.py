@@ -533,14 +533,14 @@ def test_offsets_of_another_layout_are_refused() -> None:
     blocks = BACKEND.offset_blocks(130)
     tile, offsets = torch.zeros(3, 130, dtype=torch.float16, device=DEVICE), torch.zeros(blocks + 1, 3, device=DEVICE)
     at, statistics = (None, case.target, START, PLAIN), Statistics.empty(3, torch.float32)
-    message = rf"offsets must have shape \(blocks, R\) = \({blocks}, 3\); got \({blocks + 1}, 3\)"
+    message = rf"offsets: expected shape \(blocks, R\) = \({blocks}, 3\); got \({blocks + 1}, 3\)"
     with pytest.raises(ValueError, match=message):
         BACKEND.linear_lse_fwd(case.hidden, case.weight, *at, *statistics, tile, offsets)
     with pytest.raises(ValueError, match=message):
         BACKEND.exp_logits_bwd_(
             tile, offsets, case.target, START, PLAIN, torch.zeros(3), torch.zeros(3), case.grad_logprob
         )
-    with pytest.raises(ValueError, match="offsets must come with exponentials; got None"):
+    with pytest.raises(ValueError, match="offsets: expected a tensor with exponentials, and only then; got None"):
         BACKEND.linear_lse_fwd(case.hidden, case.weight, *at, *statistics, tile)
 
 
@@ -927,27 +927,27 @@ def put(position: tuple[int, ...], value: float) -> Callable[[Tensor], Tensor]:
 
 # What is wrong with which argument, beyond a program's block where there is more than one, and what is said of it.
 BAD_VALUES = {
-    "large target": ("target", put((150,), 37), "target must lie in 0 .. V - 1 or equal ignore_index"),
-    "negative target": ("target", put((0,), -1), "target must lie in 0 .. V - 1 or equal ignore_index"),
-    "first offset": ("cu_seqlens", put((0,), 1), "cu_seqlens[0] must be 0"),
-    "last offset": ("cu_seqlens", put((100,), 299), "cu_seqlens[-1] must be N"),
-    "decreasing offsets": ("cu_seqlens", put((70,), 0), "cu_seqlens must not decrease"),
-    "large pair": ("pairs", put((290, 1), 100), "pairs must lie in 0 .. S - 1"),
-    "negative pair": ("pairs", put((5, 0), -1), "pairs must lie in 0 .. S - 1"),
-    "pair of one": ("pairs", lambda x: x[:, :1].expand(-1, 2), "pairs must name two different responses"),
+    "large target": ("target", put((150,), 37), "target: expected a number in 0 .. V - 1 or ignore_index"),
+    "negative target": ("target", put((0,), -1), "target: expected a number in 0 .. V - 1 or ignore_index"),
+    "first offset": ("cu_seqlens", put((0,), 1), "cu_seqlens[0]: expected 0"),
+    "last offset": ("cu_seqlens", put((100,), 299), "cu_seqlens[-1]: expected N"),
+    "decreasing offsets": ("cu_seqlens", put((70,), 0), "cu_seqlens: expected offsets that do not decrease"),
+    "large pair": ("pairs", put((290, 1), 100), "pairs: expected a number in 0 .. S - 1"),
+    "negative pair": ("pairs", put((5, 0), -1), "pairs: expected a number in 0 .. S - 1"),
+    "pair of one": ("pairs", lambda x: x[:, :1].expand(-1, 2), "pairs: expected two different responses"),
     "pair of two prompts": (
         "prompt_index",
         put((9,), 2),
-        "pairs must join responses to one prompt, as prompt_index has",
+        "pairs: expected responses to one prompt, as prompt_index has",
     ),
-    "preference": ("preference", put((299, 2), 1.5), "preference must lie in [0, 1] or be NaN"),
-    "negative preference": ("preference", put((0, 0), -0.5), "preference must lie in [0, 1] or be NaN"),
-    "objective_weight": ("objective_weight", put((1,), torch.nan), "objective_weight must lie in 0 .. 1e+10"),
-    "pair_weight": ("pair_weight", put((100,), -1.0), "pair_weight must lie in 0 .. 1e+10"),
-    "label_rate": ("label_rate", put((2,), 0.0), "label_rate must lie in 1e-10 .. 1"),
-    "margin": ("margin", put((100,), torch.inf), "margin must lie in -1e+10 .. 1e+10"),
-    "length": ("length", put((99,), 0.0), "length must lie in 1e-10 .. 1e+10"),
-    "normalizer": ("normalizer", put((), 1e-11), "normalizer must be 0 or lie in 1e-10 .. 1e+10"),
+    "preference": ("preference", put((299, 2), 1.5), "preference: expected a number in [0, 1] or NaN"),
+    "negative preference": ("preference", put((0, 0), -0.5), "preference: expected a number in [0, 1] or NaN"),
+    "objective_weight": ("objective_weight", put((1,), torch.nan), "objective_weight: expected a number in 0 .. 1e+10"),
+    "pair_weight": ("pair_weight", put((100,), -1.0), "pair_weight: expected a number in 0 .. 1e+10"),
+    "label_rate": ("label_rate", put((2,), 0.0), "label_rate: expected a number in 1e-10 .. 1"),
+    "margin": ("margin", put((100,), torch.inf), "margin: expected a number in -1e+10 .. 1e+10"),
+    "length": ("length", put((99,), 0.0), "length: expected a number in 1e-10 .. 1e+10"),
+    "normalizer": ("normalizer", put((), 1e-11), "normalizer: expected 0 or a number in 1e-10 .. 1e+10"),
 }
 
 

@@ -33,8 +33,8 @@ from mopo_kernels.data import (
 )
 from mopo_kernels.dual import ThresholdError, solve_labels
 from mopo_kernels.trainer import MOPOConfig, MOPOTrainer
-from mopo_kernels.trainer.layout import take_layout
-from mopo_kernels.trainer.statistics import Statistics, importance_sums
+from mopo_kernels.trainer.batch_layout import take_layout
+from mopo_kernels.trainer.metrics import Statistics, importance_sums
 
 DOUBLE = torch.float64
 DEMO = Path(__file__).parents[1] / "examples" / "demo" / "data" / "preferences.jsonl"
@@ -882,7 +882,7 @@ def test_bad_settings_are_refused_by_name(changes, message, tmp_path):
     [
         ({"primary": "kind"}, "primary: expected one of helpful, brief; got 'kind'"),
         ({"thresholds": {"kind": 0.4}}, "thresholds: expected objectives among helpful, brief; got 'kind'"),
-        ({"thresholds": {"helpful": 0.4}}, "must not include the primary objective 'helpful'"),
+        ({"thresholds": {"helpful": 0.4}}, "expected none for the primary objective 'helpful'"),
         (
             {"fixed_multipliers": {"kind": 1}, "thresholds": None},
             "fixed_multipliers: expected objectives among helpful",

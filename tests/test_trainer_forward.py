@@ -12,8 +12,8 @@ from trainer_samples import CONFIGS, fresh, lora, make_data, make_model, make_tr
 
 from mopo_kernels import naive
 from mopo_kernels.arguments import LogitTransform
-from mopo_kernels.trainer.head import find_transform, output_head
-from mopo_kernels.trainer.layout import take_layout
+from mopo_kernels.trainer.batch_layout import take_layout
+from mopo_kernels.trainer.lm_head import find_transform, output_head
 
 DOUBLE = torch.float64
 

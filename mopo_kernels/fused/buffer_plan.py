@@ -192,7 +192,7 @@ class Layout:
         """The cut for ``rows`` rows; with ``full_vocab`` tiles span the vocabulary however few rows that leaves."""
         if max_buffer_bytes < self.min_buffer_bytes():
             raise ValueError(
-                f"max_buffer_bytes must be at least {self.min_buffer_bytes()} for hidden size {self.hidden_size}; "
+                f"max_buffer_bytes: expected at least {self.min_buffer_bytes()} for hidden size {self.hidden_size}; "
                 f"got {max_buffer_bytes}"
             )
         weight_columns, full_vocab_rows = self.weight_columns(max_buffer_bytes), self.full_vocab_rows(max_buffer_bytes)

@@ -196,7 +196,7 @@ def run_jobs(
         for job in more:
             if job.name in known:
                 if known[job.name] != job:
-                    raise ValueError(f"jobs must have names of their own, got two of {job.name}")
+                    raise ValueError(f"jobs: expected names of their own; got two of {job.name}")
                 continue
             known[job.name] = job
             fresh.append(job)

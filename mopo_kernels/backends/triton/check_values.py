@@ -18,8 +18,8 @@ from mopo_kernels.backends.triton.math import OPTIONS, interpreted
 # Elements of a program; fewer in the interpreter, where small tests cross their edges.
 BLOCK = 64 if interpreted() else 1024
 SMALLEST, LARGEST = tl.constexpr(checks.SMALLEST), tl.constexpr(checks.LARGEST)
-_FROM_0 = f"must lie in 0 .. {checks.LARGEST:g}"
-_POSITIVE = f"must lie in {checks.SMALLEST:g} .. {checks.LARGEST:g}"
+_FROM_0 = f"expected a number in 0 .. {checks.LARGEST:g}"
+_POSITIVE = f"expected a number in {checks.SMALLEST:g} .. {checks.LARGEST:g}"
 # The kernel's tensors, in order.
 ARGUMENTS = (
     "target",
@@ -35,20 +35,20 @@ ARGUMENTS = (
     "normalizer",
 )
 # Sizes are left out: a message is compiled in.
-TARGET = tl.constexpr("target must lie in 0 .. V - 1 or equal ignore_index")
-FIRST_OFFSET = tl.constexpr("cu_seqlens[0] must be 0")
-LAST_OFFSET = tl.constexpr("cu_seqlens[-1] must be N")
-OFFSETS = tl.constexpr("cu_seqlens must not decrease")
-PAIRS = tl.constexpr("pairs must lie in 0 .. S - 1")
-TWO = tl.constexpr("pairs must name two different responses")
-PROMPT = tl.constexpr("pairs must join responses to one prompt, as prompt_index has it")
-PREFERENCE = tl.constexpr("preference must lie in [0, 1] or be NaN")
-OBJECTIVE_WEIGHT = tl.constexpr(f"objective_weight {_FROM_0}")
-PAIR_WEIGHT = tl.constexpr(f"pair_weight {_FROM_0}")
-LABEL_RATE = tl.constexpr(f"label_rate must lie in {checks.SMALLEST:g} .. 1")
-MARGIN = tl.constexpr(f"margin must lie in {-checks.LARGEST:g} .. {checks.LARGEST:g}")
-LENGTH = tl.constexpr(f"length {_POSITIVE}")
-NORMALIZER = tl.constexpr(f"normalizer must be 0 or lie in {checks.SMALLEST:g} .. {checks.LARGEST:g}")
+TARGET = tl.constexpr("target: expected a number in 0 .. V - 1 or ignore_index")
+FIRST_OFFSET = tl.constexpr("cu_seqlens[0]: expected 0")
+LAST_OFFSET = tl.constexpr("cu_seqlens[-1]: expected N")
+OFFSETS = tl.constexpr("cu_seqlens: expected offsets that do not decrease")
+PAIRS = tl.constexpr("pairs: expected a number in 0 .. S - 1")
+TWO = tl.constexpr("pairs: expected two different responses")
+PROMPT = tl.constexpr("pairs: expected responses to one prompt, as prompt_index has it")
+PREFERENCE = tl.constexpr("preference: expected a number in [0, 1] or NaN")
+OBJECTIVE_WEIGHT = tl.constexpr(f"objective_weight: {_FROM_0}")
+PAIR_WEIGHT = tl.constexpr(f"pair_weight: {_FROM_0}")
+LABEL_RATE = tl.constexpr(f"label_rate: expected a number in {checks.SMALLEST:g} .. 1")
+MARGIN = tl.constexpr(f"margin: expected a number in {-checks.LARGEST:g} .. {checks.LARGEST:g}")
+LENGTH = tl.constexpr(f"length: {_POSITIVE}")
+NORMALIZER = tl.constexpr(f"normalizer: expected 0 or a number in {checks.SMALLEST:g} .. {checks.LARGEST:g}")
 
 
 @triton.jit
