@@ -27,7 +27,7 @@ from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, CppExtension, C
 MODES = ("auto", "cuda", "cpu", "0")
 MODE = os.environ.get("MOPO_BUILD", "auto")
 if MODE not in MODES:
-    raise SystemExit(f"MOPO_BUILD must be one of {', '.join(MODES)}; got {MODE!r}")
+    raise SystemExit(f"MOPO_BUILD: expected one of {', '.join(MODES)}; got {MODE!r}")
 
 
 def reason_without_cpp() -> str | None:

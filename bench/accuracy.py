@@ -29,7 +29,7 @@ from bench.implementations import TAU, Implementation, Inputs, Result, Workload,
 from bench.provenance import provenance
 from bench.scaling_curves import groups
 from mopo_kernels import naive, pack_responses
-from mopo_kernels.cli.output import prepare_file
+from mopo_kernels.files import prepare_file
 
 # Random inputs of each kind.
 DRAWS = 12
@@ -113,7 +113,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--output", type=Path, help="JSON file to write")
     options = parser.parse_args(arguments)
     if options.draws < 1:
-        parser.error(f"argument --draws: must be at least 1; got {options.draws}")
+        parser.error(f"argument --draws: expected at least 1; got {options.draws}")
     if options.output is not None:
         try:
             prepare_file("--output", options.output)

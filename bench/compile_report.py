@@ -18,6 +18,7 @@ import itertools
 import json
 import re
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -32,7 +33,8 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
 from bench.provenance import ROOT, origin
-from mopo_kernels.arguments import LogitTransform, LossOptions, PairBatch
+from mopo_kernels.arguments import CallValues, LogitTransform, LossOptions, PairBatch
+from mopo_kernels.backends.triton.check_values import check_values
 from mopo_kernels.backends.triton.exp_logits_bwd import exp_logits_bwd_
 from mopo_kernels.backends.triton.linear_lse_fwd import linear_lse_fwd, offset_blocks, row_offsets
 from mopo_kernels.backends.triton.logits_bwd import logits_bwd_
@@ -40,11 +42,12 @@ from mopo_kernels.backends.triton.lse_fwd import lse_fwd
 from mopo_kernels.backends.triton.mark_target import mark_target_
 from mopo_kernels.backends.triton.math import interpreted
 from mopo_kernels.backends.triton.pair_loss_bwd import pair_loss_bwd
+from mopo_kernels.backends.triton.pair_loss_fwd import pair_loss_fwd
 from mopo_kernels.backends.triton.row_offset import row_offset
 from mopo_kernels.backends.triton.row_statistics import row_statistics
 from mopo_kernels.backends.triton.scale_rows import scale_rows
 from mopo_kernels.backends.triton.segment_sum import segment_sum
-from mopo_kernels.cli.output import prepare_file
+from mopo_kernels.files import prepare_file
 
 OUTPUT = ROOT / "bench" / "results" / "compile_report.json"
 # 8.6 stands for the architectures that have no configuration of their own.
@@ -189,7 +192,7 @@ def _by_row(
     for name, transform in HEADS.items():
         marked = (tile, target, 0, transform, row, row.double(), row, row)
         yield f"mark_target {label.format(name)}", partial(mark_target_, *marked)
-    yield f"row_statistics {label.format('any')}", partial(row_statistics, row, row, row)
+    yield f"row_statistics {label.format('any')}", partial(row_statistics, row, row, row, target, row, row.double())
     for name, x, factor in (("rows", hidden, row), ("gradient", weight.float(), torch.ones(()))):
         yield f"scale_rows {label.format(name)}", partial(scale_rows, x, factor, torch.bfloat16)
 
@@ -227,6 +230,21 @@ def _sequence_variants() -> Iterator[tuple[str, Callable[[], object]]]:
         )
         label = " ".join([SHORT[dtype], loss_type, *(name for name in names if optional[name] is not None)])
         yield f"pair_loss_bwd {label}", partial(pair_loss_bwd, one, one, batch)
+        for index in (torch.int32, torch.int64):
+            tokens = (torch.zeros(5, dtype=index), 4)
+            yield f"pair_loss_bwd {label} tokens {SHORT[index]}", partial(pair_loss_bwd, one, one, batch, *tokens)
+        for estimator in ("pair", "snis"):
+            measured = replace(batch, options=replace(batch.options, estimator=estimator))
+            yield f"pair_loss_fwd {label} {estimator}", partial(pair_loss_fwd, one, one, measured)
+        target = torch.zeros(4, dtype=torch.int64)
+        pairs_only = CallValues(batch=batch, sequences=4)
+        yield f"check_values {label}", partial(check_values, pairs_only)
+        prompts = replace(pairs_only, batch=replace(batch, prompt_index=target))
+        for index in (torch.int32, torch.int64):
+            every = replace(prompts, target=target, cu_seqlens=torch.zeros(5, dtype=index))
+            yield f"check_values {label} prompt_index target {SHORT[index]}", partial(check_values, every)
+    yield "check_values target", partial(check_values, CallValues(target=torch.zeros(4, dtype=torch.int64)))
+    yield "check_values int64", partial(check_values, CallValues(cu_seqlens=torch.zeros(5, dtype=torch.int64)))
 
 
 def variants(match: str = "") -> dict[str, Callable[[], object]]:

@@ -34,7 +34,7 @@ from bench.head import DTYPES, peak_mib
 from bench.implementations import BARE, BUFFER_BYTES
 from bench.provenance import provenance
 from mopo_kernels import backends, linear_mopo_loss, naive
-from mopo_kernels.cli.output import prepare_file
+from mopo_kernels.files import prepare_file
 
 ROOT = Path(__file__).resolve().parent.parent
 PLAIN, EXACT = "plain PyTorch", "exact"
@@ -273,7 +273,7 @@ def main(arguments: list[str] | None = None) -> None:
         parser.error("arguments --hidden and --vocabulary: expected both or neither")
     for name, got, least in (("tokens", options.tokens, 2 * SEQUENCE), ("rounds", options.rounds, 2)):
         if got < least:
-            parser.error(f"argument --{name}: must be at least {least}; got {got}")
+            parser.error(f"argument --{name}: expected at least {least}; got {got}")
     if options.output is not None:
         try:
             prepare_file("--output", options.output)

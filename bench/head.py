@@ -26,7 +26,7 @@ from rich.table import Table
 
 from bench.implementations import BARE, Implementation, Inputs, Workload, available
 from bench.provenance import provenance
-from mopo_kernels.cli.output import prepare_file
+from mopo_kernels.files import prepare_file
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 # Relative, of the loss and of each gradient. In bf16 a log-probability near -11 nats is rounded to 1/16 nats by a peer
@@ -149,7 +149,7 @@ def main(arguments: list[str] | None = None) -> None:
         ("rounds", 2),
     ):
         if (got := getattr(options, name)) < least:
-            parser.error(f"argument --{name}: must be at least {least}; got {got}")
+            parser.error(f"argument --{name}: expected at least {least}; got {got}")
     if options.output is not None:
         try:
             prepare_file("--output", options.output)

@@ -60,7 +60,7 @@ def _layout(responses: int, pairs: str) -> Section:
     """Eight rows a step; prompts computed once or not."""
     only = ("mopo_kernels", "mopo_kernels, a row a response")
     shares = ("0.2", "0.5", "0.8")
-    arguments = ("--responses", str(responses), "--pairs", pairs, "--prompt-share", *shares, "--tuning", "LoRA")
+    arguments = ("--responses", str(responses), "--pairs", pairs, "--prompt_share", *shares, "--tuning", "LoRA")
     return Section(f"step_layout_n{responses}_cpu", "step", (*arguments, "--implementations", *only))
 
 

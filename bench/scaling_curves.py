@@ -37,7 +37,7 @@ from bench.implementations import BARE, IMPLEMENTATIONS, Inputs, Workload, avail
 from bench.provenance import ROOT, provenance
 from bench.step import Meter
 from mopo_kernels import backends
-from mopo_kernels.cli.output import prepare_file
+from mopo_kernels.files import prepare_file
 
 ALL_ROWS = "plain PyTorch, all rows"
 COMPILED = "plain PyTorch, scored rows, compiled"
@@ -315,7 +315,7 @@ def main(arguments: list[str] | None = None) -> None:
         child()
         return
     if options.rounds < 2:
-        parser.error(f"argument --rounds: must be at least 2; got {options.rounds}")
+        parser.error(f"argument --rounds: expected at least 2; got {options.rounds}")
     if options.output is not None:
         try:
             prepare_file("--output", options.output)

@@ -916,7 +916,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--pairs", type=int, default=2, help="a step")
     parser.add_argument("--responses", type=int, default=2, help="to a prompt, every two of them a pair")
     parser.add_argument("--length", type=int, default=128, help="tokens of the longest row")
-    parser.add_argument("--prompt-share", nargs="+", type=float, help="prompt's part of a row; default: 0.5 0.8")
+    parser.add_argument("--prompt_share", nargs="+", type=float, help="prompt's part of a row; default: 0.5 0.8")
     parser.add_argument(
         "--dtype", choices=DTYPES, default="float32", help="; ".join(f"{k}: {v}" for k, v in DTYPES.items())
     )
@@ -944,14 +944,14 @@ def main(arguments: list[str] | None = None) -> None:
         options.data, options.responses, options.pairs, options.length = DEMO_DATA, 4, 12, 512
     for name, value, low in (("rounds", options.rounds, 2), ("pairs", options.pairs, 1), ("length", options.length, 8)):
         if value < low:
-            parser.error(f"argument --{name}: must be at least {low}; got {value}")
+            parser.error(f"argument --{name}: expected at least {low}; got {value}")
     if options.responses < 2 or options.pairs % math.comb(options.responses, 2):
         parser.error(
-            f"argument --pairs: must be a multiple of the pairs that {options.responses} responses make; "
+            f"argument --pairs: expected a multiple of the pairs that {options.responses} responses make; "
             f"got {options.pairs}"
         )
     if options.data is not None and (options.model is None or options.prompt_share):
-        parser.error("argument --data: takes --model, whose tokens its texts become, and no --prompt-share")
+        parser.error("argument --data: takes --model, whose tokens its texts become, and no --prompt_share")
     if options.data is not None and not options.data.is_file():
         parser.error(f"argument --data: there is no file {options.data}")
     if options.data is not None:
@@ -959,7 +959,7 @@ def main(arguments: list[str] | None = None) -> None:
     if options.prompt_share is None:
         options.prompt_share = [0.5, 0.8]
     if not all(0 < share < 1 for share in options.prompt_share):
-        parser.error(f"argument --prompt-share: must be between 0 and 1; got {options.prompt_share}")
+        parser.error(f"argument --prompt_share: expected numbers between 0 and 1; got {options.prompt_share}")
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("argument --device: there is no CUDA device here")
     asked = options.implementations or (QUICK if options.quick else list(IMPLEMENTATIONS))

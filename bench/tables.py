@@ -447,7 +447,7 @@ def fill_marks(document: str, sections: dict[str, Callable[[], str]], module: st
         text = f"{begin}\n{make()}\n{end}"
         document, found = pattern.subn(text.replace("\\", r"\\"), document)
         if found != 1:
-            raise ValueError(f"{file} must have one part that begins with {begin!r}, got {found}")
+            raise ValueError(f"{file}: expected one part that begins with {begin!r}; got {found}")
     return document
 
 

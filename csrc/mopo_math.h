@@ -161,8 +161,8 @@ MOPO_INLINE F log_probability(F logit, const Constant<T>& logsumexp) {
   return (logit - logsumexp.high) - logsumexp.low;
 }
 
-// coefficient * d logprob / dx = -factor * exp(z - logsumexp) * bend where the column is not the target; factor, the
-// same for a whole row, is coefficient * slope.
+// grad_logprob * d logprob / dx = -factor * exp(z - logsumexp) * bend where the column is not the target; factor, the
+// same for a whole row, is grad_logprob * slope.
 template <class Math, bool capped, class F, class T>
 MOPO_INLINE F other_gradient(F x, const Head<T>& head, const Constant<T>& logsumexp, T factor) {
   const Logit<F> z = make_logit<Math, capped>(x, head);

@@ -22,15 +22,15 @@ struct TileArgs {
 
 template <class T>
 struct FoldArgs : TileArgs<T> {
-  T* maximum;  // (rows,), as are the next two
-  T* total;
-  T* picked;
+  T* row_max;  // (rows,), as are the next two
+  T* sum_exp;
+  T* target_logit;
 };
 
 template <class T>
 struct GradientArgs : TileArgs<T> {
   const double* logsumexp;  // (rows,)
-  const T* coefficient;     // (rows,) or null for 1
+  const T* grad_logprob;    // (rows,) or null for 1
 };
 
 template <class T>

@@ -14,7 +14,7 @@ namespace mopo {
 inline void check_rows(const at::Tensor& t, const char* name, const at::Tensor& tile, at::ScalarType dtype) {
   TORCH_CHECK_VALUE(t.device() == tile.device() && t.scalar_type() == dtype && t.dim() == 1 &&
                         t.size(0) == tile.size(0) && t.is_contiguous(),
-                    name, " must be a contiguous ", at::DeviceTypeName(tile.device().type()), " tensor of shape (",
+                    name, ": expected a contiguous ", at::DeviceTypeName(tile.device().type()), " tensor of shape (",
                     tile.size(0), ",) and dtype ", dtype, " for a tile of shape ", tile.sizes(), " on ", tile.device(),
                     "; got shape ", t.sizes(), ", strides ", t.strides(), ", dtype ", t.scalar_type(), " on ",
                     t.device());
@@ -25,22 +25,22 @@ inline std::optional<at::Tensor> check_tile(at::DeviceType device, const at::Ten
                                             const std::optional<at::Tensor>& bias, const at::Tensor& target,
                                             std::optional<double> softcap, double logit_scale, double temperature) {
   const auto kind = at::DeviceTypeName(device);
-  TORCH_CHECK_VALUE(tile.device().type() == device && tile.dim() == 2, "tile must be a ", kind,
+  TORCH_CHECK_VALUE(tile.device().type() == device && tile.dim() == 2, "tile: expected a ", kind,
                     " tensor of shape (rows, columns); got shape ", tile.sizes(), " on ", tile.device());
   TORCH_CHECK_VALUE(tile.scalar_type() == at::kFloat || tile.scalar_type() == at::kDouble,
-                    "tile must be float32 or float64; got ", tile.scalar_type());
+                    "tile: expected float32 or float64; got ", tile.scalar_type());
   TORCH_CHECK_VALUE((tile.size(1) <= 1 || tile.stride(1) == 1) && (tile.size(0) <= 1 || tile.stride(0) >= tile.size(1)),
-                    "tile must have column stride 1 and rows that do not overlap; got shape ", tile.sizes(),
+                    "tile: expected column stride 1 and rows that do not overlap; got shape ", tile.sizes(),
                     ", strides ", tile.strides());
   check_rows(target, "target", tile, at::kLong);
-  TORCH_CHECK_VALUE(!softcap || (std::isfinite(*softcap) && *softcap > 0), "softcap must be positive and finite; got ",
-                    softcap.value_or(0.0));
-  TORCH_CHECK_VALUE(std::isfinite(logit_scale), "logit_scale must be finite; got ", logit_scale);
-  TORCH_CHECK_VALUE(std::isfinite(temperature) && temperature > 0, "temperature must be positive and finite; got ",
-                    temperature);
+  TORCH_CHECK_VALUE(!softcap || (std::isfinite(*softcap) && *softcap > 0),
+                    "softcap: expected a positive finite number; got ", softcap.value_or(0.0));
+  TORCH_CHECK_VALUE(std::isfinite(logit_scale), "logit_scale: expected a finite number; got ", logit_scale);
+  TORCH_CHECK_VALUE(std::isfinite(temperature) && temperature > 0,
+                    "temperature: expected a positive finite number; got ", temperature);
   if (!bias) return bias;
   TORCH_CHECK_VALUE(bias->device() == tile.device() && bias->dim() == 1 && bias->size(0) == tile.size(1),
-                    "bias must be a ", kind, " tensor of shape (", tile.size(1), ",) for a tile of shape ",
+                    "bias: expected a ", kind, " tensor of shape (", tile.size(1), ",) for a tile of shape ",
                     tile.sizes(), " on ", tile.device(), "; got shape ", bias->sizes(), " on ", bias->device());
   return bias->to(tile.scalar_type()).contiguous();
 }
@@ -61,16 +61,16 @@ TileArgs<T> tile_args(const at::Tensor& tile, const std::optional<at::Tensor>& b
 // The operator "fold": Device::fold(tile, FoldArgs) does the work.
 template <class Device>
 void fold(const at::Tensor& tile, const std::optional<at::Tensor>& bias, const at::Tensor& target, int64_t start,
-          std::optional<double> softcap, double logit_scale, double temperature, const at::Tensor& maximum,
-          const at::Tensor& total, const at::Tensor& picked) {
+          std::optional<double> softcap, double logit_scale, double temperature, const at::Tensor& row_max,
+          const at::Tensor& sum_exp, const at::Tensor& target_logit) {
   const auto cast_bias = check_tile(Device::type, tile, bias, target, softcap, logit_scale, temperature);
-  check_rows(maximum, "maximum", tile, tile.scalar_type());
-  check_rows(total, "total", tile, tile.scalar_type());
-  check_rows(picked, "picked", tile, tile.scalar_type());
+  check_rows(row_max, "row_max", tile, tile.scalar_type());
+  check_rows(sum_exp, "sum_exp", tile, tile.scalar_type());
+  check_rows(target_logit, "target_logit", tile, tile.scalar_type());
   const auto run = [&](auto element) {
     using T = decltype(element);
     Device::fold(tile, FoldArgs<T>{tile_args<T>(tile, cast_bias, target, start, softcap, logit_scale, temperature),
-                                   maximum.data_ptr<T>(), total.data_ptr<T>(), picked.data_ptr<T>()});
+                                   row_max.data_ptr<T>(), sum_exp.data_ptr<T>(), target_logit.data_ptr<T>()});
   };
   tile.scalar_type() == at::kFloat ? run(float()) : run(double());
 }
@@ -79,18 +79,18 @@ void fold(const at::Tensor& tile, const std::optional<at::Tensor>& bias, const a
 template <class Device>
 void gradient_(const at::Tensor& tile, const std::optional<at::Tensor>& bias, const at::Tensor& target, int64_t start,
                std::optional<double> softcap, double logit_scale, double temperature, const at::Tensor& logsumexp,
-               const std::optional<at::Tensor>& coefficient) {
+               const std::optional<at::Tensor>& grad_logprob) {
   const auto cast_bias = check_tile(Device::type, tile, bias, target, softcap, logit_scale, temperature);
   const bool exact = logsumexp.scalar_type() == at::kDouble;
   check_rows(logsumexp, "logsumexp", tile, exact ? at::kDouble : tile.scalar_type());
   const at::Tensor exact_logsumexp = logsumexp.to(at::kDouble);
-  if (coefficient) check_rows(*coefficient, "coefficient", tile, tile.scalar_type());
+  if (grad_logprob) check_rows(*grad_logprob, "grad_logprob", tile, tile.scalar_type());
   const auto run = [&](auto element) {
     using T = decltype(element);
     Device::gradient(tile,
                      GradientArgs<T>{tile_args<T>(tile, cast_bias, target, start, softcap, logit_scale, temperature),
                                      exact_logsumexp.const_data_ptr<double>(),
-                                     coefficient ? coefficient->const_data_ptr<T>() : nullptr});
+                                     grad_logprob ? grad_logprob->const_data_ptr<T>() : nullptr});
   };
   tile.scalar_type() == at::kFloat ? run(float()) : run(double());
 }
@@ -104,7 +104,7 @@ void mark_columns_(const at::Tensor& marked, const at::Tensor& tile, const std::
   check_rows(least, "least", tile, tile.scalar_type());
   TORCH_CHECK_VALUE(marked.device() == tile.device() && marked.scalar_type() == at::kBool && marked.dim() == 1 &&
                         marked.size(0) == tile.size(1) && marked.is_contiguous(),
-                    "marked must be a contiguous bool tensor of shape (", tile.size(1), ",) for a tile of shape ",
+                    "marked: expected a contiguous bool tensor of shape (", tile.size(1), ",) for a tile of shape ",
                     tile.sizes(), " on ", tile.device(), "; got shape ", marked.sizes(), ", dtype ",
                     marked.scalar_type(), " on ", marked.device());
   const auto run = [&](auto element) {

@@ -13,10 +13,10 @@ The life of a call, with N tokens, H hidden, V vocabulary, S sequences, P pairs,
        |  |                                 exp_logits (R, W), in half precision; or else
        |  +- a product (R, W), lse_fwd      backends/: of each tile -> row_max, sum_exp, target_logit (R,)
        +- segment_sum                       logprob (N,) -> (S,)
-       +- pair_loss_bwd                     sequences' logprob (S,) -> grad_logprob (S,)
+       +- token_grad_logprob                sequences' logprob (S,) -> grad_logprob (N,)
        +- ChunkedHead.backward              grad_logprob (R,) -> dhidden (N, H), dweight (V, H), dbias (V,)
        |  +- logits_bwd_, exp_logits_bwd_   backends/: a tile (R, W) becomes its gradient in place, then products
-       +- naive.mopo_loss                   the loss (), margins (P,), satisfaction (K,) from sequences' logprob (S,)
+       +- pair_loss_fwd                     the loss (), margins (P,), satisfaction (K,) from sequences' logprob (S,)
 
     linear_logprob                          the same without pairs: fused/linear_logprob.py, forward and backward
     mopo_loss                               from logprob (S,): fused/mopo_loss.py

@@ -143,12 +143,12 @@ class HeadOptions(OpArguments):
         limit = self.max_buffer_bytes
         if limit is not None:
             checks.integer("max_buffer_bytes", limit)
-            checks.expect(limit > 0, "max_buffer_bytes", "be positive", limit)
-            checks.expect(limit < 2**63, "max_buffer_bytes", "fit 64 bits", limit)
+            checks.expect(limit > 0, "max_buffer_bytes", "a positive number", limit)
+            checks.expect(limit < 2**63, "max_buffer_bytes", "a number of 64 bits", limit)
         share = self.gradient_filter
         if share is not None:
             checks.number("gradient_filter", share)
-            checks.expect(0 < share < 1, "gradient_filter", "be None or between 0 and 1", share)
+            checks.expect(0 < share < 1, "gradient_filter", "None or a number between 0 and 1", share)
         checks.ignore_index(self.ignore_index, vocabulary)
 
 
@@ -194,7 +194,7 @@ class HeadInputs(OpArguments):
         checks.plain("hidden", hidden)
         checks.dtype("hidden", hidden, checks.FLOATING)
         checks.dimensions("weight", weight, "(V, H)")
-        checks.expect(weight.shape[0] > 0, "weight", "have at least one row", tuple(weight.shape))
+        checks.expect(weight.shape[0] > 0, "weight", "at least one row", tuple(weight.shape))
         checks.columns("weight", weight, hidden.shape[1])
         self.check_head(weight.shape[0], "H")
         checks.dtype("target", self.target, (torch.int64,))
@@ -297,11 +297,11 @@ class PairBatch(OpArguments):
             checks.constant(name, tensor)
         loss_type = self.options.loss_type
         if self.margin is not None:
-            checks.expect(loss_type == "sigmoid", "margin", 'be None unless loss_type is "sigmoid"', f"{loss_type!r}")
+            checks.expect(loss_type == "sigmoid", "margin", 'None unless loss_type is "sigmoid"', f"{loss_type!r}")
         if self.label_rate is not None:
-            checks.expect(loss_type != "cloning", "label_rate", 'be None with loss_type "cloning"', "a tensor")
+            checks.expect(loss_type != "cloning", "label_rate", 'None with loss_type "cloning"', "a tensor")
         if loss_type == "cloning" or self.options.estimator == "closed_form":
-            reason = 'be given for loss_type "cloning" and estimator "closed_form"'
+            reason = 'a tensor for loss_type "cloning" and estimator "closed_form"'
             checks.expect(self.prompt_index is not None, "prompt_index", reason, "None")
         if self.prompt_index is not None:
             checks.dtype("prompt_index", self.prompt_index, (torch.int64, torch.int32))
@@ -309,24 +309,24 @@ class PairBatch(OpArguments):
     def check_values(self, sequences: int) -> None:
         pairs, prompt = self.pairs, self.prompt_index
         smallest, largest = checks.SMALLEST, checks.LARGEST
-        checks.value("pairs", pairs, lambda t: (t >= 0) & (t < sequences), f"lie in 0 .. S - 1 = {sequences - 1}")
-        checks.value("pairs", pairs, lambda t: (t[:, :1] != t[:, 1:]).expand_as(t), "name two different responses")
+        checks.value("pairs", pairs, lambda t: (t >= 0) & (t < sequences), f"a number in 0 .. S - 1 = {sequences - 1}")
+        checks.value("pairs", pairs, lambda t: (t[:, :1] != t[:, 1:]).expand_as(t), "two different responses")
         if prompt is not None:
             checks.value(
                 "pairs",
                 pairs,
                 lambda t: (prompt[t[:, :1]] == prompt[t[:, 1:]]).expand_as(t),
-                "join responses to one prompt, as prompt_index has it",
+                "responses to one prompt, as prompt_index has it",
             )
         checks.value(
-            "preference", self.preference, lambda t: torch.isnan(t) | ((t >= 0) & (t <= 1)), "lie in [0, 1] or be NaN"
+            "preference", self.preference, lambda t: torch.isnan(t) | ((t >= 0) & (t <= 1)), "a number in [0, 1] or NaN"
         )
         for name, tensor, low, high, words in (
-            ("objective_weight", self.objective_weight, 0.0, largest, f"lie in 0 .. {largest:g}"),
-            ("pair_weight", self.pair_weight, 0.0, largest, f"lie in 0 .. {largest:g}"),
-            ("label_rate", self.label_rate, smallest, 1.0, f"lie in {smallest:g} .. 1"),
-            ("margin", self.margin, -largest, largest, f"lie in {-largest:g} .. {largest:g}"),
-            ("length", self.length, smallest, largest, f"lie in {smallest:g} .. {largest:g}"),
+            ("objective_weight", self.objective_weight, 0.0, largest, f"a number in 0 .. {largest:g}"),
+            ("pair_weight", self.pair_weight, 0.0, largest, f"a number in 0 .. {largest:g}"),
+            ("label_rate", self.label_rate, smallest, 1.0, f"a number in {smallest:g} .. 1"),
+            ("margin", self.margin, -largest, largest, f"a number in {-largest:g} .. {largest:g}"),
+            ("length", self.length, smallest, largest, f"a number in {smallest:g} .. {largest:g}"),
         ):
             if tensor is not None:
                 checks.value(name, tensor, _between(low, high), words)
@@ -335,7 +335,7 @@ class PairBatch(OpArguments):
                 "normalizer",
                 self.normalizer.reshape(1),
                 lambda t: (t == 0) | ((t >= smallest) & (t <= largest)),
-                f"be 0 or lie in {smallest:g} .. {largest:g}",
+                f"0 or a number in {smallest:g} .. {largest:g}",
             )
 
     def to(self, dtype: torch.dtype, device: torch.device) -> PairBatch:
@@ -356,3 +356,25 @@ class PairBatch(OpArguments):
             cast(self.normalizer),
             self.options,
         )
+
+
+@dataclass(frozen=True)
+class CallValues:
+    """Arguments of an op whose values must be right, each part only where the op has it: targets (N,), ids of a
+    ``vocabulary`` or ``ignore_index``; cu_seqlens (S + 1,) of N ``tokens``; the pairs of S ``sequences``."""
+
+    target: Tensor | None = None
+    vocabulary: int = 0
+    ignore_index: int = 0
+    cu_seqlens: Tensor | None = None
+    tokens: int = 0
+    batch: PairBatch | None = None
+    sequences: int = 0
+
+    def check(self) -> None:
+        if self.target is not None:
+            checks.targets(self.target, self.vocabulary, self.ignore_index)
+        if self.cu_seqlens is not None:
+            checks.cu_seqlens(self.cu_seqlens, self.tokens)
+        if self.batch is not None:
+            self.batch.check_values(self.sequences)

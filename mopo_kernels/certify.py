@@ -210,11 +210,11 @@ def certificate(
         ValueError: no threshold, one of an objective that was not measured, or a confidence out of range.
     """
     if not thresholds:
-        raise ValueError("thresholds must hold at least one objective, got none")
+        raise ValueError("thresholds: expected at least one objective; got none")
     if unknown := [name for name in thresholds if name not in sums.objectives]:
-        raise ValueError(f"thresholds must be for objectives among {', '.join(sums.objectives)}, got {unknown[0]!r}")
+        raise ValueError(f"thresholds: expected objectives among {', '.join(sums.objectives)}; got {unknown[0]!r}")
     if not 0.5 < confidence < 1.0:
-        raise ValueError(f"confidence must be in (0.5, 1), got {confidence}")
+        raise ValueError(f"confidence: expected a number in (0.5, 1); got {confidence}")
     level = 1.0 - (1.0 - confidence) / len(thresholds)
     bounds, refused = [], []
     for name, threshold in thresholds.items():
@@ -340,7 +340,7 @@ def pair_sums(
         estimator: ``snis``, win rates over what the reference writes, or ``pair``, on its own scale.
     """
     if estimator not in ESTIMATORS:
-        raise ValueError(f"estimator must be one of {', '.join(ESTIMATORS)}, got {estimator!r}")
+        raise ValueError(f"estimator: expected one of {', '.join(ESTIMATORS)}; got {estimator!r}")
     pairs, labels, weights, owners = [], [], [], []
     places: list[int] = []
     for example, number, ratios in zip(examples, prompt, log_ratio, strict=True):
@@ -385,8 +385,8 @@ def sequence_logprobs(
     ``batch_size`` examples at once; ``progress`` shows a bar.
     """
     from mopo_kernels.functional import linear_sequence_logprob
-    from mopo_kernels.trainer.head import find_transform, output_head
-    from mopo_kernels.trainer.layout import take_layout
+    from mopo_kernels.trainer.batch_layout import take_layout
+    from mopo_kernels.trainer.lm_head import find_transform, output_head
 
     found: list[list[float]] = []
     with policy.active() as model, torch.no_grad(), progress_bar(progress) as bar:

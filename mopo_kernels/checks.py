@@ -25,18 +25,18 @@ LARGEST_SOFTCAP = 1e5
 def expect(holds: bool, argument: str, expectation: str, got: object) -> None:
     """Raise ValueError unless ``holds``."""
     if not holds:
-        raise ValueError(f"{argument} must {expectation}; got {got}")
+        raise ValueError(f"{argument}: expected {expectation}; got {got}")
 
 
 def choice(argument: str, got: object, allowed: tuple[str, ...]) -> None:
-    expect(isinstance(got, str) and got in allowed, argument, f"be one of {', '.join(allowed)}", repr(got))
+    expect(isinstance(got, str) and got in allowed, argument, f"one of {', '.join(allowed)}", repr(got))
 
 
 def tensors(**arguments: object) -> None:
     for argument, got in arguments.items():
         if not isinstance(got, Tensor):
-            raise ValueError(f"{argument} must be a tensor; got {type(got).__name__}")
-        expect(got.layout == torch.strided, argument, "be a dense tensor", f"one of layout {got.layout}")
+            raise ValueError(f"{argument}: expected a tensor; got {type(got).__name__}")
+        expect(got.layout == torch.strided, argument, "a dense tensor", f"one of layout {got.layout}")
 
 
 def optional_tensors(**arguments: object) -> None:
@@ -46,12 +46,12 @@ def optional_tensors(**arguments: object) -> None:
 def number(argument: str, got: object) -> None:
     # numpy's numbers pass by the second test, which torch.compile cannot make of one that changes from call to call.
     if isinstance(got, bool) or not (isinstance(got, (int, float)) or _of_numpy(got, numbers.Real)):
-        raise ValueError(f"{argument} must be a number; got {got!r}")
+        raise ValueError(f"{argument}: expected a number; got {got!r}")
 
 
 def integer(argument: str, got: object) -> None:
     if isinstance(got, bool) or not (isinstance(got, int) or _of_numpy(got, numbers.Integral)):
-        raise ValueError(f"{argument} must be an integer; got {got!r}")
+        raise ValueError(f"{argument}: expected an integer; got {got!r}")
 
 
 def _of_numpy(got: object, kind: type) -> bool:
@@ -61,7 +61,7 @@ def _of_numpy(got: object, kind: type) -> bool:
 
 def within(argument: str, got: float, smallest: float, largest: float) -> None:
     number(argument, got)
-    expect(smallest <= got <= largest, argument, f"lie in {smallest:g} .. {largest:g}", got)
+    expect(smallest <= got <= largest, argument, f"a number in {smallest:g} .. {largest:g}", got)
 
 
 def reverse_mode(**arguments: Tensor | None) -> None:
@@ -75,7 +75,7 @@ def reverse_mode(**arguments: Tensor | None) -> None:
             if tangent or (torch._C._functorch.is_gradtrackingtensor(layer) and layer.requires_grad):
                 got = "a tangent of forward mode" if tangent else "a tensor that torch.func differentiates by"
                 raise NotImplementedError(
-                    f"{argument} must be differentiated by torch.autograd in reverse mode; got {got}; the functions of "
+                    f"{argument}: expected reverse mode of torch.autograd; got {got}; the functions of "
                     "mopo_kernels.naive take any"
                 )
             layer = _inside(layer)
@@ -96,48 +96,48 @@ def requires_grad(tensor: Tensor | None) -> bool:
 
 
 def constant(argument: str, tensor: Tensor) -> None:
-    expect(not requires_grad(tensor), argument, "be a constant, as no gradient reaches it", "one that requires grad")
+    expect(not requires_grad(tensor), argument, "a constant, as no gradient reaches it", "one that requires grad")
 
 
 def shape(argument: str, tensor: Tensor, expected: tuple[int, ...], letters: str) -> None:
     """``letters`` names the dimensions in the message, e.g. "(P, K)"."""
     if tensor.dim() != len(expected) or any(a != b for a, b in zip(tensor.shape, expected, strict=True)):
-        raise ValueError(f"{argument} must have shape {letters} = {tuple(expected)}; got {tuple(tensor.shape)}")
+        raise ValueError(f"{argument}: expected shape {letters} = {tuple(expected)}; got {tuple(tensor.shape)}")
 
 
 def dimensions(argument: str, tensor: Tensor, letters: str) -> None:
     count = letters.count(",") + (0 if letters.endswith(",)") else 1)
     if tensor.dim() != count:
-        raise ValueError(f"{argument} must have shape {letters}; got {tuple(tensor.shape)}")
+        raise ValueError(f"{argument}: expected shape {letters}; got {tuple(tensor.shape)}")
 
 
 def columns(argument: str, tensor: Tensor, size: int) -> None:
     if tensor.shape[1] != size:
-        raise ValueError(f"{argument} must have H = {size} columns, as hidden has; got {tuple(tensor.shape)}")
+        raise ValueError(f"{argument}: expected H = {size} columns, as hidden has; got {tuple(tensor.shape)}")
 
 
 def dtype(argument: str, tensor: Tensor, allowed: tuple[torch.dtype, ...]) -> None:
     if tensor.dtype not in allowed:
         names = ", ".join(str(d).removeprefix("torch.") for d in allowed)
-        raise ValueError(f"{argument} must have dtype {names}; got {str(tensor.dtype).removeprefix('torch.')}")
+        raise ValueError(f"{argument}: expected dtype {names}; got {str(tensor.dtype).removeprefix('torch.')}")
 
 
 def real(argument: str, tensor: Tensor) -> None:
-    expect(not tensor.is_complex(), argument, "have a real dtype", str(tensor.dtype).removeprefix("torch."))
+    expect(not tensor.is_complex(), argument, "a real dtype", str(tensor.dtype).removeprefix("torch."))
 
 
 def device(argument: str, tensor: Tensor, expected: torch.device, host: bool = False) -> None:
     """``host``: the CPU will do as well."""
     if tensor.device != expected and not (host and tensor.device.type == "cpu"):
-        raise ValueError(f"{argument} must be on {expected}, as hidden or logprob is; got {tensor.device}")
+        raise ValueError(f"{argument}: expected a tensor on {expected}, as hidden or logprob is; got {tensor.device}")
 
 
 def plain(argument: str, tensor: Tensor) -> None:
     """A DTensor would mix with plain ones somewhere inside, or be taken for its local part."""
     if hasattr(tensor, "full_tensor"):
         raise ValueError(
-            f"{argument} must be a plain tensor: use its full_tensor(), or its to_local() with process_group; "
-            "got a DTensor"
+            f"{argument}: expected a plain tensor, as full_tensor() gives, or to_local() for process_group; got a "
+            "DTensor"
         )
 
 
@@ -149,19 +149,19 @@ def value(
         return
     good = valid(tensor)
     if tensor.device.type != "cpu":
-        torch._assert_async(good.all(), f"{argument} must {expectation}")
+        torch._assert_async(good.all(), f"{argument}: expected {expectation}")
         return
     if not bool(good.all()):
         position = tuple((~good).nonzero()[0].tolist())
         label = position[0] if len(position) == 1 else position
-        raise ValueError(f"{argument} must {expectation}; got {tensor[position].item()} at {where} {label}")
+        raise ValueError(f"{argument}: expected {expectation}; got {tensor[position].item()} at {where} {label}")
 
 
 def ignore_index(got: int, vocabulary: int = 0) -> None:
     """``vocabulary``: how many ids it must not be one of."""
     integer("ignore_index", got)
-    expect(not 0 <= got < vocabulary, "ignore_index", f"lie outside 0 .. V - 1 = {vocabulary - 1}", got)
-    expect(-(2**63) <= got < 2**63, "ignore_index", "fit 64 bits, as target does", got)
+    expect(not 0 <= got < vocabulary, "ignore_index", f"a number outside 0 .. V - 1 = {vocabulary - 1}", got)
+    expect(-(2**63) <= got < 2**63, "ignore_index", "a number of 64 bits, as target has", got)
 
 
 def targets(target: Tensor, vocabulary: int, ignored: int) -> None:
@@ -169,13 +169,13 @@ def targets(target: Tensor, vocabulary: int, ignored: int) -> None:
         "target",
         target,
         lambda t: ((t >= 0) & (t < vocabulary)) | (t == ignored),
-        f"lie in 0 .. V - 1 = {vocabulary - 1} or equal ignore_index = {ignored}",
+        f"a number in 0 .. V - 1 = {vocabulary - 1} or ignore_index = {ignored}",
     )
 
 
 def _cu_seqlens_ends(offsets: Tensor, tokens: int) -> None:
-    value("cu_seqlens[0]", offsets[:1], lambda t: t == 0, "be 0")
-    value("cu_seqlens[-1]", offsets[-1:], lambda t: t == tokens, f"be N = {tokens}")
+    value("cu_seqlens[0]", offsets[:1], lambda t: t == 0, "0")
+    value("cu_seqlens[-1]", offsets[-1:], lambda t: t == tokens, f"N = {tokens}")
 
 
 def per_sequence(offsets: Tensor, tokens: int, **arguments: Tensor | None) -> None:
@@ -191,15 +191,15 @@ def per_sequence(offsets: Tensor, tokens: int, **arguments: Tensor | None) -> No
 
 def cu_seqlens(offsets: Tensor, tokens: int) -> None:
     _cu_seqlens_ends(offsets, tokens)
-    value("cu_seqlens", offsets.diff(), lambda t: t >= 0, "not decrease", where="step")
+    value("cu_seqlens", offsets.diff(), lambda t: t >= 0, "offsets that do not decrease", where="step")
 
 
 def ref_logprob(tensor: Tensor) -> None:
     # On an accelerator a failed assert would end the process before it can save anything; there the loss is NaN.
     if tensor.device.type == "cpu":
-        value("ref_logprob", tensor, torch.isfinite, "be finite")
+        value("ref_logprob", tensor, torch.isfinite, "a finite number")
 
 
 def normalizer(got: float) -> None:
     number("normalizer", got)
-    expect(got == 0 or SMALLEST <= got <= LARGEST, "normalizer", f"be 0 or lie in {SMALLEST:g} .. {LARGEST:g}", got)
+    expect(got == 0 or SMALLEST <= got <= LARGEST, "normalizer", f"0 or a number in {SMALLEST:g} .. {LARGEST:g}", got)

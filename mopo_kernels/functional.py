@@ -52,7 +52,7 @@ def _check_options(options: HeadOptions, inputs: HeadInputs) -> None:
     checks.expect(
         options.gradient_filter is None or device.type == "cpu",
         "gradient_filter",
-        f"be None on {device.type}, where no kernel has it yet",
+        f"None on {device.type}, where no kernel has it yet",
         options.gradient_filter,
     )
 
@@ -60,8 +60,8 @@ def _check_options(options: HeadOptions, inputs: HeadInputs) -> None:
 def _group_name(process_group: ProcessGroup | None, backend: str) -> str | None:
     if process_group is None:
         return None
-    checks.expect(hasattr(process_group, "group_name"), "process_group", "be a process group", repr(process_group))
-    checks.expect(backend != "naive", "process_group", 'be None with backend "naive"', "a group")
+    checks.expect(hasattr(process_group, "group_name"), "process_group", "a process group", repr(process_group))
+    checks.expect(backend != "naive", "process_group", 'None with backend "naive"', "a group")
     name: str = process_group.group_name
     return name
 
@@ -89,7 +89,7 @@ def _reference_inputs(
 def _check_cu_seqlens(cu_seqlens: Tensor, hidden: Tensor) -> None:
     checks.dtype("cu_seqlens", cu_seqlens, (torch.int64, torch.int32))
     checks.dimensions("cu_seqlens", cu_seqlens, "(S + 1,)")
-    checks.expect(cu_seqlens.shape[0] >= 1, "cu_seqlens", "have shape (S + 1,)", tuple(cu_seqlens.shape))
+    checks.expect(cu_seqlens.shape[0] >= 1, "cu_seqlens", "shape (S + 1,)", tuple(cu_seqlens.shape))
     checks.device("cu_seqlens", cu_seqlens, hidden.device, host=True)
 
 
@@ -98,7 +98,7 @@ def _normalizer(normalizer: float | Tensor | None, dtype: torch.dtype, device: t
     if normalizer is None:
         return None
     if isinstance(normalizer, Tensor):
-        checks.expect(normalizer.numel() == 1, "normalizer", "have one element", tuple(normalizer.shape))
+        checks.expect(normalizer.numel() == 1, "normalizer", "one element", tuple(normalizer.shape))
         checks.device("normalizer", normalizer, device)
         checks.real("normalizer", normalizer)
         return normalizer.detach().reshape(())
@@ -215,7 +215,7 @@ def linear_logprob(
     """
     checks.tensors(hidden=hidden, weight=weight, target=target)
     checks.optional_tensors(bias=bias)
-    checks.expect(hidden.dim() >= 1 and hidden.shape[-1] > 0, "hidden", "have shape (..., H)", tuple(hidden.shape))
+    checks.expect(hidden.dim() >= 1 and hidden.shape[-1] > 0, "hidden", "shape (..., H)", tuple(hidden.shape))
     checks.shape("target", target, tuple(hidden.shape[:-1]), "(...)" if hidden.dim() != 2 else "(N,)")
     weight, bias, process_group = sharded_head(weight, bias, process_group, "")
     inputs = HeadInputs(hidden.reshape(-1, hidden.shape[-1]), weight, target.reshape(-1), bias).autocast()
@@ -430,7 +430,7 @@ def linear_mopo_loss(
     weight, bias, process_group = sharded_head(weight, bias, process_group, "")
     if ref_weight is not None:
         ref_weight, ref_bias, ref_group = sharded_head(ref_weight, ref_bias, process_group, "ref_")
-        checks.expect(ref_group is process_group, "ref_weight", "be cut over the ranks as weight is", "a DTensor")
+        checks.expect(ref_group is process_group, "ref_weight", "a tensor cut over the ranks as weight is", "a DTensor")
     inputs = HeadInputs(hidden, weight, target, bias).autocast()
     inputs.check()
     _check_cu_seqlens(cu_seqlens, hidden)
@@ -458,13 +458,13 @@ def linear_mopo_loss(
     checks.expect(
         (ref_logprob is None) != (ref_hidden is None),
         "ref_logprob and ref_hidden",
-        "be given one without the other",
+        "one without the other",
         "neither" if ref_logprob is None else "both",
     )
     shared_hidden = None
     if ref_hidden is None:
         for argument, tensor in (("ref_weight", ref_weight), ("ref_bias", ref_bias)):
-            checks.expect(tensor is None, argument, "be None without ref_hidden", "a tensor")
+            checks.expect(tensor is None, argument, "None without ref_hidden", "a tensor")
     else:
         ref_inputs = _reference_inputs(inputs, ref_hidden, ref_weight, ref_bias)
         shared = ref_inputs.weight is inputs.weight and ref_inputs.bias is inputs.bias

@@ -59,7 +59,7 @@ def parse_mapping(name: str, value: Mapping[str, Any] | str | None) -> dict[str,
     result: dict[str, float] = {}
     for key, number in items:
         if str(key) in result:
-            raise ValueError(f"{name}: {key!r} is given twice")
+            raise ValueError(f"{name}: expected every objective once; got {key!r} twice")
         try:
             result[str(key)] = float(number)
         except (TypeError, ValueError):
@@ -79,6 +79,6 @@ def parse_mappings(name: str, options: Iterable[str]) -> dict[str, float]:
     for option in options:
         found = parse_mapping(name, option)
         if twice := [key for key in found if key in result]:
-            raise ValueError(f"{name}: {twice[0]!r} is given twice")
+            raise ValueError(f"{name}: expected every objective once; got {twice[0]!r} twice")
         result |= found
     return result

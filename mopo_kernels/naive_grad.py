@@ -42,6 +42,12 @@ def sequence_grad(slope: Tensor, pairs: Tensor, sequences: int) -> Tensor:
     return naive.scatter_sum(naive.scatter_sum(g, pairs[:, 0], slope), pairs[:, 1], -slope)
 
 
+def token_grad(grad: Tensor, cu_seqlens: Tensor, tokens: int) -> Tensor:
+    """What reaches every token: the number of its sequence; grad (S,), cu_seqlens (S + 1,) -> (N,), N = ``tokens``."""
+    token = torch.arange(tokens, device=grad.device, dtype=cu_seqlens.dtype)
+    return grad[torch.searchsorted(cu_seqlens[1:].contiguous(), token, right=True)]
+
+
 def divisor(batch: PairBatch, sequences: int) -> Tensor:
     """What the loss is divided by, (): the normalizer, or else the pairs' weight, or S for "cloning"; 1 where that is
     0, as an empty batch has loss and gradient 0."""

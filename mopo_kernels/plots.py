@@ -107,11 +107,11 @@ def plot_training(
         )
     )
     if not objectives:
-        raise ValueError(f"history must have rows with {fitted}<objective>, got {len(history)} rows without")
+        raise ValueError(f"history: expected rows with {fitted}<objective>; got {len(history)} rows without")
     fixed = thresholds or {}
     unknown = sorted(set(fixed) - set(objectives))
     if unknown:
-        raise ValueError(f"thresholds must name objectives of the history {objectives}, got {unknown}")
+        raise ValueError(f"thresholds: expected objectives of the history {objectives}; got {unknown}")
     bounds = {name: _series(history, f"threshold/{name}") for name in objectives}
     objectives.sort(key=lambda name: (name != primary, not (bounds[name][0] or name in fixed)))
 
@@ -193,11 +193,11 @@ def plot_plane(
     Returns path. Raises ValueError without points or for an objective a point lacks, ImportError without matplotlib.
     """
     if not points:
-        raise ValueError("points must hold at least one policy, got none")
+        raise ValueError("points: expected at least one policy; got none")
     for name, rates in points.items():
         for option, objective in (("x", x), ("y", y)):
             if objective not in rates:
-                raise ValueError(f"{option} must be an objective of policy {name!r} {list(rates)}, got {objective!r}")
+                raise ValueError(f"{option}: expected an objective of policy {name!r} {list(rates)}; got {objective!r}")
     bounds = {name: bound for name, bound in (thresholds or {}).items() if name in (x, y)}
 
     figure = make_figure(6.4, 5.8)
@@ -279,10 +279,10 @@ def plot_policies(
     without matplotlib.
     """
     if not values or not x:
-        raise ValueError(f"values and x must hold at least one policy and objective, got {list(values)} and {list(x)}")
+        raise ValueError(f"values and x: expected at least one policy and objective; got {list(values)} and {list(x)}")
     for name, measured in values.items():
         if missing := [objective for objective in (*x, y) if objective not in measured]:
-            raise ValueError(f"values must have every objective drawn, got none of {missing} for policy {name!r}")
+            raise ValueError(f"values: expected every objective drawn; got none of {missing} for policy {name!r}")
     columns, rows = min(3, len(x)), math.ceil(len(x) / 3)
     legend = math.ceil((len(values) + 2) / columns)
     figure = make_figure(1.0 + 4.6 * columns, 4.4 * rows + 0.25 * legend)
@@ -388,7 +388,7 @@ def plot_front(
     """
     others = [k for k, name in enumerate(objectives) if name != primary]
     if not others:
-        raise ValueError(f"objectives must be at least two for a front, got {list(objectives)}")
+        raise ValueError(f"objectives: expected at least two for a front; got {list(objectives)}")
     main = list(objectives).index(primary)
     bounds = thresholds or {}
     columns, blocks = min(4, len(others)), math.ceil(len(others) / 4)

@@ -57,7 +57,7 @@ class RewardModel:
     ) -> None:
         for name, value, least in (("output", output, 0), ("batch_size", batch_size, 1), ("max_length", max_length, 1)):
             if value < least:
-                raise ValueError(f"{name} must be at least {least}, got {value}")
+                raise ValueError(f"{name}: expected at least {least}; got {value}")
         self.model = str(model)
         self.texts = texts
         self.output = output
@@ -81,11 +81,12 @@ class RewardModel:
             tokenizer = AutoTokenizer.from_pretrained(self.model, revision=self.revision, trust_remote_code=False)
             if self.output >= network.config.num_labels:
                 raise ValueError(
-                    f"output must be below the {network.config.num_labels} outputs of {self.model}, got {self.output}"
+                    f"output: expected a number below the {network.config.num_labels} outputs of {self.model}; "
+                    f"got {self.output}"
                 )
             if tokenizer.pad_token is None:
                 if tokenizer.eos_token is None:
-                    raise ValueError(f"model must have a token to pad with, got none in {self.model}")
+                    raise ValueError(f"model: expected a token to pad with; got none in {self.model}")
                 tokenizer.pad_token = tokenizer.eos_token
             if network.config.pad_token_id is None:
                 # Decoders score at their last token that is not this one: they do not look at the mask.

@@ -85,7 +85,7 @@ def test_objectives_that_cannot_be_printed_are_refused(name, tmp_path):
     with pytest.raises(ValueError, match=r"^objectives: expected names of printable characters; got '[ -~]+'$"):
         make_trainer(tmp_path, data=labelled_for(["helpful", name]), primary="helpful", thresholds=None)
     (tmp_path / "judges.py").write_text(f"JUDGES = {{{name!r}: lambda prompt, response: 0.0}}\n")
-    with pytest.raises(ValueError, match=r"names must be of printable characters, got '[ -~]+'$"):
+    with pytest.raises(ValueError, match=r"expected names of printable characters; got '[ -~]+'$"):
         load_judges(f"{tmp_path / 'judges.py'}:JUDGES")
 
 
@@ -200,10 +200,10 @@ def test_a_sweep_makes_no_folder_outside_its_own(name, tmp_path):
 def test_points_that_lead_out_of_a_sweeps_folder_are_refused(name, tmp_path):
     points = [{"name": "fine", "status": "trained"}, {"name": name, "status": "trained"}]
     (tmp_path / "sweep.json").write_text(json.dumps({"points": points}))
-    with pytest.raises(ValueError, match="must name points by folders within it"):
+    with pytest.raises(ValueError, match="expected points named by folders within it"):
         read_sweep(tmp_path)
     (tmp_path / "sweep.json").write_text(json.dumps({"points": points[:1]})[:-4])
-    with pytest.raises(ValueError, match="must be what mopo train --sweep writes"):
+    with pytest.raises(ValueError, match="expected what mopo train --sweep writes"):
         read_sweep(tmp_path)
 
 

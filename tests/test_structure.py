@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,8 +21,19 @@ PACKAGE = Path(mopo_kernels.__file__).parent
 # From what uses to what is used.
 FLOORS = ("modules", "functional", "fused", "backends", "naive_grad", "arguments", "checks", "naive", "transfer")
 # Other than the core: they use its public functions.
-ABOVE = ("cli", "data", "trainer", "tabular", "certify", "dual", "evaluation", "labelling", "mappings", "plots")
-ABOVE += ("rewards", "text")
+ABOVE: tuple[str, ...] = (
+    "cli",
+    "data",
+    "trainer",
+    "tabular",
+    "certify",
+    "dual",
+    "evaluation",
+    "labelling",
+    "mappings",
+    "plots",
+)
+ABOVE += ("files", "rewards", "text")
 
 
 def core() -> Iterator[tuple[str, ast.Module]]:
@@ -82,6 +94,29 @@ def test_no_test_module_is_imported_by_another() -> None:
     assert helpers - seen == {"fault_child"}
 
 
+# "name: expected ...; got ...": what an older dialect wrote instead.
+OTHER_DIALECT = re.compile(r"\bmust (be|have|lie|hold|not)\b|, got\b|\bshould be\b|\bneeds to\b")
+
+
+def messages(tree: ast.AST) -> Iterator[str]:
+    """Texts within errors that are raised, and within what the checks raise by."""
+    for node in ast.walk(tree):
+        called = getattr(node.func, "attr", getattr(node.func, "id", "")) if isinstance(node, ast.Call) else ""
+        if isinstance(node, ast.Raise) or called in ("expect", "value", "fail"):
+            yield from (
+                part.value for part in ast.walk(node) if isinstance(part, ast.Constant) and isinstance(part.value, str)
+            )
+
+
+def test_errors_are_written_in_one_dialect() -> None:
+    assert any(
+        OTHER_DIALECT.search(text) for text in messages(ast.parse("raise ValueError(f'tau must be {x}, got 0')"))
+    )
+    for path in PACKAGE.rglob("*.py"):
+        for text in messages(ast.parse(path.read_text(encoding="utf-8"))):
+            assert not OTHER_DIALECT.search(text), f"{path.name}: {text}"
+
+
 def names_of(node: ast.AST) -> set[str]:
     """Parameters of a function, fields of a class, keys of a dictionary, or what a call is given."""
     if isinstance(node, ast.FunctionDef):
@@ -89,7 +124,7 @@ def names_of(node: ast.AST) -> set[str]:
     if isinstance(node, ast.ClassDef):
         return {part.target.id for part in node.body if isinstance(part, ast.AnnAssign) and hasattr(part.target, "id")}
     if isinstance(node, ast.Dict):
-        return {key.value for key in node.keys if isinstance(key, ast.Constant)}
+        return {key.value for key in node.keys if isinstance(key, ast.Constant) and isinstance(key.value, str)}
     if isinstance(node, ast.Call):
         given = {getattr(argument, "id", getattr(argument, "attr", None)) for argument in node.args}
         return {name for name in (*given, *(keyword.arg for keyword in node.keywords)) if name}

@@ -120,7 +120,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     if options.budget is None:
         options.budget = SLICES[options.slice].budget if options.slice else 525.0
     if options.budget <= 0:
-        parser.error(f"argument --budget: must be positive; got {options.budget}")
+        parser.error(f"argument --budget: expected a positive number; got {options.budget}")
     return options
 
 

@@ -183,7 +183,7 @@ class Probe:
         tile, scale = hidden.new_empty(rows, vocabulary), torch.empty(rows, device=self.device)
         row = torch.zeros(rows, device=self.device)
         at = (hidden, weight, None, target, 0, HEAD)
-        offset = backend.row_offset(*at)
+        offset = backend.row_offset(*at).row_max
         marked = (tile, target, 0, HEAD, offset, offset.double(), -row, scale)
         calls: dict[str, Callable[[], Any]] = {
             "product": lambda: torch.mm(hidden, weight.T, out=tile),

@@ -90,7 +90,7 @@ def fused(backend: TileBackend, device: str) -> None:
         factors = (_there(h, device), _there(w, device), None, _there(target, device), 0, transform)
         at = factors[3:]
         if backend.row_offsets(dtype):
-            row_max = backend.row_offset(*factors)
+            row_max, sum_exp, target_logit = backend.row_offset(*factors)
             backend.linear_lse_fwd(*factors, row_max, sum_exp, target_logit, exp_logits)
             logsumexp = row_max.double() + sum_exp.double().log()
             scale = torch.empty(rows, device=device)
@@ -108,7 +108,7 @@ def fused(backend: TileBackend, device: str) -> None:
 
 
 def sequences(backend: TileBackend, device: str) -> None:
-    """segment_sum and pair_loss_bwd."""
+    """segment_sum, pair_loss_bwd and pair_loss_fwd."""
     g = torch.Generator().manual_seed(0)
     cu_seqlens = torch.tensor([0, 0, 1, 1025, 3000])
     value = torch.randn(3000, generator=g)
@@ -127,8 +127,14 @@ def sequences(backend: TileBackend, device: str) -> None:
             options=LossOptions(loss_type="sigmoid"),
         )
 
-    got = backend.pair_loss_bwd(_there(logprob, device), _there(reference, device), batch(device))
-    _close("pair_loss_bwd", got, backends.tile_backend("torch").pair_loss_bwd(logprob, reference, batch("cpu")))
+    there, plain = (_there(logprob, device), _there(reference, device), batch(device)), backends.tile_backend("torch")
+    expected = plain.pair_loss_bwd(logprob, reference, batch("cpu"))
+    _close("pair_loss_bwd", backend.pair_loss_bwd(*there), expected)
+    tokens = (_there(torch.arange(21) * 7, device), 140)
+    _close("token_grad_logprob", backend.token_grad_logprob(*there, *tokens), expected.repeat_interleave(7))
+    losses = plain.pair_loss_fwd(logprob, reference, batch("cpu"))
+    for name, value, exact in zip(losses._fields, backend.pair_loss_fwd(*there), losses, strict=True):
+        _close(name, value, exact)
 
 
 def write_outside(device: str) -> None:

@@ -102,7 +102,7 @@ class Case:
         self.tile = torch.empty(rows, self.columns, dtype=torch.bfloat16, device=device)
         from mopo_kernels.backends.triton.row_offset import row_offset
 
-        self.offset = row_offset(self.hidden, self.weight, None, self.target, 0, HEAD)
+        self.offset = row_offset(self.hidden, self.weight, None, self.target, 0, HEAD).row_max
 
     def product(self) -> Tensor:
         return torch.mm(self.hidden, self.weight.T, out=self.tile)

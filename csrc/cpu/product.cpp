@@ -79,10 +79,10 @@ BlockSize block_size(const ProductKernel& kernel, int64_t m, int64_t n, int64_t 
 }
 
 void check_factor(const at::Tensor& t, const char* name, const at::Tensor& out) {
-  TORCH_CHECK_VALUE(t.device() == out.device() && t.dim() == 2, name, " must be a matrix on ", out.device(),
+  TORCH_CHECK_VALUE(t.device() == out.device() && t.dim() == 2, name, ": expected a matrix on ", out.device(),
                     "; got shape ", t.sizes(), " on ", t.device());
   TORCH_CHECK_VALUE(t.size(0) <= 1 || t.size(1) <= 1 || t.stride(0) == 1 || t.stride(1) == 1, name,
-                    " must have stride 1 in one dimension; got shape ", t.sizes(), ", strides ", t.strides());
+                    ": expected stride 1 in one dimension; got shape ", t.sizes(), ", strides ", t.strides());
 }
 
 struct Strides {
@@ -102,18 +102,18 @@ void product_(const at::Tensor& out, const at::Tensor& a, const at::Tensor& b, b
   TORCH_CHECK_NOT_IMPLEMENTED(kernel != nullptr,
                               "product_ needs a processor with avx512_bf16 and a CPU capability of AVX512; it is ",
                               at::get_cpu_capability());
-  TORCH_CHECK_VALUE(out.scalar_type() == at::kFloat && out.dim() == 2, "out must be a float32 matrix; got shape ",
+  TORCH_CHECK_VALUE(out.scalar_type() == at::kFloat && out.dim() == 2, "out: expected a float32 matrix; got shape ",
                     out.sizes(), " and dtype ", out.scalar_type());
   TORCH_CHECK_VALUE((out.size(1) <= 1 || out.stride(1) == 1) && (out.size(0) <= 1 || out.stride(0) >= out.size(1)),
-                    "out must have column stride 1 and rows that do not overlap; got shape ", out.sizes(), ", strides ",
+                    "out: expected column stride 1 and rows that do not overlap; got shape ", out.sizes(), ", strides ",
                     out.strides());
   check_factor(a, "a", out);
   check_factor(b, "b", out);
   TORCH_CHECK_VALUE(a.scalar_type() == at::kBFloat16 || a.scalar_type() == at::kFloat,
-                    "a must be bfloat16 or float32; got ", a.scalar_type());
-  TORCH_CHECK_VALUE(b.scalar_type() == at::kBFloat16, "b must be bfloat16; got ", b.scalar_type());
+                    "a: expected bfloat16 or float32; got ", a.scalar_type());
+  TORCH_CHECK_VALUE(b.scalar_type() == at::kBFloat16, "b: expected bfloat16; got ", b.scalar_type());
   TORCH_CHECK_VALUE(a.size(1) == b.size(0) && out.size(0) == a.size(0) && out.size(1) == b.size(1),
-                    "the shapes must be out (M, N), a (M, K), b (K, N); got ", out.sizes(), ", ", a.sizes(), ", ",
+                    "out, a, b: expected shapes (M, N), (M, K), (K, N); got ", out.sizes(), ", ", a.sizes(), ", ",
                     b.sizes());
   at::assert_no_overlap(out, a);
   at::assert_no_overlap(out, b);
@@ -122,7 +122,7 @@ void product_(const at::Tensor& out, const at::Tensor& a, const at::Tensor& b, b
   const int64_t line_bytes = kernel->line_bytes(std::max<int64_t>(k, 1));
   const int64_t least_lines = kernel->tile_rows + kernel->tile_columns;
   const int64_t most_lines = kernel->block_rows + kernel->block_columns;
-  TORCH_CHECK_VALUE(!scratch_bytes || *scratch_bytes >= least_lines * line_bytes, "scratch_bytes must be at least ",
+  TORCH_CHECK_VALUE(!scratch_bytes || *scratch_bytes >= least_lines * line_bytes, "scratch_bytes: expected at least ",
                     least_lines * line_bytes, " for a of shape ", a.sizes(), "; got ", scratch_bytes.value_or(0));
   if (m == 0 || n == 0) return;
   if (k == 0) {

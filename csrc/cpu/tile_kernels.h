@@ -99,8 +99,8 @@ void fold_rows(const FoldArgs<T>& a, int64_t begin, int64_t end) {
   alignas(64) T z[block_columns];
   for (int64_t r = begin; r < end; ++r) {
     const T* row = a.tile + r * a.row_stride;
-    T top = a.maximum[r];
-    double total = double(a.total[r]);
+    T top = a.row_max[r];
+    double total = double(a.sum_exp[r]);
     for (int64_t first = 0; first < a.width; first += block_columns) {
       const int64_t count = a.width - first < block_columns ? a.width - first : block_columns;
       const T largest = block_logits<T, biased, capped>(a, row, first, count, z);
@@ -113,10 +113,10 @@ void fold_rows(const FoldArgs<T>& a, int64_t begin, int64_t end) {
     }
     const int64_t column = a.target[r] - a.start;
     if (column >= 0 && column < a.width) {
-      a.picked[r] = mopo::make_logit<M, capped>(splat_product<T, biased>(a, row, column), a.head).value[0];
+      a.target_logit[r] = mopo::make_logit<M, capped>(splat_product<T, biased>(a, row, column), a.head).value[0];
     }
-    a.maximum[r] = top;
-    a.total[r] = T(total);
+    a.row_max[r] = top;
+    a.sum_exp[r] = T(total);
   }
 }
 
@@ -131,7 +131,7 @@ void gradient_rows(const GradientArgs<T>& a, int64_t begin, int64_t end) {
       continue;
     }
     const mopo::Constant<T> logsumexp = mopo::Constant<T>::make(a.logsumexp[r]);
-    const T factor = a.head.slope.times(a.coefficient == nullptr ? T(1) : a.coefficient[r]);
+    const T factor = a.head.slope.times(a.grad_logprob == nullptr ? T(1) : a.grad_logprob[r]);
     const int64_t column = a.target[r] - a.start;
     const bool inside = column >= 0 && column < a.width;
     T at_target = T(0);

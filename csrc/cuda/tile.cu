@@ -178,7 +178,7 @@ __global__ void __launch_bounds__(threads) fold_kernel(FoldArgs<T> a) {
   using M = DeviceMath<T>;
   const int64_t r = blockIdx.x;
   const Row<T> row(a, r);
-  const T before = a.maximum[r];
+  const T before = a.row_max[r];
   Statistics<T> seen;
   for (int64_t first = threadIdx.x; first < row.vectors; first += depth * threads) {
     Vector<T> x[depth] = {};
@@ -204,11 +204,11 @@ __global__ void __launch_bounds__(threads) fold_kernel(FoldArgs<T> a) {
   const T top = M::max(largest, before);
   const double sum = over_block(Over::sum, double(seen.sum * rescale(seen.top, top)));
   if (threadIdx.x == 0) {
-    a.maximum[r] = top;
-    a.total[r] = T(double(a.total[r]) * rescale(double(before), double(top)) + sum);
+    a.row_max[r] = top;
+    a.sum_exp[r] = T(double(a.sum_exp[r]) * rescale(double(before), double(top)) + sum);
     const int64_t column = a.target[r] - a.start;
     if (column >= 0 && column < a.width) {
-      a.picked[r] = mopo::make_logit<M, capped>(load_scalar<biased>(a, row, column), a.head).value;
+      a.target_logit[r] = mopo::make_logit<M, capped>(load_scalar<biased>(a, row, column), a.head).value;
     }
   }
 }
@@ -221,7 +221,7 @@ __global__ void __launch_bounds__(threads) gradient_kernel(GradientArgs<T> a) {
   const Row<T> row(a, r);
   const bool scored = a.target[r] >= 0;
   const mopo::Constant<T> logsumexp = mopo::Constant<T>::make(a.logsumexp[r]);
-  const T factor = a.head.slope.times(a.coefficient == nullptr ? T(1) : a.coefficient[r]);
+  const T factor = a.head.slope.times(a.grad_logprob == nullptr ? T(1) : a.grad_logprob[r]);
   // The target's gradient needs the product that the column's thread is about to overwrite, so that thread computes it.
   const int64_t column = a.target[r] - a.start;
   const bool mine = column >= 0 && column < a.width && row.is_of_this_thread(column);

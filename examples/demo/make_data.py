@@ -1,6 +1,6 @@
 """Make the demo's preference data: sample responses from the demo's own model, label every pair by the judges.
 
-    python examples/demo/make_data.py --device cuda --prompts-per-batch 140    # as the committed data were made
+    python examples/demo/make_data.py --device cuda --prompts_per_batch 140    # as the committed data were made
     python examples/demo/make_data.py                                          # on a CPU, in half an hour
 
 Both write examples/demo/data/preferences.jsonl and metadata.json.
@@ -160,7 +160,7 @@ def main() -> None:
     parser.add_argument("--cache", type=Path, default=Path("runs/demo/samples.jsonl"), help="finished batches")
     parser.add_argument("--output", type=Path, default=DATA, help="folder for preferences.jsonl and metadata.json")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--prompts-per-batch", type=int, default=PROMPTS_PER_BATCH, help="that the draws depend on")
+    parser.add_argument("--prompts_per_batch", type=int, default=PROMPTS_PER_BATCH, help="that the draws depend on")
     arguments = parser.parse_args()
 
     model_folder = ensure_model(arguments.model)

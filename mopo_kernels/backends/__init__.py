@@ -47,7 +47,7 @@ def _serves(name: str) -> tuple[str, ...] | None:
 def resolve(name: str, device: torch.device) -> str:
     """The backend that serves ``name`` on ``device``. Only "auto" falls back; any other name is itself or an error."""
     if not isinstance(name, str) or name not in NAMES:
-        raise ValueError(f"backend must be one of {', '.join(NAMES)}; got {name!r}")
+        raise ValueError(f"backend: expected one of {', '.join(NAMES)}; got {name!r}")
     if name == "auto":
         return next(b for b in _PREFERRED.get(device.type, ("torch",)) if _REASONS[b] is None)
     if _REASONS[name] is not None:

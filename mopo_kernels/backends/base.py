@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 
 from mopo_kernels import naive, naive_grad
-from mopo_kernels.arguments import LogitTransform, PairBatch
+from mopo_kernels.arguments import CallValues, LogitTransform, PairBatch
 
-# A target that no tile holds: the token is not scored. Its statistics mean nothing and its gradient is exactly 0.
+# A target that no tile holds, like every one below 0: the token is not scored. Its statistics mean nothing and its
+# gradient is exactly 0.
 NOT_SCORED = -1
 
 
@@ -32,11 +33,16 @@ class RowStats(NamedTuple):
 
 
 class TileBackend:
-    """Tile work. ``tile`` (R, W), ``bias`` (W,) or None, ``target`` (R,) int64 in 0 .. V - 1 or ``NOT_SCORED``; the
-    rest (R,)."""
+    """Tile work. ``tile`` (R, W), ``bias`` (W,) or None, ``target`` (R,) int64 in 0 .. V - 1, or below 0 where
+    the token is not scored; the rest (R,)."""
 
     # Temporaries beside a tile, as a share of it; they count against the buffer. One row always may be.
     temporary_share: float = 0.0
+
+    def check_values(self, values: CallValues) -> None:
+        """Raise ValueError for wrong values on the host; on a device fail an assert, for which the host does not
+        wait."""
+        values.check()
 
     def lse_fwd(
         self,
@@ -97,6 +103,10 @@ class TileBackend:
         """Whether :meth:`linear_lse_fwd` and :meth:`exp_logits_bwd_` take input of this dtype."""
         return False
 
+    def row_block(self, dtype: torch.dtype) -> int:
+        """Rows of this dtype that the products take at a time: a chunk of a multiple wastes none."""
+        return 1
+
     def row_offsets(self, dtype: torch.dtype) -> bool:
         """Whether a fused tile of this dtype has one offset a row, which :meth:`row_offset` chooses, and is turned into
         its gradient by :meth:`mark_target_`; otherwise each block of it has its own, and
@@ -109,9 +119,10 @@ class TileBackend:
 
     def row_offset(
         self, hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, start: int, transform: LogitTransform
-    ) -> Tensor:
-        """(R,) fp32, finite, and near the log-sum-exp of each row of ``hidden (R, H) @ weight (W, H).T``: the target's
-        logit, or that of a row of the weight where the target lies elsewhere."""
+    ) -> RowStats:
+        """The statistics of rows of ``hidden (R, H) @ weight (W, H).T`` before the first tile, fp32: ``row_max`` finite
+        and near the log-sum-exp, being the target's logit, or that of a row of the weight where the target lies
+        elsewhere; the others 0."""
         raise NotImplementedError
 
     def linear_lse_fwd(
@@ -138,11 +149,20 @@ class TileBackend:
         written."""
         raise NotImplementedError
 
-    def row_statistics(self, row_max: Tensor, sum_exp: Tensor, target_logit: Tensor) -> tuple[Tensor, Tensor]:
-        """(R,) each: the targets' log-probabilities, and the log-sum-exp in fp64, since its rounding would tilt the
-        gradient of the whole row."""
+    def row_statistics(
+        self,
+        row_max: Tensor,
+        sum_exp: Tensor,
+        target_logit: Tensor,
+        target: Tensor,
+        logprob: Tensor,
+        logsumexp: Tensor,
+    ) -> None:
+        """Write the targets' log-probabilities, 0 where not scored, and the log-sum-exp in fp64, since its rounding
+        would tilt the gradient of the whole row."""
         # Not target_logit - logsumexp: the difference to row_max is small, so it rounds less.
-        return (target_logit - row_max) - torch.log(sum_exp), row_max.double() + torch.log(sum_exp.double())
+        logprob.copy_(((target_logit - row_max) - torch.log(sum_exp)).where(target >= 0, 0))
+        logsumexp.copy_(row_max.double() + torch.log(sum_exp.double()))
 
     def mark_target_(
         self,
@@ -187,3 +207,14 @@ class TileBackend:
     def pair_loss_bwd(self, logprob: Tensor, ref_logprob: Tensor, batch: PairBatch) -> Tensor:
         """``g = d loss / d logprob``, (S,), in a fixed order: :func:`mopo_kernels.naive_grad.grad_logprob`."""
         return naive_grad.grad_logprob(logprob, ref_logprob, batch)
+
+    def token_grad_logprob(
+        self, logprob: Tensor, ref_logprob: Tensor, batch: PairBatch, cu_seqlens: Tensor, tokens: int
+    ) -> Tensor:
+        """:meth:`pair_loss_bwd` of every token's sequence, (N,), N being ``tokens``."""
+        return naive_grad.token_grad(self.pair_loss_bwd(logprob, ref_logprob, batch), cu_seqlens, tokens)
+
+    def pair_loss_fwd(self, logprob: Tensor, ref_logprob: Tensor, batch: PairBatch) -> naive.PairLoss:
+        """The loss of sequences' log-probabilities (S,) and what is reported beside it, each in memory of its own:
+        :func:`mopo_kernels.naive.mopo_loss`."""
+        return naive.PairLoss(*(t.clone() for t in naive.mopo_loss(logprob, ref_logprob, **batch.keywords())))

@@ -15,8 +15,9 @@ from rich.table import Table
 import mopo_kernels
 from mopo_kernels.certify import ESTIMATORS, certify, measure_judged, measure_pairs
 from mopo_kernels.cli.doctor import installed_version
-from mopo_kernels.cli.output import Chat, TemplateVariables, chat_options, literal, prepare_file, show
+from mopo_kernels.cli.output import Chat, TemplateVariables, chat_options, literal, show
 from mopo_kernels.evaluation import is_adapter, is_sweep, load_judges, load_policy, load_prompts, read_sweep
+from mopo_kernels.files import prepare_file
 from mopo_kernels.mappings import parse_mappings
 
 
@@ -52,15 +53,23 @@ def certify_policies(
         str | None, typer.Option(help="The model that wrote the responses. Default: the policy's base, adapter off.")
     ] = None,
     max_response_length: Annotated[
-        int | None, typer.Option(min=1, help="With --data: tokens after which every response was cut, EOS included.")
+        int | None,
+        typer.Option(
+            "--max_response_length", min=1, help="With --data: tokens after which every response was cut, EOS included."
+        ),
     ] = None,
     samples: Annotated[int, typer.Option(min=1, help="With --prompts: responses a prompt from each policy.")] = 4,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest such response, tokens.")] = 48,
+    max_new_tokens: Annotated[int, typer.Option("--max_new_tokens", min=1, help="Longest such response, tokens.")] = 48,
     temperature: Annotated[float, typer.Option(min=0.0, help="Of sampling; 0 is greedy.")] = 1.0,
-    top_p: Annotated[float, typer.Option(min=0.0, max=1.0, help="Nucleus mass.")] = 1.0,
-    batch_size: Annotated[int, typer.Option(min=1, help="Sequences decoded, or prompts scored, together.")] = 16,
+    top_p: Annotated[float, typer.Option("--top_p", min=0.0, max=1.0, help="Nucleus mass.")] = 1.0,
+    batch_size: Annotated[
+        int, typer.Option("--batch_size", min=1, help="Sequences decoded, or prompts scored, together.")
+    ] = 16,
     effective_prompts: Annotated[
-        float, typer.Option(min=2.0, help="Effective number of prompts below which nothing is certified.")
+        float,
+        typer.Option(
+            "--effective_prompts", min=2.0, help="Effective number of prompts below which nothing is certified."
+        ),
     ] = 30.0,
     coverage: Annotated[
         float, typer.Option(min=0.0, max=1.0, help="Mean importance weight below which nothing is certified.")
@@ -79,20 +88,20 @@ def certify_policies(
     """
 
     if (data is None) == (prompts is None):
-        raise ValueError("--data or --prompts must be given, and not both")
+        raise ValueError(f"--data, --prompts: expected one of them; got {'neither' if data is None else 'both'}")
     if (prompts is None) != (judges is None):
-        raise ValueError("--judges must be given with --prompts, and only then")
+        raise ValueError("--judges: expected with --prompts, and only then; got one without the other")
     for option, value in (("--split", split), ("--columns", columns)):
         if data is None and value is not None:
             raise ValueError(f"{option}: expected it with --data only; got {value!r}")
     if estimator not in ESTIMATORS:
-        raise ValueError(f"--estimator must be one of {', '.join(ESTIMATORS)}, got {estimator}")
+        raise ValueError(f"--estimator: expected one of {', '.join(ESTIMATORS)}; got {estimator}")
     if not 0.5 < confidence < 1.0:
-        raise ValueError(f"--confidence must be in (0.5, 1), got {confidence}")
+        raise ValueError(f"--confidence: expected a number in (0.5, 1); got {confidence}")
     bounds = parse_mappings("--thresholds", thresholds)
     places = [place for policy in policies for place in _places(policy)]
     if card and (absent := [place for place, _ in places if not Path(place).is_dir()]):
-        raise ValueError(f"--card needs the policy in a folder of this machine, got {absent[0]}")
+        raise ValueError(f"--card: expected the policy in a folder of this machine; got {absent[0]}")
     held: Any
     if data is not None:
         from mopo_kernels.data import load_preferences
@@ -108,7 +117,7 @@ def certify_policies(
     if primary is None:
         primary = next((name for name in objectives if name not in bounds), objectives[0])
     if primary not in objectives:
-        raise ValueError(f"--primary must be one of {', '.join(objectives)}, got {primary}")
+        raise ValueError(f"--primary: expected one of {', '.join(objectives)}; got {primary}")
     if output is not None:
         prepare_file("--output", output)
 
@@ -121,7 +130,7 @@ def certify_policies(
     elif all(is_adapter(place) for place, _ in places) and len({policy.source for policy in candidates}) == 1:
         against = candidates[0].base()
     else:
-        raise ValueError("--baseline is needed: the policies are not all adapters on one model")
+        raise ValueError("--baseline: expected a model, as the policies are not all adapters on one; got none")
     if data is not None:
         asked, measure = measure_pairs(
             candidates, against, held, estimator, max_response_length=max_response_length, batch_size=batch_size
@@ -192,25 +201,25 @@ def _places(policy: str) -> list[tuple[str, float]]:
         try:
             policy, scale = name, float(factor)
         except ValueError:
-            raise ValueError(f"POLICY must be a folder, a hub name or either with =SCALE, got {policy!r}") from None
+            raise ValueError(f"POLICY: expected a folder, a hub name or either with =SCALE; got {policy!r}") from None
     if not is_sweep(policy):
         return [(policy, scale)]
     points = [
         str(Path(policy) / point["name"]) for point in read_sweep(policy)["points"] if point["status"] == "trained"
     ]
     if not points:
-        raise ValueError(f"POLICY {policy} must be a sweep with a trained point, got none")
+        raise ValueError(f"POLICY {policy}: expected a sweep with a trained point; got none")
     return [(point, scale) for point in points]
 
 
 def _check_thresholds(bounds: Mapping[str, float], objectives: Sequence[str]) -> None:
     if not bounds:
-        raise ValueError("--thresholds must hold at least one OBJECTIVE=VALUE, got none")
+        raise ValueError("--thresholds: expected at least one OBJECTIVE=VALUE; got none")
     for name, bound in bounds.items():
         if name not in objectives or not 0.0 <= bound <= 1.0:
             raise ValueError(
-                f"--thresholds must be OBJECTIVE=VALUE, an objective of {', '.join(objectives)} and a value in [0, 1], "
-                f"got {name}={bound:g}"
+                f"--thresholds: expected OBJECTIVE=VALUE, an objective of {', '.join(objectives)} and a value in "
+                f"[0, 1]; got {name}={bound:g}"
             )
 
 

@@ -4,26 +4,33 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
-from rich.text import Text
 
-from mopo_kernels.cli.output import Chat, TemplateVariables, chat_options, literal, prepare_file, show, show_help
+from mopo_kernels.cli.output import (
+    Chat,
+    TemplateVariables,
+    chat_options,
+    count_rows,
+    fail,
+    literal,
+    print_line,
+    show,
+    show_help,
+)
 from mopo_kernels.data.converters import CONVERTERS
 from mopo_kernels.data.dataset import PreferenceData
 from mopo_kernels.data.loaders import load_preferences
 from mopo_kernels.data.report import PreferenceReport, summarize
 from mopo_kernels.data.schema import DataError, judged_text
 from mopo_kernels.evaluation import Prompt, load_judges, load_policy, load_prompts
+from mopo_kernels.files import prepare_file
 from mopo_kernels.mappings import parse_mapping
-from mopo_kernels.text import one_line
 
 data_app = typer.Typer(
     help="Check, convert and describe preference data.",
@@ -43,7 +50,7 @@ Sources = Annotated[
 Format = Annotated[str, typer.Option(help=f"auto, {', '.join(CONVERTERS)}.")]
 Split = Annotated[str | None, typer.Option(help="Which split, when there are several.")]
 Config = Annotated[str | None, typer.Option("--name", help="Configuration of a hub data set.")]
-DataDir = Annotated[str | None, typer.Option(help="Sub-folder, such as harmless-base.")]
+DataDir = Annotated[str | None, typer.Option("--data_dir", help="Sub-folder, such as harmless-base.")]
 Objectives = Annotated[str | None, typer.Option(help="Comma-separated objectives, in order.")]
 Objective = Annotated[str | None, typer.Option(help="Name of the objective (hh-rlhf, trl, summarize-from-feedback).")]
 Negative = Annotated[
@@ -53,9 +60,11 @@ Conversational = Annotated[
     bool | None,
     typer.Option("--conversational/--transcript", help="Turns as messages, or the text as it is (hh-rlhf)."),
 ]
-PromptChars = Annotated[int | None, typer.Option(min=1, help="Characters a prompt may have.")]
-ResponseChars = Annotated[int | None, typer.Option(min=1, help="Characters a response may have.")]
-MaxRows = Annotated[int | None, typer.Option(min=1, help="Read this many rows at most.")]
+PromptChars = Annotated[int | None, typer.Option("--max_prompt_chars", min=1, help="Characters a prompt may have.")]
+ResponseChars = Annotated[
+    int | None, typer.Option("--max_response_chars", min=1, help="Characters a response may have.")
+]
+MaxRows = Annotated[int | None, typer.Option("--max_rows", min=1, help="Read this many rows at most.")]
 ColumnNames = Annotated[
     str | None,
     typer.Option(
@@ -63,17 +72,6 @@ ColumnNames = Annotated[
         help="The rows' own names of columns: prompt=question,system=persona; prompt=a+b joins two, prompt= has none.",
     ),
 ]
-
-
-def _print(text: str, console: Console) -> None:
-    """A line as it is: names from data are neither markup nor what a terminal acts on."""
-    console.print(Text(one_line(text)), highlight=False)
-
-
-def _fail(message: object, status: int = 2) -> NoReturn:
-    """One clear line on stderr, then the exit status."""
-    _print(f"mopo: error: {' '.join(str(message).split())}", Console(stderr=True, soft_wrap=True))
-    raise typer.Exit(status)
 
 
 def _parse_sources(sources: list[str]) -> Any:
@@ -84,9 +82,9 @@ def _parse_sources(sources: list[str]) -> Any:
     for item in sources:
         objective, sign, path = item.partition("=")
         if not (objective and sign and path):
-            _fail(f"SOURCES: to merge several give each as objective=path, got {item!r}")
+            fail(f"SOURCES: expected objective=path for each, to merge several; got {item!r}")
         if objective in named:
-            _fail(f"SOURCES: objective {objective!r} is given twice")
+            fail(f"SOURCES: expected every objective once; got {objective!r} twice")
         named[objective] = path
     return named
 
@@ -96,18 +94,7 @@ def _prepare(option: str, path: Path) -> None:
     try:
         prepare_file(option, path)
     except ValueError as error:
-        _fail(error)
-
-
-@contextmanager
-def _progress(description: str, total: int | None = None) -> Iterator[Any]:
-    """A bar on stderr; yields the callable that counts one row, or so many."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    console = Console(stderr=True)
-    # Where nobody watches, a bar would leave stray lines in the log.
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task(description, total=total)
-        yield lambda count=1: bar.advance(task, count)
+        fail(error)
 
 
 def _load(
@@ -137,9 +124,9 @@ def _load(
         options["conversational"] = conversational
     names = [item.strip() for item in objectives.split(",")] if objectives is not None else None
     if on_error not in ("raise", "skip"):
-        _fail(f"--on-error: expected raise or skip, got {on_error!r}")
+        fail(f"--on_error: expected raise or skip; got {on_error!r}")
     try:
-        with _progress("reading") as advance:
+        with count_rows("reading") as advance:
             return load_preferences(
                 _parse_sources(sources),
                 format=format,
@@ -157,20 +144,20 @@ def _load(
                 **options,
             )
     except ImportError as error:
-        _fail(error, status=1)
+        fail(error, status=1)
     except (ValueError, OSError) as error:
         skipped = error.skipped if isinstance(error, DataError) else ()
         if not skipped:
-            _fail(error)
+            fail(error)
         _print_skipped(skipped, Console(soft_wrap=True), 50)
-        _fail(f"no usable row, {len(skipped)} bad ones", status=1)
+        fail(f"no usable row, {len(skipped)} bad ones", status=1)
 
 
 def _print_skipped(skipped: Sequence[DataError], console: Console, shown: int) -> None:
     for error in skipped[:shown]:
-        _print(str(error), console)
+        print_line(str(error), console)
     if len(skipped) > shown:
-        _print(f"... and {len(skipped) - shown} more", console)
+        print_line(f"... and {len(skipped) - shown} more", console)
 
 
 def _percent(share: float | None) -> str:
@@ -223,7 +210,7 @@ def validate(
     )  # fmt: skip
     console = Console(soft_wrap=True)
     _print_skipped(data.skipped, console, shown)
-    _print(
+    print_line(
         f"{len(data)} good examples, {len(data.skipped)} bad rows; objectives: {', '.join(data.objectives)}", console
     )
     if data.skipped:
@@ -233,7 +220,7 @@ def validate(
 @data_app.command()
 def convert(
     sources: Sources,
-    output: Annotated[Path, typer.Option("--output", "-o", help="Target, .jsonl or .parquet.")],
+    output: Annotated[Path, typer.Option(help="Target, .jsonl or .parquet.")],
     format: Format = "auto",
     split: Split = None,
     name: Config = None,
@@ -246,12 +233,14 @@ def convert(
     max_response_chars: ResponseChars = None,
     max_rows: MaxRows = None,
     columns: ColumnNames = None,
-    on_error: Annotated[str, typer.Option(help="raise: stop at a bad row. skip: leave it out and list it.")] = "raise",
+    on_error: Annotated[
+        str, typer.Option("--on_error", help="raise: stop at a bad row. skip: leave it out and list it.")
+    ] = "raise",
     group: Annotated[bool, typer.Option("--group", help="Join the examples that share a prompt.")] = False,
 ) -> None:
     """Write preference data in the canonical schema."""
     if output.suffix not in (".jsonl", ".parquet"):
-        _fail(f"--output: expected a name ending in .jsonl or .parquet, got {output.name!r}")
+        fail(f"--output: expected a name ending in .jsonl or .parquet; got {output.name!r}")
     _prepare("--output", output)
     data = _load(
         sources, format, split, name, data_dir, objectives, objective, negative, conversational, max_prompt_chars,
@@ -260,9 +249,9 @@ def convert(
     try:
         data.save(output)
     except OSError as error:
-        _fail(error)
+        fail(error)
     _print_skipped(data.skipped, Console(stderr=True, soft_wrap=True), 50)
-    _print(
+    print_line(
         f"wrote {len(data)} examples to {output}, left out {len(data.skipped)} bad rows; "
         f"objectives: {', '.join(data.objectives)}",
         Console(soft_wrap=True),
@@ -284,24 +273,26 @@ def report(
     max_response_chars: ResponseChars = None,
     max_rows: MaxRows = None,
     columns: ColumnNames = None,
-    on_error: Annotated[str, typer.Option(help="raise: stop at a bad row. skip: leave it out and count it.")] = "skip",
-    output: Annotated[Path | None, typer.Option("--json", help="Also write the figures to this file.")] = None,
+    on_error: Annotated[
+        str, typer.Option("--on_error", help="raise: stop at a bad row. skip: leave it out and count it.")
+    ] = "skip",
+    output: Annotated[Path | None, typer.Option(help="Also write the figures to this file, as JSON.")] = None,
 ) -> None:
     """Label coverage, ties, cycles, and how strongly the objectives agree within prompts."""
     if output is not None:
-        _prepare("--json", output)
+        _prepare("--output", output)
     data = _load(
         sources, format, split, name, data_dir, objectives, objective, negative, conversational, max_prompt_chars,
         max_response_chars, max_rows, columns, on_error,
     )  # fmt: skip
-    with _progress("counting", total=len(data)) as advance:
+    with count_rows("counting", total=len(data)) as advance:
         findings = summarize(data, progress=advance)
     _print_report(findings)
     if output is not None:
         try:
             output.write_text(json.dumps(findings.to_dict(), indent=2) + "\n", encoding="utf-8")
         except OSError as error:
-            _fail(error)
+            fail(error)
 
 
 @data_app.command()
@@ -315,16 +306,16 @@ def label(
         ),
     ],
     judges: Annotated[str, typer.Option(help="package.module:ATTR or file.py:ATTR, a dict of objective -> judge.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="Target, .jsonl; an interrupted run goes on with it.")],
+    output: Annotated[Path, typer.Option(help="Target, .jsonl; an interrupted run goes on with it.")],
     policy: Annotated[str | None, typer.Option(help="Model or adapter that writes the responses.")] = None,
-    policy_adapter: Annotated[str | None, typer.Option(help="A peft adapter to put on it.")] = None,
+    policy_adapter: Annotated[str | None, typer.Option("--policy_adapter", help="A peft adapter to put on it.")] = None,
     samples: Annotated[int, typer.Option(min=2, help="Responses drawn for each prompt.")] = 4,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest response, tokens.")] = 128,
+    max_new_tokens: Annotated[int, typer.Option("--max_new_tokens", min=1, help="Longest response, tokens.")] = 128,
     temperature: Annotated[float, typer.Option(min=0.0, help="Of sampling.")] = 1.0,
-    top_p: Annotated[float, typer.Option(min=0.0, max=1.0, help="Nucleus mass.")] = 1.0,
-    batch_size: Annotated[int, typer.Option(min=1, help="Sequences decoded together.")] = 16,
+    top_p: Annotated[float, typer.Option("--top_p", min=0.0, max=1.0, help="Nucleus mass.")] = 1.0,
+    batch_size: Annotated[int, typer.Option("--batch_size", min=1, help="Sequences decoded together.")] = 16,
     stop: Annotated[str | None, typer.Option(help="A response ends before this text; \\n is a new line.")] = None,
-    unfinished: Annotated[str, typer.Option(help="Responses cut at --max-new-tokens: drop or keep.")] = "drop",
+    unfinished: Annotated[str, typer.Option(help="Responses cut at --max_new_tokens: drop or keep.")] = "drop",
     scale: Annotated[
         str, typer.Option(help="Difference of scores that wins 73 of 100: a number, or OBJECTIVE=NUMBER,...")
     ] = "1",
@@ -354,9 +345,9 @@ def label(
     from mopo_kernels.labelling import Sampler, Source, label_file
 
     if output.suffix != ".jsonl":
-        _fail(f"--output: expected a name ending in .jsonl, got {output.name!r}")
+        fail(f"--output: expected a name ending in .jsonl; got {output.name!r}")
     if unfinished not in ("drop", "keep"):
-        _fail(f"--unfinished: expected drop or keep, got {unfinished!r}")
+        fail(f"--unfinished: expected drop or keep; got {unfinished!r}")
     _prepare("--output", output)
     prompts: list[Prompt]
     responses: Source
@@ -386,7 +377,7 @@ def label(
             responses = stored
             settings["source"] = _digest([prompts, texts])
         else:
-            given: dict[str, Any] = {"--split": split, "--name": name, "--data-dir": data_dir, "--columns": columns}
+            given: dict[str, Any] = {"--split": split, "--name": name, "--data_dir": data_dir, "--columns": columns}
             given |= {"--format": None if format == "auto" else format, "--conversational": conversational}
             if unused := [option for option, value in given.items() if value is not None]:
                 raise ValueError(
@@ -407,7 +398,7 @@ def label(
             }
             responses = Sampler(loaded, **sampling)
             settings |= {"policy_adapter": policy_adapter, "source": _digest(prompts), **sampling, **writing}
-        with _progress("labelling", total=len(prompts)) as advance:
+        with count_rows("labelling", total=len(prompts)) as advance:
             progress = label_file(
                 output,
                 prompts,
@@ -419,10 +410,10 @@ def label(
                 advance=advance,
             )
     except ImportError as error:
-        _fail(error, status=1)
+        fail(error, status=1)
     except (ValueError, OSError) as error:
-        _fail(error)
-    more = "" if policy is None or unfinished == "keep" else "; more of them end with more --max-new-tokens"
+        fail(error)
+    more = "" if policy is None or unfinished == "keep" else "; more of them end with more --max_new_tokens"
     show(
         literal(
             f"{progress.rows} rows in {output}, {progress.left_out} prompts left out with fewer than two "

@@ -14,7 +14,7 @@ from rich.table import Table
 
 import mopo_kernels
 from mopo_kernels.cli.doctor import installed_version
-from mopo_kernels.cli.output import Chat, TemplateVariables, chat_options, literal, prepare_file, show
+from mopo_kernels.cli.output import Chat, TemplateVariables, chat_options, literal, show
 from mopo_kernels.evaluation import (
     Comparison,
     compare_with_baseline,
@@ -26,16 +26,20 @@ from mopo_kernels.evaluation import (
     load_sweep_policies,
     read_sweep,
 )
+from mopo_kernels.files import prepare_file
 from mopo_kernels.mappings import parse_mapping
 
-Adapter = Annotated[
-    list[str] | None,
-    typer.Option(
+
+def _adapter(option: str) -> Any:
+    return typer.Option(
+        option,
         metavar="ADAPTER[=WEIGHT]",
         help="A peft adapter (folder or hub name) to put on it; repeat for the weighted sum of several.",
-    ),
-]
-Scale = Annotated[float, typer.Option(help="Factor of the update by its adapter, or adapters; 0 is the model alone.")]
+    )
+
+
+def _scale(option: str) -> Any:
+    return typer.Option(option, help="Factor of the update by its adapter, or adapters; 0 is the model alone.")
 
 
 def evaluate(
@@ -44,19 +48,19 @@ def evaluate(
     ],
     prompts: Annotated[Path, typer.Option(help='Held-out prompts: .jsonl with a "prompt" field, or .txt.')],
     judges: Annotated[str, typer.Option(help="package.module:ATTR or file.py:ATTR, a dict of objective -> judge.")],
-    policy_adapter: Adapter = None,
-    policy_scale: Scale = 1.0,
+    policy_adapter: Annotated[list[str] | None, _adapter("--policy_adapter")] = None,
+    policy_scale: Annotated[float, _scale("--policy_scale")] = 1.0,
     baseline: Annotated[
         str | None,
         typer.Option(help="Model or adapter to compare with. Default: the policy's base model, its adapter off."),
     ] = None,
-    baseline_adapter: Adapter = None,
-    baseline_scale: Scale = 1.0,
+    baseline_adapter: Annotated[list[str] | None, _adapter("--baseline_adapter")] = None,
+    baseline_scale: Annotated[float, _scale("--baseline_scale")] = 1.0,
     samples: Annotated[int, typer.Option(min=1, help="Responses drawn for each prompt from each policy.")] = 4,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest response, tokens.")] = 48,
+    max_new_tokens: Annotated[int, typer.Option("--max_new_tokens", min=1, help="Longest response, tokens.")] = 48,
     temperature: Annotated[float, typer.Option(min=0.0, help="Of sampling; 0 is greedy.")] = 1.0,
-    top_p: Annotated[float, typer.Option(min=0.0, max=1.0, help="Nucleus mass.")] = 1.0,
-    batch_size: Annotated[int, typer.Option(min=1, help="Sequences decoded together.")] = 16,
+    top_p: Annotated[float, typer.Option("--top_p", min=0.0, max=1.0, help="Nucleus mass.")] = 1.0,
+    batch_size: Annotated[int, typer.Option("--batch_size", min=1, help="Sequences decoded together.")] = 16,
     limit: Annotated[int | None, typer.Option(min=2, help="Use the first so many prompts only.")] = None,
     threshold: Annotated[
         list[str] | None, typer.Option(help="OBJECTIVE=VALUE, a win rate to hold; repeat for several.")
@@ -83,16 +87,16 @@ def evaluate(
     across = [] if x is None else [x]
     sweep = read_sweep(policy) if is_sweep(policy) else None
     compared = [name for name in judge_of if sweep is not None and name in sweep["compared"]] or list(judge_of)
-    ours_on = adapters("--policy-adapter", policy_adapter)
-    theirs_on = adapters("--baseline-adapter", baseline_adapter)
+    ours_on = adapters("--policy_adapter", policy_adapter)
+    theirs_on = adapters("--baseline_adapter", baseline_adapter)
     if sweep is not None and (ours_on is not None or policy_scale != 1.0):
         raise ValueError(
-            "--policy-adapter must not be given with a sweep, whose adapters are known, nor --policy-scale, "
+            "--policy_adapter, --policy_scale: expected neither with a sweep, whose adapters are known; "
             f"got {', '.join(ours_on or [str(policy_scale)])}"
         )
     held_out = load_prompts(prompts)[:limit]
     if len(held_out) < 2:
-        raise ValueError(f"--prompts {prompts} must hold at least 2 prompts, got {len(held_out)}")
+        raise ValueError(f"--prompts {prompts}: expected at least 2 prompts; got {len(held_out)}")
     if plot is not None:
         # Before the long part: a missing package or a misspelt objective must not cost the samples.
         from mopo_kernels.plots import require_matplotlib
@@ -104,7 +108,7 @@ def evaluate(
                 across = [name for name in compared if name != y]
         for option, objective in (("--x", across[0] if across else None), ("--y", y)):
             if objective not in judge_of:
-                raise ValueError(f"{option} must be one of {', '.join(judge_of)}, got {objective}")
+                raise ValueError(f"{option}: expected one of {', '.join(judge_of)}; got {objective}")
     for option, path in (("--output", output), ("--plot", plot)):
         if path is not None:
             prepare_file(option, path)
@@ -113,14 +117,14 @@ def evaluate(
         _nondominated(np.empty((0, 1)))  # a missing package shows before the work, not after it
         candidates = load_sweep_policies(policy, **loading)
     elif baseline is None and ours_on is None and not is_adapter(policy):
-        raise ValueError("--baseline is needed: the policy has no adapter, so no base model to be compared with")
+        raise ValueError("--baseline: expected a model, as the policy has no adapter, so no base model; got none")
     else:
         candidates = [load_policy(policy, ours_on, scale=policy_scale, **loading)]
     candidate = candidates[0]
     if baseline is None and theirs_on is None:
         if baseline_scale != 1.0:
             raise ValueError(
-                f"--baseline-scale must be 1 without --baseline or --baseline-adapter, got {baseline_scale}"
+                f"--baseline_scale: expected 1 without --baseline or --baseline_adapter; got {baseline_scale}"
             )
         reference = candidate.base()
     else:
@@ -212,9 +216,9 @@ def adapters(option: str, values: Sequence[str] | None) -> dict[str, float] | No
         try:
             number = float(weight)
         except ValueError:
-            raise ValueError(f"{option} must be ADAPTER or ADAPTER=WEIGHT, got {value!r}") from None
+            raise ValueError(f"{option}: expected ADAPTER or ADAPTER=WEIGHT; got {value!r}") from None
         if folder in found:
-            raise ValueError(f"{option}: {folder!r} is given twice")
+            raise ValueError(f"{option}: expected every adapter once; got {folder!r} twice")
         found[folder] = number
     return found or None
 
@@ -234,7 +238,7 @@ def _nondominated(points: Any) -> np.ndarray:
 
 def _thresholds(options: list[str], objectives: list[str]) -> dict[str, float]:
     expected = (
-        f"--threshold must be OBJECTIVE=VALUE, an objective of {', '.join(objectives)} and a value in [0, 1], got"
+        f"--threshold: expected OBJECTIVE=VALUE, an objective of {', '.join(objectives)} and a value in [0, 1]; got"
     )
     thresholds: dict[str, float] = {}
     for option in options:
@@ -245,7 +249,7 @@ def _thresholds(options: list[str], objectives: list[str]) -> dict[str, float]:
         if not all(name in objectives and 0.0 <= bound <= 1.0 for name, bound in found.items()):
             raise ValueError(f"{expected} {option!r}")
         if twice := [name for name in found if name in thresholds]:
-            raise ValueError(f"--threshold: {twice[0]!r} is given twice")
+            raise ValueError(f"--threshold: expected every objective once; got {twice[0]!r} twice")
         thresholds |= found
     return thresholds
 

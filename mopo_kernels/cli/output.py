@@ -1,15 +1,17 @@
-"""What the commands share: how prompts are written, tables on stdout, and files that are written at the end."""
+"""What the commands share: how prompts are written, tables on stdout, errors and progress on stderr."""
 
 from __future__ import annotations
 
-import os
 import sys
-from pathlib import Path
-from typing import Annotated, Any
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console, RenderableType
 from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.text import Text
 
 from mopo_kernels.mappings import parse_json
 from mopo_kernels.text import one_line
@@ -18,13 +20,13 @@ Chat = Annotated[
     str, typer.Option(help="Prompts that are strings as user turns of the chat template: auto, always or never.")
 ]
 TemplateVariables = Annotated[
-    str | None, typer.Option("--chat-template-kwargs", help="Variables for the chat template, as a JSON object.")
+    str | None, typer.Option("--chat_template_kwargs", help="Variables for the chat template, as a JSON object.")
 ]
 
 
 def chat_options(chat: str, chat_template_kwargs: str | None) -> dict[str, Any]:
     """How prompts are written, as ``evaluation.load_policy`` takes it."""
-    return {"chat": chat, "chat_template_kwargs": parse_json("--chat-template-kwargs", chat_template_kwargs)}
+    return {"chat": chat, "chat_template_kwargs": parse_json("--chat_template_kwargs", chat_template_kwargs)}
 
 
 def show_help(context: typer.Context) -> None:
@@ -49,17 +51,23 @@ def show(part: RenderableType) -> None:
     print("\n".join(line.rstrip() for line in captured.get().splitlines()))
 
 
-def prepare_file(option: str, path: Path) -> None:
-    """See that a file can be written, before the work whose result it is to hold; missing folders are made.
+def print_line(text: str, console: Console) -> None:
+    """A line as it is: names from data are neither markup nor what a terminal acts on."""
+    console.print(Text(one_line(text)), highlight=False)
 
-    Raises:
-        ValueError: it cannot; the message names the option.
-    """
-    if path.is_dir():
-        raise ValueError(f"{option}: expected a file to write, got the folder {path}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ValueError(f"{option}: cannot make the folder {path.parent}: {error.strerror}") from error
-    if not os.access(path if path.exists() else path.parent, os.W_OK):
-        raise ValueError(f"{option}: no permission to write {path}")
+
+def fail(message: object, status: int = 2) -> NoReturn:
+    """One clear line on stderr, then the exit status."""
+    print_line(f"mopo: error: {' '.join(str(message).split())}", Console(stderr=True, soft_wrap=True))
+    raise typer.Exit(status)
+
+
+@contextmanager
+def count_rows(description: str, total: int | None = None) -> Iterator[Any]:
+    """A bar on stderr; yields the callable that counts one row, or so many."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    console = Console(stderr=True)
+    # Where nobody watches, a bar would leave stray lines in the log.
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task(description, total=total)
+        yield lambda count=1: bar.advance(task, count)

@@ -15,14 +15,14 @@ from mopo_kernels.data import PreferenceCollator, PreferenceData
 from mopo_kernels.data.collator import TokenizedExample
 from mopo_kernels.dual import ThresholdError
 from mopo_kernels.text import one_line
-from mopo_kernels.trainer.attention import share_prompts
 from mopo_kernels.trainer.config import MOPOConfig
 from mopo_kernels.trainer.control import hold_out
-from mopo_kernels.trainer.estimate import estimate_memory
-from mopo_kernels.trainer.head import causal_lm, is_peft
+from mopo_kernels.trainer.lm_head import causal_lm, is_peft
+from mopo_kernels.trainer.memory_estimate import estimate_memory
 from mopo_kernels.trainer.rows import make_collator, prepare_rows
 from mopo_kernels.trainer.sampler import TokenBudgetSampler, batch_tokens
-from mopo_kernels.trainer.trainer import precomputes, resolve_objectives, starting_multipliers
+from mopo_kernels.trainer.setup import init_multipliers, precomputes, resolve_objectives
+from mopo_kernels.trainer.shared_prompts import share_prompts
 
 
 def plan(
@@ -164,7 +164,7 @@ def _thresholds(config: MOPOConfig, objectives: Sequence[str], primary: str, dat
         return f"none; {primary} is maximised, the others are watched"
     wanted = f"{primary} maximised, " + ", ".join(f"{name} >= {bound:g}" for name, bound in config.thresholds.items())
     try:
-        multipliers, solution = starting_multipliers(config, objectives, primary, data)
+        multipliers, solution = init_multipliers(config, objectives, primary, data)
     except ThresholdError as error:
         return f"{wanted}: {error}"
     start = ", ".join(f"{name} {value:.3g}" for name, value in multipliers.items()) or "0"

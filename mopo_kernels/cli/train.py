@@ -41,7 +41,7 @@ from mopo_kernels.mappings import parse_json, parse_mapping
 from mopo_kernels.text import one_line
 from mopo_kernels.trainer import MOPOConfig, MOPOTrainer, TrainingInterrupted, last_complete_checkpoint
 from mopo_kernels.trainer.checkpoint import WriteError, sole_run, write_atomically, writing
-from mopo_kernels.trainer.head import causal_lm
+from mopo_kernels.trainer.lm_head import causal_lm
 from mopo_kernels.trainer.model_card import installed_version, model_card
 from mopo_kernels.trainer.rows import make_collator
 

@@ -131,13 +131,13 @@ class PreferenceCollator:
     def __post_init__(self) -> None:
         self.objectives = tuple(self.objectives)
         if not self.objectives or len(set(self.objectives)) != len(self.objectives):
-            raise ValueError(f"objectives: expected distinct names, at least one, got {self.objectives}")
+            raise ValueError(f"objectives: expected distinct names, at least one; got {self.objectives}")
         if self.tokenizer.eos_token_id is None:
             raise ValueError("tokenizer: expected one with an EOS token, which ends every response; got none")
         for name in ("max_length", "max_response_length", "pad_to_multiple_of"):
             value = getattr(self, name)
             if value is not None and value < 1:
-                raise ValueError(f"{name}: expected a positive number of tokens, got {value}")
+                raise ValueError(f"{name}: expected a positive number of tokens; got {value}")
         self.renderer = Renderer(self.tokenizer, self.chat, self.control_tokens, self.chat_template_kwargs)
 
     def tokenize(self, examples: Sequence[PreferenceExample]) -> list[TokenizedExample]:
@@ -242,7 +242,7 @@ class PreferenceCollator:
 
     def __call__(self, examples: Sequence[PreferenceExample | Mapping[str, Any]]) -> dict[str, Tensor]:
         if not examples:
-            raise ValueError("examples: expected at least one, got an empty batch")
+            raise ValueError("examples: expected at least one; got an empty batch")
         batch = [
             example if isinstance(example, PreferenceExample) else PreferenceExample.from_dict(example)
             for example in examples

@@ -60,7 +60,7 @@ def parse_columns(value: Mapping[str, str] | str | None) -> dict[str, str]:
         if not (isinstance(name, str) and name and isinstance(column, str)):
             raise ValueError(f"{expected}; got {shown(column)} for {shown(name)}")
         if name in columns:
-            raise ValueError(f"columns: {name!r} is given twice")
+            raise ValueError(f"columns: expected every name once; got {name!r} twice")
         columns[name] = column
     return columns
 
@@ -150,7 +150,7 @@ class Columns:
                 text = record[name]
                 if isinstance(text, str) and not any(text.strip() in other for other in words):
                     raise DataError(
-                        f"expected one column with the prompt, got text beside it that it does not hold: "
+                        f"expected one column with the prompt; got text beside it that it does not hold: "
                         f"{_hint('prompt', f'prompt{_JOIN}{name}')}, or prompt=prompt to leave it out",
                         field=name,
                     )
@@ -159,7 +159,7 @@ class Columns:
             return record, {}
         if len(found) > 1 and found != ["instruction", "input"]:
             raise DataError(
-                f"expected one column with the prompt, got {', '.join(found)}: {_hint('prompt', found[0])}",
+                f"expected one column with the prompt; got {', '.join(found)}: {_hint('prompt', found[0])}",
                 field=found[0],
             )
         rest = {name: value for name, value in record.items() if name not in found}
@@ -212,7 +212,7 @@ def _joined(record: Mapping[str, Any], parts: list[str]) -> str:
     values = [record.get(part) for part in parts]
     for part, value in zip(parts, values, strict=True):
         if value is not None and not isinstance(value, str):
-            raise DataError(f"expected a string, got {shown(value)}", field=part)
+            raise DataError(f"expected a string; got {shown(value)}", field=part)
     return "\n".join(str(value) for value in values if is_given(value))
 
 

@@ -103,7 +103,8 @@ class Converter:
             for objective in self.objectives:
                 if objective not in self.available:
                     raise ValueError(
-                        f"objectives: {self.name} has {', '.join(self.available)}, got unknown {shown(objective)}"
+                        f"objectives: expected names among {self.name}'s {', '.join(self.available)}; got "
+                        f"{shown(objective)}"
                     )
 
     @property
@@ -211,7 +212,7 @@ class SafeRLHF(Converter):
             if winner is None or winner == -1:
                 continue
             if isinstance(winner, bool) or winner not in (0, 1):
-                raise DataError(f"expected 0, 1, or -1 or null when unlabelled, got {shown(winner)}", field=column)
+                raise DataError(f"expected 0, 1, or -1 or null when unlabelled; got {shown(winner)}", field=column)
             preference[objective] = 1.0 - winner
         if not preference:
             raise DataError("no objective is labelled", field="better_response_id")
@@ -259,9 +260,9 @@ class HelpSteer(Converter):
         super().__post_init__()
         for name, sign in self.signs.items():
             if name not in self.available:
-                raise ValueError(f"signs: expected attributes out of {', '.join(self.available)}, got {name!r}")
+                raise ValueError(f"signs: expected attributes out of {', '.join(self.available)}; got {name!r}")
             if sign not in (1, -1):
-                raise ValueError(f"signs: expected +1 or -1 for {name}, got {sign!r}")
+                raise ValueError(f"signs: expected +1 or -1 for {name}; got {sign!r}")
 
     @classmethod
     def matches(cls, record: Mapping[str, Any]) -> bool:
@@ -272,7 +273,7 @@ class HelpSteer(Converter):
         if value is None:
             return None
         if not is_number(value) or not 0 <= value <= 4:
-            raise DataError(f"expected a rating from 0 to 4, or null, got {shown(value)}", field=attribute)
+            raise DataError(f"expected a rating from 0 to 4, or null; got {shown(value)}", field=attribute)
         return float(value * self.signs.get(attribute, 1))
 
     def convert(self, rows: Iterable[Row], reject: Reject) -> Iterator[Row]:
@@ -324,7 +325,7 @@ class UltraFeedback(Converter):
             return None
         if not isinstance(annotations, Mapping):
             raise DataError(
-                f"expected an object of aspect -> rating, got {shown(annotations)}", field=f"{here}.annotations"
+                f"expected an object of aspect -> rating; got {shown(annotations)}", field=f"{here}.annotations"
             )
         annotation = annotations.get(aspect)
         if annotation is None:
@@ -332,7 +333,7 @@ class UltraFeedback(Converter):
         where = f"{here}.annotations.{aspect}.Rating"
         if not isinstance(annotation, Mapping):
             raise DataError(
-                f"expected an object with Rating, got {shown(annotation)}", field=where.removesuffix(".Rating")
+                f"expected an object with Rating; got {shown(annotation)}", field=where.removesuffix(".Rating")
             )
         value = annotation.get("Rating")
         if value is None or (isinstance(value, str) and value.strip().upper() in ("N/A", "")):
@@ -344,13 +345,13 @@ class UltraFeedback(Converter):
         elif is_number(value):
             rating = float(value)
         if not 1 <= rating <= 5:
-            raise DataError(f'expected a rating from 1 to 5 or "N/A", got {shown(value)}', field=where)
+            raise DataError(f'expected a rating from 1 to 5 or "N/A"; got {shown(value)}', field=where)
         return rating
 
     def _completion(self, completion: object, here: str) -> tuple[str, dict[str, float | None]]:
         """The text and the ratings of a completion."""
         if not isinstance(completion, Mapping):
-            raise DataError(f"expected an object with response and annotations, got {shown(completion)}", field=here)
+            raise DataError(f"expected an object with response and annotations; got {shown(completion)}", field=here)
         text = check_text(completion.get("response"), f"{here}.response", self.max_response_chars)
         return text, {name: self._rating(completion, name, here) for name in self.selected}
 
@@ -359,7 +360,7 @@ class UltraFeedback(Converter):
         completions = record.get("completions")
         if not isinstance(completions, (list, tuple)) or len(completions) < 2:
             count = len(completions) if isinstance(completions, (list, tuple)) else completions
-            raise DataError(f"expected at least 2 completions, got {shown(count)}", field="completions")
+            raise DataError(f"expected at least 2 completions; got {shown(count)}", field="completions")
         places, texts, ratings = [], [], []
         for index, completion in enumerate(completions):
             try:
@@ -514,7 +515,7 @@ def _function_calls(text: object, here: str) -> list[dict[str, Any]]:
         calls = None
     calls = calls if isinstance(calls, list) else [calls]
     if not calls or not all(isinstance(call, Mapping) and isinstance(call.get("name"), str) for call in calls):
-        raise DataError(f"expected the JSON of a call with name and arguments, got {shown(text)}", field=here)
+        raise DataError(f"expected the JSON of a call with name and arguments; got {shown(text)}", field=here)
     return [{"type": "function", "function": dict(call)} for call in calls]
 
 
@@ -524,7 +525,7 @@ def _turn(value: object, here: str) -> object:
         return value
     speaker, text = value["from"], value["value"]
     if not isinstance(speaker, str) or speaker not in _ROLES:
-        raise DataError(f"expected one of {', '.join(_ROLES)}, got {shown(speaker)}", field=f"{here}.from")
+        raise DataError(f"expected one of {', '.join(_ROLES)}; got {shown(speaker)}", field=f"{here}.from")
     message = {key: item for key, item in value.items() if key not in ("from", "value")}
     if speaker == "function_call":
         return message | {"role": "assistant", "content": "", "tool_calls": _function_calls(text, f"{here}.value")}
@@ -662,12 +663,12 @@ class SummarizeFromFeedback(ChosenRejected):
     def __post_init__(self) -> None:
         super().__post_init__()
         if "{post}" not in self.template:
-            raise ValueError(f"template: expected a text with {{post}} in it, got {self.template!r}")
+            raise ValueError(f"template: expected a text with {{post}} in it; got {self.template!r}")
         try:
             self.template.format(post="", title="", subreddit="")
         except (AttributeError, IndexError, KeyError, ValueError) as error:
             raise ValueError(
-                f"template: expected no braces but {{post}}, {{title}} and {{subreddit}}, got {self.template!r}"
+                f"template: expected no braces but {{post}}, {{title}} and {{subreddit}}; got {self.template!r}"
             ) from error
 
     def _default_objective(self) -> str:
@@ -680,23 +681,23 @@ class SummarizeFromFeedback(ChosenRejected):
     def convert_row(self, record: Mapping[str, Any]) -> tuple[Mapping[str, Any], Mapping[str, str]]:
         info, summaries, choice = record.get("info"), record.get("summaries"), record.get("choice")
         if not isinstance(info, Mapping):
-            raise DataError(f"expected an object with post or article, got {shown(info)}", field="info")
+            raise DataError(f"expected an object with post or article; got {shown(info)}", field="info")
         source = "post" if info.get("post") is not None else "article"
         parts = {name: info.get(name) or "" for name in ("title", "subreddit")}
         for name, text in parts.items():
             if not isinstance(text, str):
-                raise DataError(f"expected a string or null, got {shown(text)}", field=f"info.{name}")
+                raise DataError(f"expected a string or null; got {shown(text)}", field=f"info.{name}")
         prompt = self.template.format(post=check_text(info.get(source), f"info.{source}"), **parts)
         if not isinstance(summaries, (list, tuple)) or len(summaries) != 2:
             count = len(summaries) if isinstance(summaries, (list, tuple)) else summaries
-            raise DataError(f"expected 2 summaries, got {shown(count)}", field="summaries")
+            raise DataError(f"expected 2 summaries; got {shown(count)}", field="summaries")
         texts = []
         for index, summary in enumerate(summaries):
             if not isinstance(summary, Mapping):
-                raise DataError(f"expected an object with text, got {shown(summary)}", field=f"summaries[{index}]")
+                raise DataError(f"expected an object with text; got {shown(summary)}", field=f"summaries[{index}]")
             texts.append(check_text(summary.get("text"), f"summaries[{index}].text"))
         if isinstance(choice, bool) or choice not in (0, 1):
-            raise DataError(f"expected 0 or 1, got {shown(choice)}", field="choice")
+            raise DataError(f"expected 0 or 1; got {shown(choice)}", field="choice")
         _check_different(texts[1], texts[0], "summaries[1].text", "summaries[0].text")
         pair = {"i": 0, "j": 1, "preference": {self.objective: 1.0 - choice}}
         fields = {"prompt": f"info.{source}"} | {f"responses[{i}]": f"summaries[{i}].text" for i in range(2)}

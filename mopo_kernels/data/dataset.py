@@ -200,11 +200,11 @@ class PreferenceData:
     def split_indices(self, fraction: float, seed: int = 0) -> tuple[list[int], list[int]]:
         """Which examples :meth:`split` keeps, and which it holds out."""
         if not 0 < fraction < 1:
-            raise ValueError(f"fraction: expected a number strictly between 0 and 1, got {fraction}")
+            raise ValueError(f"fraction: expected a number strictly between 0 and 1; got {fraction}")
         keys = [prompt_key(prompt) for prompt in self.dataset["prompt"]]
         distinct = list(dict.fromkeys(keys))
         if len(distinct) < 2:
-            raise ValueError(f"split: expected at least 2 distinct prompts, got {len(distinct)}")
+            raise ValueError(f"split: expected at least 2 distinct prompts; got {len(distinct)}")
         count = min(max(round(fraction * len(distinct)), 1), len(distinct) - 1)
         held = set(random.Random(seed).sample(distinct, count))
         return (
@@ -226,7 +226,7 @@ class PreferenceData:
             ValueError: not one sequence per example. DataError: not one finite number per response.
         """
         if len(values) != len(self):
-            raise ValueError(f"values: expected one sequence per example ({len(self)}), got {len(values)}")
+            raise ValueError(f"values: expected one sequence per example ({len(self)}); got {len(values)}")
         examples = [
             replace(example, ref_logprob=tuple(float(item) for item in row))
             for example, row in zip(self, values, strict=True)
@@ -250,7 +250,7 @@ class PreferenceData:
         """
         path = Path(path)
         if path.suffix not in (".jsonl", ".parquet"):
-            raise ValueError(f"path: expected a name ending in .jsonl or .parquet, got {path.name!r}")
+            raise ValueError(f"path: expected a name ending in .jsonl or .parquet; got {path.name!r}")
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
         try:
@@ -295,7 +295,7 @@ def merge_preferences(parts: Sequence[PreferenceData]) -> PreferenceData:
         DataError: joined examples with different weights.
     """
     if not parts:
-        raise ValueError("parts: expected at least one PreferenceData, got none")
+        raise ValueError("parts: expected at least one PreferenceData; got none")
     groups: dict[str, list[PreferenceExample]] = {}
     for part in parts:
         for example in part:

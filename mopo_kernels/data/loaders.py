@@ -33,7 +33,7 @@ def _named_rows(rows: Iterable[Row], names: Columns, reject: Callable[[DataError
             if isinstance(row.record, DataError):
                 raise row.record
             if not isinstance(row.record, Mapping):
-                raise DataError(f"expected an object, got {type(row.record).__name__}")
+                raise DataError(f"expected an object; got {type(row.record).__name__}")
             record, fields = names.standard(row.record)
         except DataError as error:
             reject(error if isinstance(row.record, DataError) else error.at(row.source, row.line))
@@ -129,9 +129,9 @@ def load_preferences(
         ImportError: the ``datasets`` library is missing.
     """
     if on_error not in ("raise", "skip"):
-        raise ValueError(f"on_error: expected 'raise' or 'skip', got {on_error!r}")
+        raise ValueError(f"on_error: expected 'raise' or 'skip'; got {on_error!r}")
     if format != "auto" and format not in CONVERTERS:
-        raise ValueError(f"format: expected auto, {', '.join(CONVERTERS)}, got {format!r}")
+        raise ValueError(f"format: expected auto, {', '.join(CONVERTERS)}; got {format!r}")
     datasets = import_datasets()
     settings: dict[str, Any] = {
         "format": format,
@@ -149,7 +149,7 @@ def load_preferences(
     of_splits = isinstance(path_or_dataset, (datasets.DatasetDict, datasets.IterableDatasetDict))
     if isinstance(path_or_dataset, Mapping) and not of_splits:
         if objectives is not None and set(objectives) != set(path_or_dataset):
-            raise ValueError(f"objectives: expected the keys {sorted(path_or_dataset)}, got {sorted(objectives)}")
+            raise ValueError(f"objectives: expected the keys {sorted(path_or_dataset)}; got {sorted(objectives)}")
         parts = [
             load_preferences(path_or_dataset[key], objectives=[key], **settings, **format_options)
             for key in objectives or path_or_dataset

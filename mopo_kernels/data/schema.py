@@ -106,9 +106,9 @@ def is_number(value: object) -> bool:
 def _check_size(value: Any, field: str, expected: str) -> None:
     """DataError unless ``value`` is a number that the losses compute with."""
     if not is_number(value):
-        raise DataError(f"expected {expected}, got {shown(value)}", field=field)
+        raise DataError(f"expected {expected}; got {shown(value)}", field=field)
     if abs(value) > LARGEST:
-        raise DataError(f"expected {expected}, of a size up to {LARGEST:g}, got {shown(value)}", field=field)
+        raise DataError(f"expected {expected}, of a size up to {LARGEST:g}; got {shown(value)}", field=field)
 
 
 def check_unicode(value: str, field: str) -> str:
@@ -123,7 +123,7 @@ def check_unicode(value: str, field: str) -> str:
 def check_text(value: object, field: str, max_chars: int | None = None) -> str:
     """``value`` when it is a non-blank string of at most ``max_chars`` characters; otherwise DataError."""
     if not isinstance(value, str):
-        raise DataError(f"expected a string, got {shown(value)}", field=field)
+        raise DataError(f"expected a string; got {shown(value)}", field=field)
     if not value.strip():
         raise DataError("is empty", field=field)
     _check_length(len(value), field, max_chars)
@@ -141,7 +141,7 @@ def _check_words(value: object, field: str, max_chars: int | None) -> str:
         turns = isinstance(found, list) and all(isinstance(item, dict) and _TURN_KEYS & set(item) for item in found)
         if turns or bare.startswith(tuple(f"[{{'{key}'" for key in _TURN_KEYS)):
             raise DataError(
-                "expected text or messages, got the text of a list of messages (json.loads reads one)", field=field
+                "expected text or messages; got the text of a list of messages (json.loads reads one)", field=field
             )
     return text
 
@@ -167,14 +167,14 @@ def _check_json(value: object, field: str) -> Any:
     except DataError:
         raise
     except (TypeError, ValueError, RecursionError) as error:
-        raise DataError(f"expected JSON, got {shown(value)}: {error}", field=field) from None
+        raise DataError(f"expected JSON; got {shown(value)}: {error}", field=field) from None
 
 
 def _check_objects(value: object, field: str) -> list[dict[str, Any]]:
     """A list of JSON objects, or the text of one."""
     found = _check_json(value, field)
     if not isinstance(found, list) or not all(isinstance(item, dict) for item in found):
-        raise DataError(f"expected a list of objects, got {shown(value)}", field=field)
+        raise DataError(f"expected a list of objects; got {shown(value)}", field=field)
     return found
 
 
@@ -194,13 +194,13 @@ def _content(value: object, field: str) -> object:
 
 def _check_message(value: object, field: str) -> Message:
     if not isinstance(value, Mapping):
-        raise DataError(f"expected a message with role and content, got {shown(value)}", field=field)
+        raise DataError(f"expected a message with role and content; got {shown(value)}", field=field)
     # Arrow fills the keys that only some messages have with null: those carry nothing.
     given = {key: item for key, item in value.items() if item is not None}
     known = ("role", "content", "tool_calls", *_MESSAGE_TEXTS)
     if extra := [key for key, item in given.items() if key not in known and is_given(item)]:
         raise DataError(
-            f"expected role, content and what belongs to tools only, got also {', '.join(map(shown, extra))}",
+            f"expected role, content and what belongs to tools only; got also {', '.join(map(shown, extra))}",
             field=field,
         )
     role = check_text(given.get("role"), f"{field}.role")
@@ -208,7 +208,7 @@ def _check_message(value: object, field: str) -> Message:
     calls = _check_objects(given["tool_calls"], f"{field}.tool_calls") if is_given(given.get("tool_calls")) else []
     if calls and role != "assistant":
         raise DataError(
-            f"expected tool calls of the assistant, got those of {shown(role)}", field=f"{field}.tool_calls"
+            f"expected tool calls of the assistant; got those of {shown(role)}", field=f"{field}.tool_calls"
         )
     is_empty = (content == "" and role in ("system", "tool", "assistant")) or (content is None and calls)
     message = {"role": role, "content": "" if is_empty else check_text(content, f"{field}.content")}
@@ -221,7 +221,7 @@ def _check_message(value: object, field: str) -> Message:
 def check_messages(value: Sequence[object], field: str, max_chars: int | None = None) -> list[Message]:
     """At least one message, each of ``role`` and ``content``, and perhaps of what belongs to calls of tools."""
     if not value:
-        raise DataError("expected at least one message, got an empty list", field=field)
+        raise DataError("expected at least one message; got an empty list", field=field)
     messages = [_check_message(message, f"{field}[{index}]") for index, message in enumerate(value)]
     _check_length(sum(len(message["content"]) for message in messages), field, max_chars)
     return messages
@@ -257,12 +257,12 @@ def check_response(value: object, field: str, max_chars: int | None = None) -> T
             roles = [message["role"] for message in messages]
             raise DataError(
                 "expected one assistant message (earlier turns belong to the prompt, and what tools return is not the "
-                f"policy's), got roles {shown(roles)}",
+                f"policy's); got roles {shown(roles)}",
                 field=field,
             )
         if extra := sorted(set(messages[0]) - {"role", "content", *RESPONSE_PARTS}):
             raise DataError(
-                f"expected content, {' and '.join(RESPONSE_PARTS)} only, got {', '.join(extra)}", field=field
+                f"expected content, {' and '.join(RESPONSE_PARTS)} only; got {', '.join(extra)}", field=field
             )
         return messages
     return "" if value == "" else _check_words(value, field, max_chars)
@@ -311,7 +311,7 @@ def check_media(record: Mapping[str, Any]) -> None:
 def _check_history(value: object) -> list[Message]:
     """Earlier turns: messages, or pairs of what the user said and what the assistant answered."""
     if not isinstance(value, (list, tuple)):
-        raise DataError(f"expected a list of turns, got {shown(value)}", field="history")
+        raise DataError(f"expected a list of turns; got {shown(value)}", field="history")
     messages: list[Message] = []
     for index, turn in enumerate(value):
         here = f"history[{index}]"
@@ -321,7 +321,7 @@ def _check_history(value: object) -> list[Message]:
             for place, role in enumerate(("user", "assistant")):
                 messages.append({"role": role, "content": check_text(turn[place], f"{here}[{place}]")})
         else:
-            raise DataError(f"expected a message, or a question and its answer, got {shown(turn)}", field=here)
+            raise DataError(f"expected a message, or a question and its answer; got {shown(turn)}", field=here)
     return messages
 
 
@@ -358,7 +358,7 @@ def join_context(prompt: Text, record: Mapping[str, Any], max_chars: int | None 
         opening.append({"role": "system", "content": check_text(system, "system")})
     opening = [message for message in opening if message["content"]] or opening
     if any(message != opening[0] for message in opening):
-        raise DataError("expected one system prompt, got two that differ", field="system")
+        raise DataError("expected one system prompt; got two that differ", field="system")
     if turns[: len(earlier)] != earlier:
         turns = earlier + turns
     return check_messages(opening[:1] + turns, "prompt", max_chars)
@@ -375,9 +375,9 @@ def check_template_kwargs(value: object) -> dict[str, Any] | None:
         return None
     found = _check_json(value, "chat_template_kwargs")
     if not isinstance(found, dict):
-        raise DataError(f"expected an object, got {shown(value)}", field="chat_template_kwargs")
+        raise DataError(f"expected an object; got {shown(value)}", field="chat_template_kwargs")
     if own := sorted(_TEMPLATE_ARGUMENTS & set(found)):
-        raise DataError(f"expected variables of the template, got {', '.join(own)}", field="chat_template_kwargs")
+        raise DataError(f"expected variables of the template; got {', '.join(own)}", field="chat_template_kwargs")
     return {name: item for name, item in found.items() if item is not None} or None
 
 
@@ -404,22 +404,22 @@ class PreferencePair:
         for name in ("i", "j"):
             index = getattr(self, name)
             if not isinstance(index, int) or isinstance(index, bool):
-                raise DataError(f"expected an integer, got {shown(index)}", field=name)
+                raise DataError(f"expected an integer; got {shown(index)}", field=name)
         if self.i == self.j:
-            raise DataError(f"a response cannot be paired with itself, got i = j = {self.i}", field="j")
+            raise DataError(f"expected two different responses; got i = j = {self.i}", field="j")
         if not isinstance(self.preference, Mapping):
-            raise DataError(f"expected objective -> number or null, got {shown(self.preference)}", field="preference")
+            raise DataError(f"expected objective -> number or null; got {shown(self.preference)}", field="preference")
         for objective, value in self.preference.items():
             here = f"preference.{objective}"
             if not isinstance(objective, str) or not objective.strip():
-                raise DataError(f"expected a non-empty objective name, got {shown(objective)}", field="preference")
+                raise DataError(f"expected a non-empty objective name; got {shown(objective)}", field="preference")
             check_unicode(objective, "preference")
             if value is None:
                 continue
             if not is_number(value):
-                raise DataError(f"expected a number in [0, 1], or null when unlabelled, got {shown(value)}", field=here)
+                raise DataError(f"expected a number in [0, 1], or null when unlabelled; got {shown(value)}", field=here)
             if not 0 <= value <= 1:
-                raise DataError(f"expected a number in [0, 1], got {shown(value)}", field=here)
+                raise DataError(f"expected a number in [0, 1]; got {shown(value)}", field=here)
         if self.margin is not None:
             _check_size(self.margin, "margin", "a finite number of nats")
 
@@ -427,7 +427,7 @@ class PreferencePair:
     def from_dict(cls, record: Mapping[str, Any]) -> PreferencePair:
         """Build from the JSON form. Raises DataError with the field's path inside the pair."""
         if not isinstance(record, Mapping):
-            raise DataError(f"expected an object with i, j and preference, got {shown(record)}")
+            raise DataError(f"expected an object with i, j and preference; got {shown(record)}")
         missing = [key for key in ("i", "j", "preference") if key not in record]
         if missing:
             raise DataError("is missing", field=missing[0])
@@ -483,31 +483,31 @@ class PreferenceExample:
     def __post_init__(self) -> None:
         check_prompt(self.prompt)
         if len(self.responses) < 2:
-            raise DataError(f"expected at least 2 responses, got {len(self.responses)}", field="responses")
+            raise DataError(f"expected at least 2 responses; got {len(self.responses)}", field="responses")
         for index, response in enumerate(self.responses):
             check_response(response, f"responses[{index}]")
         if not self.pairs:
-            raise DataError("expected at least one pair, got none", field="pairs")
+            raise DataError("expected at least one pair; got none", field="pairs")
         for index, pair in enumerate(self.pairs):
             for name in ("i", "j"):
                 value = getattr(pair, name)
                 if not 0 <= value < len(self.responses):
                     raise DataError(
-                        f"expected an index of the {len(self.responses)} responses, got {value}",
+                        f"expected an index of the {len(self.responses)} responses; got {value}",
                         field=f"pairs[{index}].{name}",
                     )
         if self.id is not None:
             if not isinstance(self.id, str):
-                raise DataError(f"expected a string, got {shown(self.id)}", field="id")
+                raise DataError(f"expected a string; got {shown(self.id)}", field="id")
             check_unicode(self.id, "id")
         _check_size(self.weight, "weight", "a positive number")
         if self.weight < SMALLEST:
             least = f", at least {SMALLEST:g}" if self.weight > 0 else ""
-            raise DataError(f"expected a positive number{least}, got {shown(self.weight)}", field="weight")
+            raise DataError(f"expected a positive number{least}; got {shown(self.weight)}", field="weight")
         if self.ref_logprob is not None:
             if len(self.ref_logprob) != len(self.responses):
                 raise DataError(
-                    f"expected one number per response ({len(self.responses)}), got {len(self.ref_logprob)}",
+                    f"expected one number per response ({len(self.responses)}); got {len(self.ref_logprob)}",
                     field="ref_logprob",
                 )
             for index, value in enumerate(self.ref_logprob):
@@ -537,14 +537,14 @@ class PreferenceExample:
             DataError: naming the field.
         """
         if not isinstance(record, Mapping):
-            raise DataError(f"expected an object, got {shown(record)}")
+            raise DataError(f"expected an object; got {shown(record)}")
         check_media(record)
         prompt = join_context(check_prompt(record.get("prompt"), "prompt", max_prompt_chars), record, max_prompt_chars)
         lists: dict[str, Sequence[Any]] = {}
         for name in ("responses", "pairs"):
             value = record.get(name)
             if not isinstance(value, (list, tuple)):
-                raise DataError("is missing" if value is None else f"expected a list, got {shown(value)}", field=name)
+                raise DataError("is missing" if value is None else f"expected a list; got {shown(value)}", field=name)
             lists[name] = value
         responses = tuple(
             check_response(response, f"responses[{index}]", max_response_chars)
@@ -568,7 +568,7 @@ class PreferenceExample:
         weight = record.get("weight")
         reference = record.get("ref_logprob")
         if reference is not None and not isinstance(reference, (list, tuple)):
-            raise DataError(f"expected a list of numbers, got {shown(reference)}", field="ref_logprob")
+            raise DataError(f"expected a list of numbers; got {shown(reference)}", field="ref_logprob")
         return cls(
             prompt=prompt,
             responses=responses,

@@ -181,7 +181,7 @@ def _parquet_rows(path: Path) -> Iterator[Row]:
         with pyarrow.parquet.ParquetFile(path) as file:
             columns = file.schema_arrow.names
             if len(set(columns)) < len(columns):
-                raise ValueError(f"expected columns of different names, got {', '.join(columns)}")
+                raise ValueError(f"expected columns of different names; got {', '.join(columns)}")
             for batch in file.iter_batches(batch_size=1000):
                 for record in batch.to_pylist():
                     number += 1
@@ -219,7 +219,7 @@ def _of_objects(source: Any, split: str | None) -> Iterator[Row]:
     pandas = sys.modules.get("pandas")
     if isinstance(source, (datasets.DatasetDict, datasets.IterableDatasetDict)):
         if split not in source:
-            raise DataError(f"expected split= one of {', '.join(map(str, source))}, got {split!r}")
+            raise DataError(f"expected one of {', '.join(map(str, source))}; got {split!r}", field="split")
         source, split = source[split], None
     if isinstance(source, (datasets.Dataset, datasets.IterableDataset)):
         _check_split(split, None if source.split is None else str(source.split), "rows")
@@ -232,7 +232,7 @@ def _of_objects(source: Any, split: str | None) -> Iterator[Row]:
         values = (dict(zip(names, row, strict=True)) for row in source.itertuples(index=False, name=None))
         return _table_rows(values, lambda record: _arrow_record(_plain(record)))
     if not isinstance(source, Iterable):
-        raise TypeError(f"path_or_dataset: expected a path, a name, a Dataset or rows, got {type(source).__name__}")
+        raise TypeError(f"path_or_dataset: expected a path, a name, a Dataset or rows; got {type(source).__name__}")
     return _table_rows(source, lambda record: record.to_dict() if isinstance(record, PreferenceExample) else record)
 
 
@@ -346,7 +346,7 @@ def _by_card(folder: Path, data_files: Any) -> dict[str | None, list[Path]]:
         for pattern in patterns if isinstance(patterns, list) else [patterns]:
             safe = isinstance(pattern, str) and pattern and not Path(pattern).is_absolute()
             if not safe or ".." in Path(pattern).parts:
-                raise DataError(f"README.md: expected patterns of files in this folder, got {pattern!r}", str(folder))
+                raise DataError(f"README.md: expected patterns of files in this folder; got {pattern!r}", str(folder))
             files = [path for path in sorted(folder.glob(pattern)) if path.is_file()]
             if not files or not all(map(_is_data, files)):
                 raise DataError(f"README.md: no JSON Lines or parquet file is named {pattern!r}", str(folder))

@@ -8,6 +8,6 @@ from __future__ import annotations
 
 from mopo_kernels.dual.ascent import DualAscent
 from mopo_kernels.dual.label_solver import LabelSolution, solve_labels
-from mopo_kernels.dual.thresholds import ThresholdError, Unmet
+from mopo_kernels.dual.thresholds import ThresholdError, UnmetThreshold
 
-__all__ = ["DualAscent", "LabelSolution", "ThresholdError", "Unmet", "solve_labels"]
+__all__ = ["DualAscent", "LabelSolution", "ThresholdError", "UnmetThreshold", "solve_labels"]

@@ -8,13 +8,13 @@ from typing import Any
 
 import torch
 
-from mopo_kernels.dual.thresholds import Unmet, check_maximum, check_objectives, check_thresholds
+from mopo_kernels.dual.thresholds import UnmetThreshold, check_maximum, check_objectives, check_thresholds
 
 
 def _floats(name: str, value: torch.Tensor | Sequence[float], size: int) -> list[float]:
     tensor = value.detach() if isinstance(value, torch.Tensor) else torch.tensor(value, dtype=torch.float64)
     if tuple(tensor.shape) != (size,):
-        raise ValueError(f"{name} must have shape ({size},), one entry an objective, got {tuple(tensor.shape)}")
+        raise ValueError(f"{name}: expected shape ({size},), one entry an objective; got {tuple(tensor.shape)}")
     return [float(entry) for entry in tensor.to("cpu", torch.float64).tolist()]
 
 
@@ -60,13 +60,13 @@ class DualAscent:
         self.primary = primary
         self._threshold = check_thresholds(self.objectives, primary, thresholds)
         if not (math.isfinite(lr) and lr > 0):
-            raise ValueError(f"lr must be a finite step size > 0, got {lr}")
+            raise ValueError(f"lr: expected a finite step size > 0; got {lr}")
         if warmup_steps < 0:
-            raise ValueError(f"warmup_steps must be >= 0, got {warmup_steps}")
+            raise ValueError(f"warmup_steps: expected a number >= 0; got {warmup_steps}")
         if not 0 <= smoothing < 1:
-            raise ValueError(f"smoothing must lie in [0, 1), got {smoothing}")
+            raise ValueError(f"smoothing: expected a number in [0, 1); got {smoothing}")
         if patience < 1:
-            raise ValueError(f"patience must be >= 1, got {patience}")
+            raise ValueError(f"patience: expected a number >= 1; got {patience}")
         self.lr = float(lr)
         self.maximum = check_maximum(maximum)
         self.warmup_steps = int(warmup_steps)
@@ -84,10 +84,10 @@ class DualAscent:
         for name, value in values.items():
             if name not in self._threshold:
                 raise ValueError(
-                    f"{argument} must be for objectives with a threshold, {list(self._threshold)}, got one for {name!r}"
+                    f"{argument}: expected objectives with a threshold, {list(self._threshold)}; got one for {name!r}"
                 )
             if not 0 <= value <= self.maximum:
-                raise ValueError(f"{argument} must lie in [0, {self.maximum:g}], got {value} for {name!r}")
+                raise ValueError(f"{argument}: expected a number in [0, {self.maximum:g}]; got {value} for {name!r}")
             self._multiplier[name] = float(value)
 
     @property
@@ -147,9 +147,9 @@ class DualAscent:
         measured = {}
         for name, value, count in zip(self.objectives, values, counts, strict=True):
             if not count >= 0:
-                raise ValueError(f"labelled must be >= 0, got {count} for {name!r}")
+                raise ValueError(f"labelled: expected a number >= 0; got {count} for {name!r}")
             if count > 0 and not math.isfinite(value):
-                raise ValueError(f"satisfaction must be finite where labelled > 0, got {value} for {name!r}")
+                raise ValueError(f"satisfaction: expected a finite number where labelled > 0; got {value} for {name!r}")
             if count > 0:
                 measured[name] = value
         self._steps += 1
@@ -184,13 +184,15 @@ class DualAscent:
         """
         for name in thresholds:
             if name not in self._threshold:
-                raise ValueError(f"thresholds must be for {list(self._threshold)}, which have one, got {name!r}")
+                raise ValueError(
+                    f"thresholds: expected objectives that have one, {list(self._threshold)}; got {name!r}"
+                )
         for name, bound in check_thresholds(self.objectives, self.primary, thresholds).items():
             self._threshold[name] = bound
             self._best_seen[name] = None
             self._at_maximum[name] = 0
 
-    def unmet(self) -> list[Unmet]:
+    def unmet(self) -> list[UnmetThreshold]:
         """Thresholds whose multiplier has been at its maximum, unmet, for the last ``patience`` updates.
 
         Raise :class:`ThresholdError` with them to stop a run.
@@ -199,7 +201,7 @@ class DualAscent:
         for name, count in self._at_maximum.items():
             best = self._best_seen[name]
             if count >= self.patience and best is not None:
-                found.append(Unmet(name, self._threshold[name], best, self._multiplier[name]))
+                found.append(UnmetThreshold(name, self._threshold[name], best, self._multiplier[name]))
         return found
 
     def state_dict(self) -> dict[str, Any]:
@@ -225,17 +227,21 @@ class DualAscent:
         """
         expected = self.state_dict()
         if missing := sorted(set(expected) - set(state)):
-            raise ValueError(f"state must have the fields {sorted(expected)}, got one without {missing}")
+            raise ValueError(f"state: expected the fields {sorted(expected)}; got one without {missing}")
         for field in ("objectives", "primary"):
             if state[field] != expected[field]:
-                raise ValueError(f"state must be of {field} {expected[field]!r}, got {state[field]!r}")
+                raise ValueError(f"state: expected {field} {expected[field]!r}; got {state[field]!r}")
         for field in ("multiplier", "threshold", "average", "average_weight", "best_seen", "at_maximum"):
             if set(state[field]) != set(expected[field]):
-                raise ValueError(f"state's {field} must be for {sorted(expected[field])}, got {sorted(state[field])}")
+                raise ValueError(
+                    f"state's {field}: expected entries for {sorted(expected[field])}; got {sorted(state[field])}"
+                )
             if bad := sorted(
                 name for name, value in state[field].items() if value is not None and not math.isfinite(value)
             ):
-                raise ValueError(f"state's {field} must be finite, got {state[field][bad[0]]} for {bad[0]!r}")
+                raise ValueError(
+                    f"state's {field}: expected a finite number; got {state[field][bad[0]]} for {bad[0]!r}"
+                )
         self._set_multipliers("state's multiplier", state["multiplier"])
         self._threshold.update(check_thresholds(self.objectives, self.primary, state["threshold"]))
         self._average.update(state["average"])

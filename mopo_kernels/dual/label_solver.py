@@ -10,7 +10,7 @@ import numpy.typing as npt
 from scipy.optimize import brentq
 from scipy.special import expit
 
-from mopo_kernels.dual.thresholds import Unmet, check_maximum, check_objectives, check_thresholds, wanted
+from mopo_kernels.dual.thresholds import UnmetThreshold, check_maximum, check_objectives, check_thresholds, wanted
 from mopo_kernels.naive import ESTIMATORS
 from mopo_kernels.tabular import TabularProblem, capped_multipliers, solve
 
@@ -39,7 +39,7 @@ class LabelSolution:
     multiplier: dict[str, float]
     satisfaction: dict[str, float]
     feasible: bool
-    unmet: tuple[Unmet, ...]
+    unmet: tuple[UnmetThreshold, ...]
     message: str
     residual: float
     converged: bool = True
@@ -185,7 +185,7 @@ def solve_labels(
     bounds_by_name = check_thresholds(names, primary, thresholds)
     maximum = check_maximum(maximum)
     if estimator not in ESTIMATORS:
-        raise ValueError(f"estimator must be one of {list(ESTIMATORS)}, got {estimator!r}")
+        raise ValueError(f"estimator: expected one of {list(ESTIMATORS)}; got {estimator!r}")
     main = names.index(primary)
     constrained = np.array([names.index(name) for name in bounds_by_name], dtype=np.int64)
     bounds = np.array(list(bounds_by_name.values()))
@@ -198,11 +198,11 @@ def solve_labels(
         prompt_weight=prompt_weight,
     )
     if len(problem.win_rate) != len(names):
-        raise ValueError(f"win_rate must have {len(names)} objectives first, got shape {problem.win_rate.shape}")
+        raise ValueError(f"win_rate: expected {len(names)} objectives first; got shape {problem.win_rate.shape}")
     if estimator == "pair":
         scale = _pair_scale(problem, prompt, i, j, preference, weight)
         if unlabelled := [names[k] for k in constrained if not scale.labelled[k]]:
-            raise ValueError(f"thresholds must be for objectives that have labels, got some for {unlabelled}")
+            raise ValueError(f"thresholds: expected objectives that have labels; got some for {unlabelled}")
         multiplier, residual = _solve_pair(scale, main, constrained, bounds, maximum, tolerance)
         full = np.zeros(len(names))
         full[main], full[constrained] = 1.0, multiplier
@@ -230,7 +230,7 @@ def solve_labels(
     converged = bool(reason) or residual <= accepted
     found = dict(zip(bounds_by_name, multiplier.tolist(), strict=True))
     unmet = tuple(
-        Unmet(name, bounds_by_name[name], float(satisfaction[names.index(name)]), found[name])
+        UnmetThreshold(name, bounds_by_name[name], float(satisfaction[names.index(name)]), found[name])
         for name, bad in zip(bounds_by_name, missed, strict=True)
         if bad
     )
@@ -264,7 +264,7 @@ def _win_rate_jacobian(problem: TabularProblem, objective_weight: Array) -> Arra
     return np.asarray(covariance / problem.tau)
 
 
-def _impossible(unmet: Sequence[Unmet], held: Sequence[str]) -> str:
+def _impossible(unmet: Sequence[UnmetThreshold], held: Sequence[str]) -> str:
     """That the multipliers of ``unmet`` are all at their maximum and do not suffice while ``held`` are met."""
     named = " and ".join(wanted(each.objective, each.threshold) for each in unmet)
     beside = f" beside {' and '.join(held)}" if held else ""
@@ -294,29 +294,30 @@ def _pair_scale(
     indices = []
     for name, value, size in (("prompt", prompt, prompts), ("i", i, responses), ("j", j, responses)):
         if value is None:
-            raise ValueError(f'{name} must be given for the estimator "pair", as a (P,) array, got None')
+            raise ValueError(f'{name}: expected a (P,) array for the estimator "pair"; got None')
         index = np.asarray(value)
         if index.ndim != 1 or not np.issubdtype(index.dtype, np.integer) or len(index) != len(np.asarray(prompt)):
-            raise ValueError(f"{name} must be a (P,) array of integers, got shape {index.shape}, {index.dtype}")
-        if ((index < 0) | (index >= size)).any():
-            raise ValueError(f"{name} must lie in 0..{size - 1}, got {index[(index < 0) | (index >= size)][0]}")
+            raise ValueError(f"{name}: expected a (P,) array of integers; got shape {index.shape}, {index.dtype}")
+        outside = (index < 0) | (index >= size)
+        if outside.any():
+            raise ValueError(f"{name}: expected a number in 0..{size - 1}; got {index[outside][0]}")
         indices.append(index)
     x, first, second = indices
     for name, response in (("i", first), ("j", second)):
         if not problem.support[x, response].all():
             where = int(np.argmin(problem.support[x, response]))
-            raise ValueError(f"{name} must be a response with reference > 0, got {response[where]} at pair {where}")
+            raise ValueError(f"{name}: expected a response with reference > 0; got {response[where]} at pair {where}")
     if preference is None:
-        raise ValueError('preference must be given for the estimator "pair", as a (P, K) array, got None')
+        raise ValueError('preference: expected a (P, K) array for the estimator "pair"; got None')
     label = np.asarray(preference, dtype=np.float64)
     if label.shape != (len(x), objectives):
-        raise ValueError(f"preference must have shape ({len(x)}, {objectives}), got {label.shape}")
+        raise ValueError(f"preference: expected shape ({len(x)}, {objectives}); got {label.shape}")
     if ((label < 0) | (label > 1)).any():
-        raise ValueError(f"preference must lie in [0, 1] or be NaN, got {label[(label < 0) | (label > 1)][0]}")
+        raise ValueError(f"preference: expected a number in [0, 1] or NaN; got {label[(label < 0) | (label > 1)][0]}")
     mass = np.ones(len(x)) if weight is None else np.asarray(weight, dtype=np.float64)
     if mass.shape != (len(x),):
-        raise ValueError(f"weight must have shape ({len(x)},), got {mass.shape}")
+        raise ValueError(f"weight: expected shape ({len(x)},); got {mass.shape}")
     if not (np.isfinite(mass).all() and (mass >= 0).all()):
-        raise ValueError("weight must be finite and >= 0")
+        raise ValueError(f"weight: expected finite weights >= 0; got {mass[~(np.isfinite(mass) & (mass >= 0))][0]}")
     difference = problem.win_rate[:, x, first] - problem.win_rate[:, x, second]
     return _PairScale(difference.T, label, mass, problem.tau)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from math import isqrt
 
 import torch
@@ -191,7 +192,7 @@ class Layout:
         """The cut for ``rows`` rows; with ``full_vocab`` tiles span the vocabulary however few rows that leaves."""
         if max_buffer_bytes < self.min_buffer_bytes():
             raise ValueError(
-                f"max_buffer_bytes must be at least {self.min_buffer_bytes()} for hidden size {self.hidden_size}; "
+                f"max_buffer_bytes: expected at least {self.min_buffer_bytes()} for hidden size {self.hidden_size}; "
                 f"got {max_buffer_bytes}"
             )
         weight_columns, full_vocab_rows = self.weight_columns(max_buffer_bytes), self.full_vocab_rows(max_buffer_bytes)
@@ -246,8 +247,11 @@ def layout_of(
     )
 
 
-def row_chunks(count: int, largest: int) -> Iterator[tuple[int, int]]:
-    """0 .. count in the fewest chunks of at most ``largest``, as even as they go."""
+def row_chunks(count: int, largest: int, multiple: int = 1) -> Iterator[tuple[int, int]]:
+    """0 .. count in the fewest chunks of at most ``largest``, as even as they go, and all but the last of a
+    ``multiple``, unless that makes one too large."""
     chunks = -(-count // largest) if count else 0
-    for c in range(chunks):
-        yield count * c // chunks, count * (c + 1) // chunks
+    even = [count * c // chunks for c in range(chunks + 1)] if chunks else []
+    rounded = [min(count, -(-start // multiple) * multiple) for start in even]
+    fits = all(0 < stop - start <= largest for start, stop in pairwise(rounded))
+    return pairwise(rounded if fits else even)

@@ -83,14 +83,14 @@ class TokenLogprob(NamedTuple):
     logprob: Tensor
     logsumexp: Tensor
 
-    def rows(self, start: int, stop: int) -> TokenLogprob:
-        return TokenLogprob(self.logprob[start:stop], self.logsumexp[start:stop])
+    def at(self, rows: Rows) -> TokenLogprob:
+        return TokenLogprob(self.logprob[rows], self.logsumexp[rows])
 
 
 @dataclass(frozen=True)
 class Chunk:
     """Rows of one chunk: ``start .. stop`` among those asked for, where they stand in the batch, hidden (R, H) in the
-    products' dtype, target (R,) with ``NOT_SCORED`` for ignored ones (none, after compaction)."""
+    products' dtype, target (R,), below 0 for ignored ones (none, after compaction)."""
 
     start: int
     stop: int
@@ -143,6 +143,8 @@ class ChunkedHead:
         self.dhidden: Tensor | None = None
         self.dweight: Tensor | None = None
         self.dbias: Tensor | None = None
+        # What rows of dhidden (N, H) are multiplied with in the end, (N,).
+        self.row_factor: Tensor | None = None
         self.untouched = True
 
     # ---- rows
@@ -157,15 +159,15 @@ class ChunkedHead:
         if positions is None:
             positions = slice(0, self.scored.count)
         count = positions.stop - positions.start if isinstance(positions, slice) else positions.shape[0]
-        for start, stop in row_chunks(count, self.plan.rows):
+        block = self.backend.row_block(self.weight.dtype)
+        for start, stop in row_chunks(count, self.plan.rows, block):
             if isinstance(positions, slice):
                 rows: Rows = slice(positions.start + start, positions.start + stop)
             else:
                 rows = positions[start:stop]
             rows = self.scored.in_batch(rows)
-            yield Chunk(
-                start, stop, rows, self._gather(self.hidden if of is None else of, rows), self.scored.targets(rows)
-            )
+            hidden = self._gather(self.hidden if of is None else of, rows)
+            yield Chunk(start, stop, rows, hidden, self.scored.target[rows])
 
     def _gather(self, hidden: Tensor, rows: Rows) -> Tensor:
         chunk = hidden[rows].to(self.layout.matmul_dtype)
@@ -261,41 +263,60 @@ class ChunkedHead:
 
     # ---- forward
 
+    def new_token_logprob(self) -> TokenLogprob:
+        """For all rows of the batch: 0 where none goes through the head, the others for :meth:`forward` to write."""
+        new = self.weight.new_empty if self.scored.index is None else self.weight.new_zeros
+        tokens = self.hidden.shape[0]
+        return TokenLogprob(new(tokens, dtype=self.layout.acc_dtype), new(tokens, dtype=torch.float64))
+
     def forward(
-        self, chunk: Chunk, tile: Tile | None = None, *, store: bool = True, backward: bool = False
+        self,
+        chunk: Chunk,
+        into: TokenLogprob,
+        tile: Tile | None = None,
+        *,
+        store: bool = True,
+        backward: bool = False,
     ) -> TokenLogprob:
-        """Log-probability, 0 where ignored, and log-sum-exp of the chunk's rows. With ``full_vocab``, ``save_logits``
-        and ``store`` their tile is there afterwards: the one given, or :meth:`tile`. With ``backward``, for a frozen
-        head, d logprob / d hidden of the rows is in dhidden as well: 2 products, whatever the buffer."""
+        """Log-probability, 0 where ignored, and log-sum-exp of the chunk's rows, written to those of the batch
+        ``into``. With ``full_vocab``, ``save_logits`` and ``store`` their tile is there afterwards: the one given, or
+        :meth:`tile`. With ``backward``, for a frozen head, d logprob / d hidden of the rows is in dhidden as well: 2
+        products, whatever the buffer."""
         if backward and not self.fused and not (self.full_vocab and self.shard is None):
-            return self._rescaled_backward(chunk)
-        stats, into = self._new_stats(chunk), tile
+            return self._rescaled_backward(chunk, into)
+        stats, filled = self._new_stats(chunk), tile
         for start, stop in self._column_tiles():
             if tile is None and (not self.fused or (self.save_logits and self.full_vocab and store)):
-                into = self.tile(chunk.hidden.shape[0], stop - start)
-            self._lse_fwd(chunk, start, stop, into, stats)
-        token = self._finished(stats, chunk.target)
-        if into is not None:
-            self._mark_(into, chunk.target, 0, stats.row_max, token)
+                filled = self.tile(chunk.hidden.shape[0], stop - start)
+            self._lse_fwd(chunk, start, stop, filled, stats)
+        token = self._finished(stats, chunk, into)
+        if filled is not None:
+            self._mark_(filled, chunk.target, 0, stats.row_max, token)
         if backward:
             self.backward(chunk, token, None, self.saved_tile(chunk))
         return token
 
-    def forward_with_reference(self, chunk: Chunk, other: Tensor) -> tuple[TokenLogprob, Tensor]:
-        """:meth:`forward` of a chunk and, by the same product, of the same rows of other hidden states: what
-        ``forward`` returns, and the others' log-probability."""
+    def forward_with_reference(
+        self, chunk: Chunk, into: TokenLogprob, other: Tensor, ref_logprob: Tensor
+    ) -> TokenLogprob:
+        """:meth:`forward` of a chunk and, by the same product, of the same rows of other hidden states, whose
+        log-probabilities go to those of the batch ``ref_logprob`` (N,)."""
         rows = chunk.stop - chunk.start
         hidden = torch.cat([chunk.hidden, self._gather(other, chunk.rows)])
-        both = self.forward(replace(chunk, hidden=hidden, target=chunk.target.repeat(2)))
-        return both.rows(0, rows), both.logprob[rows:]
+        both = replace(chunk, rows=slice(0, 2 * rows), hidden=hidden, target=chunk.target.repeat(2))
+        logprob = self.weight.new_empty(2 * rows, dtype=self.layout.acc_dtype)
+        token = self.forward(both, TokenLogprob(logprob, logprob.new_empty(2 * rows, dtype=torch.float64)))
+        ref_logprob[chunk.rows] = token.logprob[rows:]
+        token = token.at(slice(0, rows))
+        into.logprob[chunk.rows], into.logsumexp[chunk.rows] = token
+        return token
 
     def _new_stats(self, chunk: Chunk) -> RowStats:
         if self.by_row:
             at = (self.bias, chunk.target, self._first, self.transform)
-            row_max = self.backend.row_offset(chunk.hidden, self.weight, *at)
-        else:
-            row_max = self.weight.new_full((chunk.hidden.shape[0],), -torch.inf, dtype=self.layout.acc_dtype)
-        return RowStats(row_max, torch.zeros_like(row_max), torch.zeros_like(row_max))
+            return self.backend.row_offset(chunk.hidden, self.weight, *at)
+        row_max = self.weight.new_full((chunk.hidden.shape[0],), -torch.inf, dtype=self.layout.acc_dtype)
+        return RowStats(row_max, *row_max.new_zeros(2, row_max.shape[0]))
 
     def _lse_fwd(self, chunk: Chunk, start: int, stop: int, tile: Tile | None, stats: RowStats) -> None:
         """Products of the chunk with weight rows ``start .. stop`` into the tile, and into the statistics."""
@@ -314,22 +335,30 @@ class ChunkedHead:
             at = (target, self._first + start, self.transform, offset, token.logsumexp, token.logprob)
             self.backend.mark_target_(tile.values, *at, tile.scale)
 
-    def _finished(self, stats: RowStats, target: Tensor) -> TokenLogprob:
-        """What the statistics of all tiles, and of all ranks, come to."""
+    def _finished(self, stats: RowStats, chunk: Chunk, into: TokenLogprob) -> TokenLogprob:
+        """What the statistics of all tiles, and of all ranks, come to, written to the chunk's rows of the batch."""
         if self.shard is not None:
             # The offsets of this rank's exponentials stay what they are.
             stats = RowStats(*(t.clone() for t in stats)) if self.by_row else stats
             self.shard.all_reduce_lse_(*stats)
-        logprob, logsumexp = self.backend.row_statistics(*stats)
-        return TokenLogprob(self.scored.logprob(logprob, target), logsumexp)
+        if isinstance(chunk.rows, slice):
+            token = into.at(chunk.rows)
+            self.backend.row_statistics(*stats, chunk.target, *token)
+            return token
+        token = TokenLogprob(*(t.new_empty(chunk.target.shape) for t in into))
+        self.backend.row_statistics(*stats, chunk.target, *token)
+        into.logprob[chunk.rows], into.logsumexp[chunk.rows] = token
+        return token
 
     # ---- gradients
 
     def allocate(self, need_hidden: bool, need_weight: bool, need_bias: bool) -> tuple[Tensor, Tensor, Tensor]:
         """Accumulators for dhidden, dweight, dbias, of size 0 for what is not needed; all but dweight, which the first
-        chunk overwrites, are zeros."""
+        chunk overwrites, are zeros, or rows of dhidden that chunks overwrite."""
         weight, dtype = self.weight, self.layout.acc_dtype
-        dhidden = self.hidden.new_zeros(self.hidden.shape if need_hidden else (0,), dtype=dtype)
+        new = self.hidden.new_empty if self._overwrites and self.scored.index is None else self.hidden.new_zeros
+        dhidden = new(self.hidden.shape if need_hidden else (0,), dtype=dtype)
+        self.row_factor = new(self.hidden.shape[0], dtype=dtype) if need_hidden and self._overwrites else None
         dweight = weight.new_empty(weight.shape if need_weight else (0,), dtype=dtype)
         dbias = weight.new_zeros(weight.shape[:1] if need_bias else (0,), dtype=dtype)
         self.dhidden = dhidden if need_hidden else None
@@ -337,19 +366,31 @@ class ChunkedHead:
         self.dbias = dbias if need_bias else None
         return dhidden, dweight, dbias
 
-    def finish(self) -> None:
-        """Gradients of nothing are zeros; sum over the ranks what every rank has a part of."""
+    def finish(self, grad_logprob: Tensor | None = None) -> None:
+        """What is left to do after the last chunk: gradients of nothing are zeros, rows of dhidden are multiplied with
+        their factors, and with ``grad_logprob`` (N,) if :meth:`backward` did not have it; the ranks' parts of it are
+        summed."""
         if self.dweight is not None and self.untouched:
             self.dweight.zero_()
+        factor = grad_logprob if self.row_factor is None else self.row_factor
+        if grad_logprob is not None and self.row_factor is not None:
+            factor = self.row_factor.mul_(grad_logprob)
+        if factor is not None and self.dhidden is not None:
+            self.dhidden.mul_(factor[:, None])
         if self.shard is not None and self.dhidden is not None:
             self.shard.all_reduce_(self.dhidden)
+
+    @property
+    def _overwrites(self) -> bool:
+        """Whether :meth:`backward` overwrites its rows of dhidden: with products of a rank that has any weight."""
+        return self.by_row and self.weight.shape[0] > 0
 
     def _put_back(self, dhidden: Tensor | None, chunk: Chunk) -> None:
         """Take back rows of dhidden that were copied."""
         if self.dhidden is not None and dhidden is not None and not isinstance(chunk.rows, slice):
             self.dhidden[chunk.rows] = dhidden
 
-    def _rescaled_backward(self, chunk: Chunk) -> TokenLogprob:
+    def _rescaled_backward(self, chunk: Chunk, into: TokenLogprob) -> TokenLogprob:
         """:meth:`forward` with ``backward`` over a tiled vocabulary, dhidden being zeros before.
 
         Tile after tile, what was added so far is scaled down to the log-sum-exp so far (the online softmax of
@@ -369,7 +410,7 @@ class ChunkedHead:
             local = chunk.target - (self._first + start)
             at_target = level.where((local >= 0) & (local < stop - start), at_target)
             self._tile_backward(tile, chunk, start, stop, TokenLogprob(level, level), None, dhidden)
-        token = self._finished(stats, chunk.target)
+        token = self._finished(stats, chunk, into)
         _scale_rows_(dhidden, level, token.logsumexp)
         missing = -torch.expm1(at_target - token.logsumexp) * self.transform.slope(stats.target_logit.double())
         missing = missing.where(at_target > -torch.inf, 0).to(dhidden.dtype)[:, None]
@@ -387,8 +428,12 @@ class ChunkedHead:
 
         See eq. (34) of docs/method.md.
         """
-        # A copy of the rows where they do not follow one another, else the zeros themselves.
-        dhidden = None if self.dhidden is None else self.dhidden[chunk.rows]
+        # Of rows that do not follow one another a copy, else the zeros themselves.
+        dhidden = self.dhidden
+        if dhidden is not None and self._overwrites and not isinstance(chunk.rows, slice):
+            dhidden = dhidden.new_empty(chunk.hidden.shape)
+        elif dhidden is not None:
+            dhidden = dhidden[chunk.rows]
         factor = None
         for start, stop in self._column_tiles():
             tile = self._again(chunk, token, start, stop) if saved is None else saved
@@ -396,12 +441,23 @@ class ChunkedHead:
                 self._tile_backward(tile, chunk, start, stop, token, grad_logprob, dhidden)
             else:
                 # The same for every tile.
-                factor = (tile.scale if grad_logprob is None else tile.scale * grad_logprob)[:, None]
-                self._unscaled_products(tile.values, factor, chunk.hidden, start, stop, dhidden)
-        if factor is not None and dhidden is not None:
-            dhidden.mul_(factor)
+                factor = self._keep_factor(chunk, tile.scale, grad_logprob) if factor is None else factor
+                self._unscaled_products(tile.values, factor[:, None], chunk.hidden, start, stop, dhidden)
         self.untouched = False
         self._put_back(dhidden, chunk)
+
+    def _keep_factor(self, chunk: Chunk, scale: Tensor, grad_logprob: Tensor | None) -> Tensor:
+        """What the gradients of the chunk's rows lack (R,), also where :meth:`finish` finds it."""
+        kept = None
+        if self.row_factor is not None and isinstance(chunk.rows, slice):
+            kept = self.row_factor[chunk.rows]
+        if grad_logprob is None:
+            factor = scale if kept is None else kept.copy_(scale)
+        else:
+            factor = torch.mul(scale, grad_logprob, out=kept)
+        if self.row_factor is not None and kept is None:
+            self.row_factor[chunk.rows] = factor
+        return factor
 
     def _again(self, chunk: Chunk, token: TokenLogprob, start: int, stop: int) -> Tile:
         """A tile of the chunk whose log-sum-exp is known, computed again."""
@@ -423,8 +479,8 @@ class ChunkedHead:
         self, values: Tensor, factor: Tensor, hidden: Tensor, start: int, stop: int, dhidden: Tensor | None
     ) -> None:
         """:meth:`_backward_products` of a gradient whose rows lack a factor (R, 1): what they are multiplied with has
-        it instead, and dhidden, which is overwritten by the first tile, lacks it as well. The tile is left as it
-        was."""
+        it instead, and dhidden, which is overwritten by the first tile, lacks it until :meth:`finish`. The tile is left
+        as it was."""
         if self.dbias is not None:
             # Two numbers of half precision stand for each factor.
             high = factor.to(values.dtype)

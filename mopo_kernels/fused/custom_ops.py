@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from mopo_kernels import checks
-from mopo_kernels.arguments import HeadInputs, HeadOptions
+from mopo_kernels.arguments import CallValues, HeadInputs, HeadOptions, PairBatch
 from mopo_kernels.backends import tile_backend
 from mopo_kernels.fused.buffer_plan import accumulation_dtype
 from mopo_kernels.fused.vocab_parallel import VocabShard
@@ -32,11 +32,19 @@ def shard_of(inputs: HeadInputs, options: HeadOptions) -> VocabShard | None:
     return None if options.process_group is None else VocabShard.from_group(options.process_group, inputs)
 
 
-def check_targets(inputs: HeadInputs, options: HeadOptions, shard: VocabShard | None) -> None:
-    """The values of the targets, and of ``ignore_index`` among them."""
+def check_values(
+    inputs: HeadInputs,
+    options: HeadOptions,
+    shard: VocabShard | None,
+    cu_seqlens: Tensor | None = None,
+    batch: PairBatch | None = None,
+) -> None:
+    """The values of the targets, of ``ignore_index`` among them, and of the sequences and pairs."""
     vocabulary = inputs.weight.shape[0] if shard is None else shard.vocabulary
     checks.ignore_index(options.ignore_index, vocabulary)
-    checks.targets(inputs.target, vocabulary, options.ignore_index)
+    tokens, sequences = inputs.target.shape[0], 0 if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    values = CallValues(inputs.target, vocabulary, options.ignore_index, cu_seqlens, tokens, batch, sequences)
+    tile_backend(options.backend).check_values(values)
 
 
 def no_autocast(tensor: Tensor) -> AbstractContextManager[object]:

@@ -21,7 +21,7 @@ from mopo_kernels.backends import tile_backend
 from mopo_kernels.fused.buffer_plan import accumulation_dtype, buffer_bytes, layout_of
 from mopo_kernels.fused.chunked_head import ChunkedHead, Tile, TokenLogprob, readable
 from mopo_kernels.fused.custom_ops import (
-    check_targets,
+    check_values,
     fake_gradients,
     no_autocast,
     save_arguments,
@@ -88,31 +88,28 @@ def linear_logprob(*flat: object) -> tuple[Tensor, Tensor, Tensor, Tensor, Tenso
     and its offsets or scale, or nothing."""
     call = LinearLogprob.unflatten(flat)
     shard = shard_of(call.inputs, call.options)
-    check_targets(call.inputs, call.options, shard)
+    check_values(call.inputs, call.options, shard)
     inputs, options = readable(call.inputs, call.options), call.options
-    hidden, tokens = inputs.hidden, inputs.hidden.shape[0]
-    dtype, limit = accumulation_dtype(hidden.dtype), buffer_bytes(options, inputs.weight)
+    hidden, limit = inputs.hidden, buffer_bytes(options, inputs.weight)
     save = saves_logits(inputs, options)
     budget = _saved_budget(limit) if save else limit
     with no_autocast(hidden):
         head = ChunkedHead(inputs, options, shard, budget, full_vocab=save, save_logits=save or inputs.frozen)
         unit, _, _ = head.allocate(inputs.frozen, False, False)
-        saved = head.new_tile(tokens) if save else None
-        logprob = hidden.new_zeros(tokens, dtype=dtype)
-        logsumexp = hidden.new_zeros(tokens, dtype=torch.float64)
+        saved = head.new_tile(hidden.shape[0]) if save else None
+        token = head.new_token_logprob()
         for chunk in head.chunks():
-            into = None if saved is None else saved.rows(chunk.start, chunk.stop)
-            token = head.forward(chunk, into, backward=inputs.frozen)
-            if saved is not None and into is not None:
-                saved.keep_offsets(into, chunk.start, chunk.stop)
-            logprob[chunk.rows], logsumexp[chunk.rows] = token
+            tile = None if saved is None else saved.rows(chunk.start, chunk.stop)
+            head.forward(chunk, token, tile, backward=inputs.frozen)
+            if saved is not None and tile is not None:
+                saved.keep_offsets(tile, chunk.start, chunk.stop)
         head.finish()
-        empty = hidden.new_empty(0, dtype=dtype)
+        empty = token.logprob.new_empty(0)
         if saved is None:
-            return logprob, logsumexp, unit, empty, empty.clone()
+            return *token, unit, empty, empty.clone()
         saved.values[head.scored.count :].zero_()
         beside = saved.scale if saved.offsets is None else saved.offsets
-        return logprob, logsumexp, unit, saved.values, empty if beside is None else beside
+        return *token, unit, saved.values, empty if beside is None else beside
 
 
 @linear_logprob.register_fake
@@ -170,7 +167,7 @@ def linear_logprob_backward(*flat: object) -> tuple[Tensor, Tensor, Tensor]:
                     # A copy: a second backward will want what was saved.
                     tile = head.tile(chunk.stop - chunk.start, inputs.weight.shape[0])
                     tile.copy_(saved.rows(chunk.start, chunk.stop))
-            token = TokenLogprob(call.logprob[chunk.rows], call.logsumexp[chunk.rows])
+            token = TokenLogprob(call.logprob, call.logsumexp).at(chunk.rows)
             head.backward(chunk, token, grad[chunk.rows], tile)
         head.finish()
         if unit is not None:

@@ -21,7 +21,7 @@ from mopo_kernels.fused import scored_rows
 from mopo_kernels.fused.buffer_plan import accumulation_dtype, buffer_bytes
 from mopo_kernels.fused.chunked_head import Chunk, ChunkedHead, TokenLogprob, readable
 from mopo_kernels.fused.custom_ops import (
-    check_targets,
+    check_values,
     fake_gradients,
     no_autocast,
     save_arguments,
@@ -30,7 +30,7 @@ from mopo_kernels.fused.custom_ops import (
     shard_of,
     take_gradients,
 )
-from mopo_kernels.fused.mopo_loss import evaluate, fake_loss
+from mopo_kernels.fused.mopo_loss import fake_loss
 from mopo_kernels.fused.pair_groups import closed_groups
 from mopo_kernels.fused.scored_rows import Rows
 from mopo_kernels.transfer import to_device
@@ -85,8 +85,8 @@ def _schedule(head: ChunkedHead, cu_seqlens: Tensor, pairs: Tensor) -> Iterator[
     schema=f"({LinearMOPOLoss.schema()}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 def linear_mopo_loss(*flat: object) -> tuple[Tensor, ...]:
-    """What :func:`mopo_kernels.fused.mopo_loss.evaluate` returns, and the loss's gradients for hidden, weight and bias
-    (size 0 where not needed).
+    """What :meth:`mopo_kernels.backends.base.TileBackend.pair_loss_fwd` returns, and the loss's gradients for hidden,
+    weight and bias (size 0 where not needed).
 
     Three products with a trained head: a chunk of logits is saved until the pairs of its sequences close, grad_logprob
     follows from the pairs, and the chunk becomes ``grad_logprob * J`` in place. Sequences tied together by pairs that
@@ -98,21 +98,16 @@ def linear_mopo_loss(*flat: object) -> tuple[Tensor, ...]:
     call = LinearMOPOLoss.unflatten(flat)
     options, ref_hidden = call.options, call.ref_hidden
     shard = shard_of(call.inputs, options)
-    check_targets(call.inputs, options, shard)
-    inputs, dtype = readable(call.inputs, options), accumulation_dtype(call.inputs.hidden.dtype)
-    checks.cu_seqlens(call.cu_seqlens, inputs.hidden.shape[0])
+    batch = call.batch.to(accumulation_dtype(call.inputs.hidden.dtype), call.inputs.hidden.device)
+    check_values(call.inputs, options, shard, call.cu_seqlens, batch)
     if call.ref_logprob is not None:
         checks.ref_logprob(call.ref_logprob)
-    batch = call.batch.to(dtype, inputs.hidden.device)
-    batch.check_values(call.cu_seqlens.shape[0] - 1)
+    inputs = readable(call.inputs, options)
     with no_autocast(inputs.hidden):
         hidden, limit = inputs.hidden, buffer_bytes(options, inputs.weight)
         sequences, tokens = call.cu_seqlens.shape[0] - 1, hidden.shape[0]
         host_cu_seqlens = call.cu_seqlens.contiguous()
         cu_seqlens = to_device(host_cu_seqlens, hidden.device)
-        segment_ids = torch.searchsorted(
-            cu_seqlens[1:].contiguous(), torch.arange(tokens, device=hidden.device), right=True
-        )
 
         def new_head(copies: int, gathered_rows: bool = False) -> ChunkedHead:
             save = any(inputs.needs)
@@ -133,61 +128,66 @@ def linear_mopo_loss(*flat: object) -> tuple[Tensor, ...]:
             groups = list(_schedule(head, host_cu_seqlens, call.batch.pairs))
         backend = head.backend
         gradients = head.allocate(*inputs.needs)
-        logprob = hidden.new_zeros(tokens, dtype=head.layout.acc_dtype)
-        ref_logprob = torch.zeros_like(logprob)
-        logsumexp = logprob.new_zeros(tokens, dtype=torch.float64)
+        policy = head.new_token_logprob()
+        reference = None if ref_hidden is None else head.new_token_logprob()
+        ref_logprob = call.ref_logprob
 
         def forward(chunk: Chunk, backward: bool = False) -> TokenLogprob:
-            if together and ref_hidden is not None:
-                token, ref_logprob[chunk.rows] = head.forward_with_reference(chunk, ref_hidden)
-                if backward:
-                    head.backward(chunk, token, None, head.saved_tile(chunk, 2))
-            else:
-                token = head.forward(chunk, backward=backward)
-            logprob[chunk.rows], logsumexp[chunk.rows] = token
+            if not together or ref_hidden is None or reference is None:
+                return head.forward(chunk, policy, backward=backward)
+            token = head.forward_with_reference(chunk, policy, ref_hidden, reference.logprob)
+            if backward:
+                head.backward(chunk, token, None, head.saved_tile(chunk, 2))
             return token
 
-        if ref_hidden is not None and not together:
+        if ref_hidden is not None and reference is not None and not together:
             reference_head = head
             if head.fused and head.save_logits:
                 # Without a tile to save, more rows go at a time.
                 reference_inputs = replace(inputs, hidden=ref_hidden)
                 reference_head = ChunkedHead(reference_inputs, options, shard, limit, save_logits=False)
             for chunk in reference_head.chunks(of=ref_hidden):
-                ref_logprob[chunk.rows] = reference_head.forward(chunk, store=False).logprob
+                reference_head.forward(chunk, reference, store=False)
+            ref_logprob = backend.segment_sum(reference.logprob, cu_seqlens)
 
         def sums() -> tuple[Tensor, Tensor]:
-            reference_sum = (
-                backend.segment_sum(ref_logprob, cu_seqlens) if call.ref_logprob is None else call.ref_logprob
-            )
-            return backend.segment_sum(logprob, cu_seqlens), reference_sum
+            logprob = backend.segment_sum(policy.logprob, cu_seqlens)
+            if ref_logprob is not None:
+                return logprob, ref_logprob
+            assert reference is not None
+            return logprob, backend.segment_sum(reference.logprob, cu_seqlens)
 
-        def grad_logprob() -> Tensor:
-            return backend.pair_loss_bwd(*sums(), batch)[segment_ids]
-
+        # Of the rows that went forward so far.
+        latest: tuple[Tensor, Tensor] | None = None
         copies = 2 if together else 1
         if planned:
             for group in groups:
                 for chunk in head.chunks(group.positions):
                     token = forward(chunk)
                     if group.one_chunk:
-                        head.backward(chunk, token, grad_logprob()[chunk.rows], head.saved_tile(chunk, copies))
+                        latest = sums()
+                        grad = backend.token_grad_logprob(*latest, batch, cu_seqlens, tokens)
+                        head.backward(chunk, token, grad[chunk.rows], head.saved_tile(chunk, copies))
                 if not group.one_chunk:
-                    grad = grad_logprob()
+                    latest = sums()
+                    grad = backend.token_grad_logprob(*latest, batch, cu_seqlens, tokens)
                     for chunk in head.chunks(group.positions):
-                        token = TokenLogprob(logprob[chunk.rows], logsumexp[chunk.rows])
-                        head.backward(chunk, token, grad[chunk.rows], None)
+                        head.backward(chunk, policy.at(chunk.rows), grad[chunk.rows], None)
         else:
             # Either grad_logprob is known beforehand, or it only scales the rows of dhidden, which can wait.
-            known = naive_grad.cloning_grad_logprob(batch, sequences)[segment_ids] if inputs.trained else None
+            known = None
+            if inputs.trained:
+                known = naive_grad.token_grad(naive_grad.cloning_grad_logprob(batch, sequences), cu_seqlens, tokens)
             for chunk in head.chunks():
                 token = forward(chunk, backward=inputs.frozen)
                 if known is not None:
                     head.backward(chunk, token, known[chunk.rows], head.saved_tile(chunk, copies))
-            if inputs.frozen:
-                gradients[0].mul_(grad_logprob()[:, None])
-        head.finish()
-        return (*(t.clone() for t in evaluate(*sums(), batch)), *gradients)
+            latest = sums()
+        scale = None
+        if inputs.frozen and latest is not None:
+            scale = backend.token_grad_logprob(*latest, batch, cu_seqlens, tokens)
+        head.finish(scale)
+        return (*backend.pair_loss_fwd(*(latest or sums()), batch), *gradients)
 
 
 @linear_mopo_loss.register_fake

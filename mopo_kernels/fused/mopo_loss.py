@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from mopo_kernels import checks, naive
-from mopo_kernels.arguments import OpArguments, PairBatch, bundle
+from mopo_kernels import checks, naive_grad
+from mopo_kernels.arguments import CallValues, OpArguments, PairBatch, bundle
 from mopo_kernels.backends import tile_backend
 from mopo_kernels.fused.buffer_plan import accumulation_dtype
 from mopo_kernels.fused.custom_ops import constant
@@ -20,8 +20,9 @@ from mopo_kernels.fused.custom_ops import constant
     "mopo::segment_sum", mutates_args=(), schema="(Tensor value, Tensor cu_seqlens, str backend) -> Tensor"
 )
 def segment_sum(value: Tensor, cu_seqlens: Tensor, backend: str) -> Tensor:
-    checks.cu_seqlens(cu_seqlens, value.shape[0])
-    return tile_backend(backend).segment_sum(value, cu_seqlens)
+    tiles = tile_backend(backend)
+    tiles.check_values(CallValues(cu_seqlens=cu_seqlens, tokens=value.shape[0], sequences=cu_seqlens.shape[0] - 1))
+    return tiles.segment_sum(value, cu_seqlens)
 
 
 @segment_sum.register_fake
@@ -36,8 +37,7 @@ def _segment_sum_setup(ctx: Any, inputs: tuple[Tensor, Tensor, str], output: Ten
 
 def _segment_sum_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
     (cu_seqlens,) = ctx.saved_tensors
-    token = torch.arange(ctx.tokens, device=grad.device, dtype=cu_seqlens.dtype)
-    return grad[torch.searchsorted(cu_seqlens[1:].contiguous(), token, right=True)], None, None
+    return naive_grad.token_grad(grad, cu_seqlens, ctx.tokens), None, None
 
 
 segment_sum.register_autograd(_segment_sum_backward, setup_context=_segment_sum_setup)
@@ -54,13 +54,8 @@ class MOPOLoss(OpArguments):
     backend: str
 
 
-def evaluate(logprob: Tensor, ref_logprob: Tensor, batch: PairBatch) -> naive.PairLoss:
-    """The loss of sequence log-probabilities (S,)."""
-    return naive.mopo_loss(logprob, ref_logprob, **batch.keywords())
-
-
 def fake_loss(like: Tensor, sequences: int, batch: PairBatch) -> tuple[Tensor, ...]:
-    """What :func:`evaluate` returns, empty."""
+    """What :meth:`mopo_kernels.backends.base.TileBackend.pair_loss_fwd` returns, empty."""
     dtype, (pairs, objectives) = accumulation_dtype(like.dtype), batch.preference.shape
     sizes: tuple[tuple[int, ...], ...] = ((), (sequences,), (pairs,), (objectives,), (objectives,), ())
     return tuple(like.new_empty(size, dtype=dtype) for size in sizes)
@@ -72,14 +67,13 @@ def fake_loss(like: Tensor, sequences: int, batch: PairBatch) -> tuple[Tensor, .
     schema=f"({MOPOLoss.schema()}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 def mopo_loss(*flat: object) -> tuple[Tensor, ...]:
-    """What :func:`evaluate` returns, and d loss / d logprob."""
+    """What :meth:`mopo_kernels.backends.base.TileBackend.pair_loss_fwd` returns, and d loss / d logprob."""
     call = MOPOLoss.unflatten(flat)
     checks.ref_logprob(call.ref_logprob)
-    call.batch.check_values(call.ref_logprob.shape[0])
     batch = call.batch.to(call.ref_logprob.dtype, call.ref_logprob.device)
-    output = evaluate(call.logprob, call.ref_logprob, batch)
-    grad_logprob = tile_backend(call.backend).pair_loss_bwd(call.logprob, call.ref_logprob, batch)
-    return (*(t.clone() for t in output), grad_logprob)
+    backend, logprobs = tile_backend(call.backend), (call.logprob, call.ref_logprob)
+    backend.check_values(CallValues(batch=batch, sequences=call.ref_logprob.shape[0]))
+    return (*backend.pair_loss_fwd(*logprobs, batch), backend.pair_loss_bwd(*logprobs, batch))
 
 
 @mopo_loss.register_fake

@@ -1,7 +1,7 @@
 """Which rows of a batch are scored, and what becomes of the others.
 
 On the CPU ignored rows are dropped before any product. On an accelerator counting them would wait for the device: every
-row goes through the head there, ignored ones with the target ``NOT_SCORED``.
+row goes through the head there, ignored ones with a target below 0.
 """
 
 from __future__ import annotations
@@ -28,28 +28,20 @@ class ScoredRows:
     """The rows of target (N,) that go through the head: ``count`` of them."""
 
     def __init__(self, target: Tensor, ignore_index: int) -> None:
-        self.target, self.ignore_index = target.contiguous(), ignore_index
-        self.compact = on_host(target)
+        self.target = target.contiguous()
         self.index: Tensor | None = None
         self.count = target.shape[0]
-        if self.compact:
+        if on_host(target):
             scored = target != ignore_index
             if not bool(scored.all()):
                 self.index = scored.nonzero()[:, 0]
                 self.count = self.index.shape[0]
+        elif ignore_index >= 0:
+            self.target = self.target.where(self.target != ignore_index, NOT_SCORED)
 
     def in_batch(self, rows: Rows) -> Rows:
         """Where rows of those that go through stand in the batch."""
         return rows if self.index is None else self.index[rows]
-
-    def targets(self, rows: Rows) -> Tensor:
-        """The targets of rows of the batch, ``NOT_SCORED`` where ignored."""
-        target = self.target[rows]
-        return target if self.compact else target.where(target != self.ignore_index, NOT_SCORED)
-
-    def logprob(self, logprob: Tensor, target: Tensor) -> Tensor:
-        """Log-probabilities, 0 where ``target`` is ``NOT_SCORED``."""
-        return logprob if self.compact else logprob.where(target != NOT_SCORED, 0)
 
     def offsets(self, cu_seqlens: Tensor) -> Tensor:
         """Offsets of sequences among the rows that go through."""

@@ -55,7 +55,7 @@ def sharded_head(
     for name, tensor in ((f"{prefix}weight", weight), (f"{prefix}bias", bias)):
         if tensor is None:
             continue
-        expected = "be a DTensor like the other part of the head, placed (Shard(0),) over one mesh of one dimension"
+        expected = "a DTensor like the other part of the head, placed (Shard(0),) over one mesh of one dimension"
         checks.expect(isinstance(tensor, DTensor), name, expected, type(tensor).__name__)
         assert isinstance(tensor, DTensor)
         mesh = tensor.device_mesh if mesh is None else mesh
@@ -64,13 +64,13 @@ def sharded_head(
     assert isinstance(weight, DTensor)
     assert mesh is not None
     ranks, rows = mesh.mesh.tolist(), weight.shape[0]
-    checks.expect(ranks == sorted(ranks), f"{prefix}weight", "be cut over a mesh whose ranks ascend", ranks)
+    checks.expect(ranks == sorted(ranks), f"{prefix}weight", "a tensor cut over a mesh whose ranks ascend", ranks)
     # Shard(0) gives ceil(V / ranks) rows to each rank until there are none left.
     share = -(-rows // len(ranks))
-    expected = f"have rows for each of {len(ranks)} ranks, {share} to all but the last"
+    expected = f"rows for each of {len(ranks)} ranks, {share} to all but the last"
     checks.expect(share * (len(ranks) - 1) < rows, f"{prefix}weight", expected, f"{rows} rows")
     group = mesh.get_group()
-    checks.expect(process_group in (None, group), "process_group", "be None or that of weight's mesh", "another")
+    checks.expect(process_group in (None, group), "process_group", "None or that of weight's mesh", "another")
     return ShardedHead(weight.to_local(), None if bias is None else bias.to_local(), group)  # type: ignore[attr-defined]
 
 
@@ -104,8 +104,8 @@ class VocabShard:
             values = [rank[position] for rank in ranks]
             if len(set(values)) > 1:
                 raise ValueError(
-                    f"process_group: every rank must hold the same hidden and target and its own rows of weight; "
-                    f"the {what} must be equal on all ranks; got {values}"
+                    f"process_group: expected the same hidden and target on every rank, and its own rows of weight; "
+                    f"got {values} for the {what}"
                 )
         rows = [rank[0] for rank in ranks]
         return cls(group, sum(rows[: dist.get_rank(group)]), sum(rows), max(rows))

@@ -14,12 +14,15 @@ from mopo_kernels.tabular.front import (
     nondominated,
     pareto_front,
 )
+from mopo_kernels.tabular.named import NamedProblem, PairLabels
 from mopo_kernels.tabular.problem import TabularProblem
 from mopo_kernels.tabular.robust import robust_value
 from mopo_kernels.tabular.solver import TabularSolution, capped_multipliers, solve
 
 __all__ = [
     "LinearFront",
+    "NamedProblem",
+    "PairLabels",
     "ParetoFront",
     "TabularProblem",
     "TabularSolution",

@@ -54,9 +54,9 @@ def _moocore() -> ModuleType:
 def _points(points: npt.ArrayLike) -> Array:
     array = np.ascontiguousarray(points, dtype=np.float64)
     if array.ndim != 2 or array.shape[1] == 0:
-        raise ValueError(f"points must have shape (any, K), one objective a column, got {array.shape}")
+        raise ValueError(f"points: expected shape (any, K), one objective a column; got {array.shape}")
     if not np.isfinite(array).all():
-        raise ValueError(f"points must be finite, got {array[~np.isfinite(array)][0]}")
+        raise ValueError(f"points: expected a finite number; got {array[~np.isfinite(array)][0]}")
     return array
 
 
@@ -99,7 +99,7 @@ def hypervolume(points: npt.ArrayLike, reference_point: npt.ArrayLike) -> float:
     """
     array, origin = _points(points), np.asarray(reference_point, dtype=np.float64)
     if origin.shape != (array.shape[1],) or not np.isfinite(origin).all():
-        raise ValueError(f"reference_point must be {array.shape[1]} finite values, got {origin.tolist()}")
+        raise ValueError(f"reference_point: expected {array.shape[1]} finite values; got {origin.tolist()}")
     moocore = _moocore()
     above = array[(array > origin).all(1)]
     if len(above) == 0:
@@ -146,16 +146,16 @@ def _thresholds(problem: TabularProblem, grid: Mapping[int, Sequence[float]] | n
         axes = {**{k: [bound] for k, bound in problem.thresholds.items()}, **grid}
         for k, bounds in axes.items():
             if not 0 <= k < objectives:
-                raise ValueError(f"grid must be for objectives 0..{objectives - 1}, got one for {k}")
+                raise ValueError(f"grid: expected objectives 0..{objectives - 1}; got one for {k}")
             if np.ndim(bounds) != 1 or len(bounds) == 0:
-                raise ValueError(f"grid must list the thresholds of objective {k}, got {bounds!r}")
+                raise ValueError(f"grid: expected a list of thresholds for objective {k}; got {bounds!r}")
         product = list(itertools.product(*axes.values()))
         threshold = np.full((len(product), objectives), np.nan)
         threshold[:, list(axes)] = product
     else:
         threshold = np.array(grid, dtype=np.float64)
         if threshold.ndim != 2 or threshold.shape[1] != objectives or len(threshold) == 0:
-            raise ValueError(f"grid must have shape (any, {objectives}), got {threshold.shape}")
+            raise ValueError(f"grid: expected shape (any, {objectives}); got {threshold.shape}")
     for row in threshold:
         problem.with_thresholds(_bounds(row))  # raises on what is out of range before anything is solved
     return threshold
@@ -198,7 +198,7 @@ def pareto_front(
     else:
         origin = np.array(reference_point, dtype=np.float64)
         if origin.shape != (objectives,) or not np.isfinite(origin).all():
-            raise ValueError(f"reference_point must be {objectives} finite values, got {origin.tolist()}")
+            raise ValueError(f"reference_point: expected {objectives} finite values; got {origin.tolist()}")
     multiplier, value = np.full((count, objectives), np.nan), np.full((count, objectives), np.nan)
     kl, primal, best_value = np.full(count, np.nan), np.full(count, np.nan), np.full(count, np.nan)
     feasible = np.zeros(count, dtype=np.bool_)
@@ -499,5 +499,5 @@ class _Programme:
         policy = np.zeros_like(problem.reference)
         policy[self.prompt, self.response] = np.maximum(cells, 0.0)
         policy /= policy.sum(1, keepdims=True)
-        value = np.einsum("kxy,xy->kx", problem.win_rate, policy) @ problem.prompt_weight
+        value = problem.value(policy)
         return weight / weight.sum(), value, policy

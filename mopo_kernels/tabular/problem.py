@@ -18,9 +18,9 @@ def _array(name: str, value: npt.ArrayLike, shape: tuple[int | None, ...]) -> Ar
     array = np.array(value, dtype=np.float64)
     if array.ndim != len(shape) or any(want not in (None, have) for want, have in zip(shape, array.shape, strict=True)):
         expected = "(" + ", ".join("any" if size is None else str(size) for size in shape) + ")"
-        raise ValueError(f"{name} must have shape {expected}, got {array.shape}")
+        raise ValueError(f"{name}: expected shape {expected}; got {array.shape}")
     if array.size == 0:
-        raise ValueError(f"{name} must not be empty, got shape {array.shape}")
+        raise ValueError(f"{name}: expected at least one entry; got shape {array.shape}")
     return array
 
 
@@ -28,11 +28,11 @@ def _distribution(name: str, value: npt.ArrayLike, shape: tuple[int | None, ...]
     """``value`` as an array of probabilities whose last axis sums to one exactly as far as rounding allows."""
     array = _array(name, value, shape)
     if not (np.isfinite(array).all() and (array >= 0).all()):
-        raise ValueError(f"{name} must hold finite probabilities >= 0, got {array[~(array >= 0)][:1]}")
+        raise ValueError(f"{name}: expected finite probabilities >= 0; got {array[~(array >= 0)][:1]}")
     total = array.sum(-1, keepdims=True)
     if (np.abs(total - 1) > 1e-5).any():
         worst = float(total.flat[np.argmax(np.abs(total - 1))])
-        raise ValueError(f"{name} must sum to 1 over its last axis, got a sum of {worst}")
+        raise ValueError(f"{name}: expected probabilities that sum to 1 over the last axis; got a sum of {worst}")
     return array / total
 
 
@@ -75,7 +75,7 @@ class TabularProblem:
         win_rate: npt.ArrayLike | None = None,
     ) -> None:
         if reference is None:
-            raise ValueError("reference must be given, as an (X, Y) array of probabilities, got None")
+            raise ValueError("reference: expected an (X, Y) array of probabilities; got None")
         self.reference: Array = _distribution("reference", reference, (None, None))
         prompts, responses = self.reference.shape
         self.support: BoolArray = self.reference > 0
@@ -93,29 +93,31 @@ class TabularProblem:
                 for name, value in (("preference", preference), ("behaviour", behaviour), ("win_rate", win_rate))
                 if value is not None
             ]
-            raise ValueError(f"either preference and behaviour, or win_rate alone, must be given, got {given}")
+            raise ValueError(f"preference, behaviour, win_rate: expected the first two, or win_rate alone; got {given}")
         rate[:, ~self.support] = 0.0
-        if not ((rate >= 0) & (rate <= 1)).all():
-            raise ValueError(
-                f"win_rate must lie in [0, 1] where reference > 0, got {rate[~((rate >= 0) & (rate <= 1))][0]}"
-            )
+        within = (rate >= 0) & (rate <= 1)
+        if not within.all():
+            raise ValueError(f"win_rate: expected a number in [0, 1] where reference > 0; got {rate[~within][0]}")
         self.win_rate: Array = rate
         if tau is None or not (np.isfinite(tau) and tau > 0):
-            raise ValueError(f"tau must be a finite number > 0, got {tau}")
+            raise ValueError(f"tau: expected a finite number > 0; got {tau}")
         self.tau = float(tau)
         objectives = rate.shape[0]
         if not 0 <= primary < objectives:
-            raise ValueError(f"primary must be an objective index in 0..{objectives - 1}, got {primary}")
+            raise ValueError(f"primary: expected an objective index in 0..{objectives - 1}; got {primary}")
         self.primary = int(primary)
         self.thresholds = _thresholds(thresholds or {}, objectives, self.primary)
         if prompt_weight is None:
             prompt_weight = np.ones(prompts)
         weight = _array("prompt_weight", prompt_weight, (prompts,))
         if not (np.isfinite(weight).all() and (weight >= 0).all() and weight.sum() > 0):
-            raise ValueError("prompt_weight must be finite, >= 0 and not all zero")
+            wrong = weight[~(np.isfinite(weight) & (weight >= 0))]
+            raise ValueError(
+                f"prompt_weight: expected finite weights >= 0, not all zero; got {wrong[0] if wrong.size else 'zeros'}"
+            )
         self.prompt_weight: Array = weight / weight.sum()
         if not (np.isfinite(robustness) and robustness >= 0):
-            raise ValueError(f"robustness must be a finite radius >= 0 in nats, got {robustness}")
+            raise ValueError(f"robustness: expected a finite radius >= 0 in nats; got {robustness}")
         self.robustness = float(robustness)
 
     def with_thresholds(self, thresholds: Mapping[int, float]) -> TabularProblem:
@@ -128,17 +130,21 @@ class TabularProblem:
         changed.thresholds = _thresholds(thresholds, len(self.win_rate), self.primary)
         return changed
 
+    def value(self, policy: Array) -> Array:
+        """(K,) win rates of a policy (X, Y)."""
+        return np.asarray(np.einsum("kxy,xy->kx", self.win_rate, policy) @ self.prompt_weight, dtype=np.float64)
+
 
 def _thresholds(thresholds: Mapping[int, float], objectives: int, primary: int) -> dict[int, float]:
     """``thresholds`` checked and in the order of the objectives."""
     checked = {}
     for index, bound in sorted(thresholds.items()):
         if not 0 <= index < objectives:
-            raise ValueError(f"thresholds must be for objectives 0..{objectives - 1}, got one for {index}")
+            raise ValueError(f"thresholds: expected objectives 0..{objectives - 1}; got one for {index}")
         if index == primary:
-            raise ValueError(f"thresholds must not include the primary objective {primary}, got {bound} for it")
+            raise ValueError(f"thresholds: expected none for the primary objective {primary}; got {bound} for it")
         if not 0 <= bound <= 1:
-            raise ValueError(f"thresholds must lie in [0, 1], got {bound} for objective {index}")
+            raise ValueError(f"thresholds: expected a number in [0, 1]; got {bound} for objective {index}")
         checked[int(index)] = float(bound)
     return checked
 
@@ -151,12 +157,12 @@ def _win_rate(preference: Array, behaviour: Array, support: BoolArray) -> Array:
     preference[:, ~needed] = 0.0
     if not ((preference >= 0) & (preference <= 1)).all():
         bad = preference[~((preference >= 0) & (preference <= 1))][0]
-        raise ValueError(f"preference must lie in [0, 1], got {bad}")
+        raise ValueError(f"preference: expected a number in [0, 1]; got {bad}")
     defect = np.where(paired, np.abs(preference + preference.swapaxes(2, 3) - 1), 0.0)
     if (defect > 1e-5).any():
         k, x, y, z = (int(i) for i in np.unravel_index(np.argmax(defect), defect.shape))
         raise ValueError(
-            "preference[k, x, y, z] + preference[k, x, z, y] must be 1, "
+            "preference: expected [k, x, y, z] and [k, x, z, y] to sum to 1; "
             f"got {preference[k, x, y, z] + preference[k, x, z, y]} at [{k}, {x}, {y}, {z}]"
         )
     return np.clip(np.einsum("kxyz,xz->kxy", preference, behaviour), 0.0, 1.0)

@@ -58,7 +58,7 @@ def robust_value(ratio: Array, score: Array, weight: Array, radius: float) -> tu
 
 def constraint_values(problem: TabularProblem, policy: Array) -> tuple[Array, Array, list[Array]]:
     """(K,) win rates, (K,) values the thresholds apply to, and the worst density ratio (X, Y) per threshold."""
-    value = np.einsum("kxy,xy->kx", problem.win_rate, policy) @ problem.prompt_weight
+    value = problem.value(policy)
     constraint_value, tilts = value.copy(), []
     if problem.robustness > 0:
         weight = problem.prompt_weight[:, None] * problem.reference

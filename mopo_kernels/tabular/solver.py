@@ -216,13 +216,13 @@ def solve(problem: TabularProblem, tolerance: float = 1e-10, *, start: Array | N
         ArithmeticError: a robust problem could not be solved to ``tolerance``.
     """
     if not tolerance > 0:
-        raise ValueError(f"tolerance must be > 0, got {tolerance}")
+        raise ValueError(f"tolerance: expected a number > 0; got {tolerance}")
     constrained = np.array(list(problem.thresholds), dtype=np.int64)
     bounds = np.array(list(problem.thresholds.values()))
     if start is not None:
         start = np.array(start, dtype=np.float64)
         if start.shape != (len(problem.win_rate),) or not np.isfinite(start).all():
-            raise ValueError(f"start must be {len(problem.win_rate)} finite values, got {start.tolist()}")
+            raise ValueError(f"start: expected {len(problem.win_rate)} finite values; got {start.tolist()}")
         start = np.maximum(start[constrained], 0.0)
     search = _search(problem, bounds, tolerance, start)
     if not search.feasible:
@@ -265,11 +265,11 @@ def capped_multipliers(problem: TabularProblem, maximum: float, tolerance: float
         Multipliers (K,) with 1 for the primary, the win rates (K,) of the policy they define, and the residual.
     """
     if problem.robustness > 0:
-        raise ValueError(f"problem must have robustness 0, got {problem.robustness}")
+        raise ValueError(f"problem: expected robustness 0; got {problem.robustness}")
     constrained = np.array(list(problem.thresholds), dtype=np.int64)
     dual = Dual(problem, problem.win_rate[constrained], np.array(list(problem.thresholds.values())))
     found, residual, _ = minimise(dual, problem.tau, tolerance, np.zeros(len(constrained)), maximum)
-    value = np.einsum("kxy,xy->kx", problem.win_rate, dual.policy(found, problem.tau)[0]) @ problem.prompt_weight
+    value = problem.value(dual.policy(found, problem.tau)[0])
     multiplier = np.zeros(len(value))
     multiplier[problem.primary] = 1.0
     multiplier[constrained] = found

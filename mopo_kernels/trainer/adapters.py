@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from mopo_kernels.fused.vocab_parallel import full_tensor
-from mopo_kernels.trainer.head import is_peft
+from mopo_kernels.trainer.lm_head import is_peft
 
 # What a LoRA adapter can be more than its two factors.
 _MORE = ("use_dora", "modules_to_save", "trainable_token_indices", "target_parameters", "lora_bias")

@@ -26,7 +26,7 @@ from mopo_kernels.data.schema import judged_text
 from mopo_kernels.dual import DualAscent
 from mopo_kernels.evaluation import Judge, Prompt, judge_responses
 from mopo_kernels.trainer.config import AUTO, MOPOConfig
-from mopo_kernels.trainer.statistics import satisfaction_moments
+from mopo_kernels.trainer.metrics import satisfaction_moments
 
 # The most of a Newton step that is taken in any of so many parts of a run, however little noise there is: the policy
 # answers with a delay, and first of all is on its way from the reference.

@@ -18,7 +18,7 @@ from accelerate.utils import (  # type: ignore[import-untyped]
 )
 from torch import nn
 
-from mopo_kernels.trainer.head import causal_lm
+from mopo_kernels.trainer.lm_head import causal_lm
 
 Initialize = TypeVar("Initialize", bound=Callable[..., None])
 

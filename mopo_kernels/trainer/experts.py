@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from mopo_kernels.trainer.head import causal_lm
+from mopo_kernels.trainer.lm_head import causal_lm
 from mopo_kernels.trainer.noise import configurations
 
 logger = logging.getLogger(__name__)

@@ -20,17 +20,17 @@ from mopo_kernels import naive
 from mopo_kernels.arguments import HeadOptions, LossOptions
 from mopo_kernels.functional import MOPOLossOutput, linear_mopo_loss, linear_sequence_logprob
 from mopo_kernels.naive import MAX_LOG_IMPORTANCE
+from mopo_kernels.trainer.batch_layout import Layout, OnHost, PaddedRows, Scored, take_layout
 from mopo_kernels.trainer.experts import LoadBalancing
-from mopo_kernels.trainer.head import output_head
-from mopo_kernels.trainer.layout import Layout, OnHost, PaddedRows, Scored, take_layout
-from mopo_kernels.trainer.reference_model import ReferenceModel
-from mopo_kernels.trainer.statistics import (
+from mopo_kernels.trainer.lm_head import output_head
+from mopo_kernels.trainer.metrics import (
     Statistics,
     double,
     importance_sums,
     preferred_sums,
     satisfaction_moments,
 )
+from mopo_kernels.trainer.reference_model import ReferenceModel
 from mopo_kernels.transfer import to_device
 
 

@@ -12,7 +12,7 @@ from huggingface_hub import ModelCard, ModelCardData
 
 from mopo_kernels.text import markdown
 from mopo_kernels.trainer.checkpoint import write_atomically
-from mopo_kernels.trainer.head import causal_lm, is_peft
+from mopo_kernels.trainer.lm_head import causal_lm, is_peft
 
 if TYPE_CHECKING:
     from mopo_kernels.trainer.trainer import MOPOTrainer

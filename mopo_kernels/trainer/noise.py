@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 
-from mopo_kernels.trainer.head import causal_lm, product_step
+from mopo_kernels.trainer.lm_head import causal_lm, product_step
 
 # Dropout of units, layers, paths and attention, and the noise of a router: attention_dropout, resid_pdrop, layerdrop,
 # router_jitter_noise, ...

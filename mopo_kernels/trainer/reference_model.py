@@ -19,7 +19,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from mopo_kernels.fused.vocab_parallel import full_tensor
 from mopo_kernels.trainer.adapters import adapter_settings, adapters_add_nothing, check_adapters_act
-from mopo_kernels.trainer.head import is_peft
+from mopo_kernels.trainer.lm_head import is_peft
 
 # Numbers that are hashed, or copied to the host for it, at a time.
 _HASHED_AT_ONCE = 1 << 22

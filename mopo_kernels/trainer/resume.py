@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from mopo_kernels.data import PreferenceData
 from mopo_kernels.data.tokenized import content_digest
 from mopo_kernels.trainer.config import MOPOConfig
-from mopo_kernels.trainer.head import is_peft
+from mopo_kernels.trainer.lm_head import is_peft
 
 # How the prompts of a step are laid out.
 _LAYOUT = ("per_device_train_batch_size", "gradient_accumulation_steps", "processes")

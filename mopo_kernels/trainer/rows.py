@@ -14,7 +14,7 @@ from mopo_kernels.data import DataError, PreferenceCollator, PreferenceData
 from mopo_kernels.mappings import parse_json
 from mopo_kernels.text import one_line
 from mopo_kernels.trainer.config import BEST_METRIC, MOPOConfig
-from mopo_kernels.trainer.head import causal_lm
+from mopo_kernels.trainer.lm_head import causal_lm
 
 if TYPE_CHECKING:
     from datasets import Dataset

@@ -35,9 +35,10 @@ from mopo_kernels.mappings import parse_mapping
 from mopo_kernels.tabular import nondominated
 from mopo_kernels.trainer.checkpoint import last_complete_checkpoint, sole_run, write_atomically
 from mopo_kernels.trainer.config import MOPOConfig
-from mopo_kernels.trainer.head import is_peft
+from mopo_kernels.trainer.lm_head import is_peft
 from mopo_kernels.trainer.reference_model import copy_parameters, fingerprint, trained_parameters
-from mopo_kernels.trainer.trainer import MOPOTrainer, as_preference_data, peak_memory_mib
+from mopo_kernels.trainer.setup import as_preference_data
+from mopo_kernels.trainer.trainer import MOPOTrainer, peak_memory_mib
 
 UNCONSTRAINED = "no_thresholds"
 # What file systems allow.

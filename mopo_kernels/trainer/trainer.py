@@ -33,12 +33,12 @@ from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, TrainOutput
 
 from mopo_kernels.arguments import HeadOptions, LossOptions
-from mopo_kernels.data import DataError, PreferenceData, load_preferences, win_rates
+from mopo_kernels.data import PreferenceData
 from mopo_kernels.data.dataset import prompt_key
-from mopo_kernels.dual import DualAscent, LabelSolution, ThresholdError, Unmet, solve_labels
+from mopo_kernels.dual import DualAscent, LabelSolution, ThresholdError, UnmetThreshold
 from mopo_kernels.evaluation import Judge, sample_responses
 from mopo_kernels.trainer.adapters import StackedAdapters, adapters_add_nothing, turn_off_adapter_dropout
-from mopo_kernels.trainer.attention import check_padded_rows, share_prompts
+from mopo_kernels.trainer.batch_layout import forward_arguments, scored_lengths
 from mopo_kernels.trainer.checkpoint import (
     MANIFEST_FILE,
     STATE_FILE,
@@ -73,12 +73,12 @@ from mopo_kernels.trainer.finite import (
     weights,
 )
 from mopo_kernels.trainer.forward import PolicyForward, attach
-from mopo_kernels.trainer.head import causal_lm, check_model, find_transform, is_peft
 from mopo_kernels.trainer.interrupts import Interrupts, signal_name
-from mopo_kernels.trainer.layout import forward_arguments, scored_lengths
+from mopo_kernels.trainer.lm_head import check_model, find_transform, is_peft
+from mopo_kernels.trainer.metrics import RunningMean, Statistics
 from mopo_kernels.trainer.model_card import model_card
 from mopo_kernels.trainer.noise import NoiseOff, check_noise_off, use_training_kernels
-from mopo_kernels.trainer.precompute import SUFFIX, reference_logprobs
+from mopo_kernels.trainer.reference_cache import SUFFIX, reference_logprobs
 from mopo_kernels.trainer.reference_model import (
     ReferenceModel,
     check_adapters_cover_training,
@@ -98,7 +98,22 @@ from mopo_kernels.trainer.resume import (
 )
 from mopo_kernels.trainer.rows import check_labels, make_collator, prepare_rows
 from mopo_kernels.trainer.sampler import TokenBudgetLoader, TokenBudgetSampler
-from mopo_kernels.trainer.statistics import RunningMean, Statistics
+from mopo_kernels.trainer.setup import (
+    as_preference_data,
+    check_best_metric,
+    check_judges,
+    check_margins,
+    init_multipliers,
+    label_rates,
+    precomputes,
+    resolve_objectives,
+    shares_prompts,
+    solve_dual,
+    warn_of_missing_labels,
+    warn_of_moving_positions,
+    without_reference,
+)
+from mopo_kernels.trainer.shared_prompts import check_padded_rows, share_prompts
 from mopo_kernels.transfer import to_device
 
 logger = logging.getLogger(__name__)
@@ -286,16 +301,16 @@ class MOPOTrainer(Trainer):
             eval_dataset = {name: as_preference_data(part, "eval_dataset") for name, part in eval_dataset.items()}
         elif eval_dataset is not None:
             eval_dataset = as_preference_data(eval_dataset, "eval_dataset")
-        _check_best_metric(args, eval_dataset)
-        _check_margins(args, train_dataset, "train_dataset")
+        check_best_metric(args, eval_dataset)
+        check_margins(args, train_dataset, "train_dataset")
         for part in eval_dataset.values() if isinstance(eval_dataset, dict) else (eval_dataset,):
-            _check_margins(args, part, "eval_dataset")
+            check_margins(args, part, "eval_dataset")
         self.objectives, self.primary = resolve_objectives(args, train_dataset, eval_dataset)
         if data_collator is None:
             if processing_class is None:
                 raise ValueError("processing_class: expected the tokenizer; got None")
             data_collator = make_collator(
-                args, processing_class, self.objectives, shared_prompts=_shares_prompts(model, args)
+                args, processing_class, self.objectives, shared_prompts=shares_prompts(model, args)
             )
         elif getattr(data_collator, "shared_prompts", False) and (
             reason := share_prompts(model, data_collator.max_length)
@@ -304,7 +319,7 @@ class MOPOTrainer(Trainer):
         if not getattr(data_collator, "shared_prompts", False):
             check_padded_rows(model)
         if args.process_index == 0:
-            _warn_of_moving_positions(model, getattr(data_collator, "max_length", args.max_length))
+            warn_of_moving_positions(model, getattr(data_collator, "max_length", args.max_length))
         self._noise: NoiseOff | None = None
         if args.disable_dropout:
             self._noise = NoiseOff(model)
@@ -320,7 +335,7 @@ class MOPOTrainer(Trainer):
         self._expert_load: Tensor | None = None
 
         self.label_solution: LabelSolution | None
-        self._initial_multiplier, self.label_solution = starting_multipliers(
+        self._initial_multiplier, self.label_solution = init_multipliers(
             args, self.objectives, self.primary, train_dataset
         )
         self.dual = self._new_dual(args)
@@ -368,7 +383,7 @@ class MOPOTrainer(Trainer):
             )
         if judges is not None and (self.is_fsdp_enabled or self.is_deepspeed_enabled or self.get_tp_size() > 1):
             raise ValueError("judges: expected None under FSDP, DeepSpeed and tensor parallelism, which do not sample")
-        _warn_of_missing_labels(args, self.objectives, self.primary, train_dataset)
+        warn_of_missing_labels(args, self.objectives, self.primary, train_dataset)
         self.reference = ReferenceModel(
             dtype=torch.bfloat16 if args.reference_dtype == "bfloat16" else None,
             offload=args.reference_offload,
@@ -376,7 +391,7 @@ class MOPOTrainer(Trainer):
         )
         if keep_copy:
             self.reference.keep_first(model)
-        self._label_rate = _label_rates(args, self.objectives, train_dataset)
+        self._label_rate = label_rates(args, self.objectives, train_dataset)
         attach(
             model,
             PolicyForward(
@@ -401,7 +416,7 @@ class MOPOTrainer(Trainer):
         self._interrupts = Interrupts()
         self._train_data: str | None = None
         self._run: str | None = None
-        self._unmet: list[Unmet] = []
+        self._unmet: list[UnmetThreshold] = []
         self._warned: set[str] = set()
         self._eval_sums: Tensor | None = None
         self._steps_an_epoch = 1
@@ -465,7 +480,7 @@ class MOPOTrainer(Trainer):
                 )
             return data
         if judges is not None:
-            _check_judges(args, judges, self.objectives)
+            check_judges(args, judges, self.objectives)
             if context := self.dual_dataset.template_columns:
                 raise ValueError(
                     f"judges: expected dual data without {context[0]}, which judges are not shown; got some"
@@ -667,7 +682,7 @@ class MOPOTrainer(Trainer):
             self.given_dataset = self.train_dataset
         parts = self._given_parts(self.eval_dataset)
         evaluates_dual = self.eval_dataset is self.dual_dataset
-        lacking = {name: indices for name, part in parts.items() if (indices := _without_reference(part))}
+        lacking = {name: indices for name, part in parts.items() if (indices := without_reference(part))}
         if not lacking:
             return
         if self.reference.initial is None and not self.reference.without_adapters:
@@ -896,7 +911,7 @@ class MOPOTrainer(Trainer):
         """Before they are saved."""
         bad = any_not_finite(weights(self.model))
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
-            bad = self._over_ranks(bad.to(self.args.device))
+            bad = self._all_reduce(bad.to(self.args.device))
         if bad > 0:
             raise FloatingPointError(self._not_finite(f"the weights{first_not_finite(self.model)}", []))
 
@@ -914,7 +929,7 @@ class MOPOTrainer(Trainer):
                 total += (batch["labels"][:, 1:] != -100).any(dim=1).sum().cpu()
             else:
                 total += batch["pair_weight"].to("cpu", torch.float64).sum()
-        return self._over_ranks(to_device(total, _fp64_device(device)))
+        return self._all_reduce(to_device(total, _fp64_device(device)))
 
     def _count_experts(self, batch_samples: list[Any]) -> Tensor | None:
         """How often the step chooses each expert; None where its loss has none, or a single batch that counts its
@@ -928,9 +943,9 @@ class MOPOTrainer(Trainer):
                 inputs = self._prepare_inputs(batch)
                 with self.compute_loss_context_manager():
                     total += self.model(**inputs, expert_load_only=True)["expert_load"].to(total)
-        return self._over_ranks(total)
+        return self._all_reduce(total)
 
-    def _over_ranks(self, sums: Tensor) -> Tensor:
+    def _all_reduce(self, sums: Tensor) -> Tensor:
         """The sum over ranks that have a batch of their own; every rank must call it."""
         if self.accelerator.num_processes == 1:
             return sums
@@ -986,7 +1001,7 @@ class MOPOTrainer(Trainer):
         flags = self._step_sums.new_tensor([float(self._interrupts.signal is not None), 0.0, 0.0])
         flags[1] = self._bad_gradient
         flags[2] = any_not_finite(weights(self.model))
-        sums = self._over_ranks(torch.cat([self._step_sums, flags])).cpu()
+        sums = self._all_reduce(torch.cat([self._step_sums, flags])).cpu()
         self._step_sums = torch.zeros_like(self._step_sums)
         sums, (interrupted, bad_gradient, bad_weights) = sums[:-3], (sums[-3:] > 0).tolist()
         if bad_gradient or bad_weights or not torch.isfinite(sums).all():
@@ -1141,7 +1156,7 @@ class MOPOTrainer(Trainer):
         """Sums over the whole data set replace the mean of batch means."""
         self._eval_sums = torch.zeros(self._statistics.size, dtype=torch.float64, device=_fp64_device(self.args.device))
         output = super().evaluation_loop(*args, **kwargs)
-        sums = self._over_ranks(self._eval_sums).cpu()
+        sums = self._all_reduce(self._eval_sums).cpu()
         prefix = kwargs.get("metric_key_prefix", "eval")
         metrics = self._control_metrics(self._statistics.summary(sums))
         slacks = [metrics.get(f"slack/{name}") for name in self.dual.threshold]
@@ -1163,14 +1178,14 @@ class MOPOTrainer(Trainer):
         ignore_keys: list[str] | None = None,
     ) -> tuple[Tensor, None, None]:
         """Adds a batch to the sums; the loss returned is a sum, too."""
-        inputs = self._prepare_inputs(self._without_repeats(inputs))
+        inputs = self._prepare_inputs(self._mask_duplicate_examples(inputs))
         with torch.no_grad(), self.compute_loss_context_manager():
             outputs = model(**inputs, **self._policy_arguments(1.0))
         assert self._eval_sums is not None
         self._eval_sums += outputs["statistics"].to(self._eval_sums.device)
         return outputs["loss"].detach(), None, None
 
-    def _without_repeats(self, inputs: dict[str, Any]) -> dict[str, Any]:
+    def _mask_duplicate_examples(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """The last batch with several ranks is filled up by repeating examples: those count nothing."""
         state, sharing = self.accelerator.gradient_state, self.get_tp_size()
         if self.accelerator.num_processes == sharing or not state.end_of_dataloader or state.remainder <= 0:
@@ -1368,235 +1383,6 @@ def _left_on_cpu(loader: DataLoader[Any]) -> DataLoader[Any]:
     """``loader`` without accelerate moving its batches to a device: what is read of them would be read back."""
     loader.device = None
     return loader
-
-
-def as_preference_data(data: Any, argument: str) -> PreferenceData:
-    """``PreferenceData`` from itself, or from rows that ``load_preferences`` takes: TRL's columns too.
-
-    Raises:
-        ValueError: something else, or a stream; DataError: a bad row.
-    """
-    if isinstance(data, PreferenceData):
-        return data
-    expected = f"{argument}: expected PreferenceData, a datasets.Dataset, a pandas frame, or a sequence of rows"
-    if isinstance(data, (str, bytes, os.PathLike)):
-        raise ValueError(f"{expected}; got {type(data).__name__} (load_preferences reads files)")
-    try:
-        return load_preferences(data)
-    except TypeError as error:
-        raise ValueError(f"{expected}; got {type(data).__name__}") from error
-    except DataError:
-        raise
-    except ValueError as error:
-        raise ValueError(f"{argument}: {error}") from error
-
-
-def resolve_objectives(args: MOPOConfig, train: PreferenceData | None, evaluation: Any) -> tuple[tuple[str, ...], str]:
-    """Names of the objectives, in order, and the primary."""
-    data = train
-    if data is None:
-        data = next(iter(evaluation.values())) if isinstance(evaluation, dict) and evaluation else evaluation
-    known: tuple[str, ...] = () if data is None else data.objectives
-    objectives = known if args.objectives is None else tuple(args.objectives)
-    if not objectives:
-        raise ValueError("objectives: expected their names, as there is no data set to take them from; got None")
-    if known and (unknown := [name for name in objectives if name not in known]):
-        raise ValueError(f"objectives: expected names among the data's {', '.join(known)}; got {', '.join(unknown)}")
-    if hidden := [name for name in objectives if not name.isprintable()]:
-        raise ValueError(f"objectives: expected names of printable characters; got {hidden[0]!r}")
-    primary = objectives[0] if args.primary is None else args.primary
-    if primary not in objectives:
-        raise ValueError(f"primary: expected one of {', '.join(objectives)}; got {primary!r}")
-    for argument in ("thresholds", "fixed_multipliers", "initial_multiplier", "label_rate"):
-        value = getattr(args, argument)
-        for name in value if isinstance(value, Mapping) else ():
-            if name not in objectives:
-                raise ValueError(f"{argument}: expected objectives among {', '.join(objectives)}; got {name!r}")
-    if primary in (args.fixed_multipliers or ()):
-        raise ValueError(
-            f"fixed_multipliers: expected none for the primary objective, whose weight is 1; got {primary!r}"
-        )
-    return objectives, primary
-
-
-def _check_margins(args: MOPOConfig, data: PreferenceData | None, argument: str) -> None:
-    if data is not None and args.loss_type != "sigmoid" and data.has_margins:
-        raise ValueError(
-            f"{argument}: expected pairs without a margin, which only loss_type 'sigmoid' takes; got some with one and "
-            f"loss_type {args.loss_type!r}"
-        )
-
-
-def _check_best_metric(args: MOPOConfig, evaluation: Any) -> None:
-    """Of several data sets every metric has the name of its own, but for the one that all have together."""
-    metric = (args.metric_for_best_model or BEST_METRIC).removeprefix("eval_")
-    if not isinstance(evaluation, dict) or metric == BEST_METRIC:
-        return
-    if not any(metric.startswith(f"{name}_") for name in evaluation):
-        raise ValueError(
-            f"metric_for_best_model: expected {BEST_METRIC} or a metric of one of the evaluation sets, as "
-            f"{next(iter(evaluation), 'name')}_{metric}; got {args.metric_for_best_model!r}"
-        )
-
-
-def _check_judges(args: MOPOConfig, judges: Mapping[str, Judge], objectives: Sequence[str]) -> None:
-    assert isinstance(args.thresholds, dict)
-    if unknown := [name for name in judges if name not in objectives]:
-        raise ValueError(f"judges: expected objectives among {', '.join(objectives)}; got {', '.join(unknown)}")
-    if lacking := [name for name in args.thresholds if name not in judges]:
-        raise ValueError(
-            f"judges: expected one for every objective with a threshold; got none for {', '.join(lacking)}"
-        )
-    if args.estimator == "pair":
-        raise ValueError(
-            "estimator: expected snis or closed_form with judges, who measure win rates, as the multipliers start on "
-            "the estimator's scale; got pair"
-        )
-
-
-def _without_reference(data: PreferenceData) -> list[int]:
-    """Which examples have no log-probabilities under the reference."""
-    if "ref_logprob" not in data.dataset.column_names:
-        return list(range(len(data)))
-    return [index for index, value in enumerate(data.dataset["ref_logprob"]) if value is None]
-
-
-def starting_multipliers(
-    args: MOPOConfig, objectives: Sequence[str], primary: str, data: PreferenceData | None
-) -> tuple[dict[str, float], LabelSolution | None]:
-    """By constrained objective, and the solution on the labels that they come from, if they do.
-
-    Raises:
-        ThresholdError: the thresholds cannot be met on the labels and ``on_infeasible="error"``.
-    """
-    assert isinstance(args.thresholds, dict)
-    if isinstance(args.initial_multiplier, dict):
-        return args.initial_multiplier, None
-    if args.initial_multiplier == "zero" or not args.thresholds or data is None:
-        return {}, None
-    solution = solve_dual(args, objectives, primary, data)
-    if solution.message:
-        message = f"on the training labels (estimator {args.estimator}, dual_max {args.dual_max:g}): {solution.message}"
-        # A search that has not converged proves nothing: training starts from where it ended, and finds out.
-        if not solution.feasible and solution.converged and args.on_infeasible == "error":
-            raise ThresholdError(solution.unmet, message)
-        logger.warning(message)
-    return solution.multiplier, solution
-
-
-def solve_dual(args: MOPOConfig, objectives: Sequence[str], primary: str, data: PreferenceData) -> LabelSolution:
-    """The dual's solution on the labels of ``data``."""
-    assert isinstance(args.thresholds, dict)
-    rates = win_rates(data, objectives)
-    examples = list(data)
-    pairs = [(x, pair) for x, example in enumerate(examples) for pair in example.pairs]
-    nan = float("nan")
-    labels = [
-        [nan if (value := pair.preference.get(name)) is None else value for name in objectives] for _, pair in pairs
-    ]
-    return solve_labels(
-        rates.win_rate,
-        rates.reference,
-        objectives,
-        primary,
-        args.thresholds,
-        args.tau,
-        estimator=args.estimator,
-        maximum=args.dual_max,
-        prompt_weight=rates.prompt_weight,
-        prompt=[x for x, _ in pairs],
-        i=[pair.i for _, pair in pairs],
-        j=[pair.j for _, pair in pairs],
-        preference=labels,
-        weight=[examples[x].weight for x, _ in pairs],
-    )
-
-
-def precomputes(args: MOPOConfig, is_adapter: bool, examples: int, step: int) -> bool:
-    """Whether the first reference's log-probabilities are computed before training, on so many examples, ``step`` of
-    them an optimiser step."""
-    if args.reference != "auto":
-        return args.reference == "precomputed"
-    if not is_adapter:
-        return True
-    planned = args.num_train_epochs * examples
-    if args.max_steps > 0:
-        planned = args.max_steps * step
-    return planned >= examples
-
-
-def _coverage(data: PreferenceData, objectives: Sequence[str]) -> dict[str, float]:
-    """The share of all pairs that carry a label, by objective."""
-    labels = [pair["preference"] for row in data.dataset.select_columns(["pairs"]) for pair in row["pairs"]]
-    return {name: sum(label[name] is not None for label in labels) / len(labels) for name in objectives}
-
-
-def _label_rates(args: MOPOConfig, objectives: Sequence[str], data: PreferenceData | None) -> list[float] | None:
-    """The share of labelled pairs per objective, in their order, or None."""
-    if args.label_rate is None:
-        return None
-    if isinstance(args.label_rate, dict):
-        return [args.label_rate.get(name, 1.0) for name in objectives]
-    if data is None:
-        raise ValueError("label_rate: expected numbers when there is no train_dataset to measure; got 'auto'")
-    coverage = _coverage(data, objectives)
-    if empty := [name for name in objectives if not coverage[name]]:
-        raise ValueError(f"label_rate: expected every objective to be labelled somewhere; got none for {empty}")
-    return list(coverage.values())
-
-
-def _warn_of_missing_labels(
-    args: MOPOConfig, objectives: Sequence[str], primary: str, data: PreferenceData | None
-) -> None:
-    """A missing label acts on the policy as a tie does, which is no wish of anyone's."""
-    if data is None or args.label_rate is not None or args.loss_type != "regression" or args.process_index != 0:
-        return
-    assert isinstance(args.thresholds, dict)
-    assert isinstance(args.fixed_multipliers, dict)
-    acting = [name for name in objectives if name in (primary, *args.thresholds, *args.fixed_multipliers)]
-    if missing := {name: share for name, share in _coverage(data, acting).items() if share < 1}:
-        logger.warning(
-            "labels are missing (pairs that have one: %s): regression draws the margin of a pair without a label to 0, "
-            "as for a tie; label_rate=auto weights the labels there are instead",
-            ", ".join(f"{name} {share:.1%}" for name, share in missing.items()),
-        )
-
-
-def _shares_prompts(model: nn.Module, args: MOPOConfig) -> bool:
-    """Whether a prompt is computed once for its responses; ``model``'s attention is set to it.
-
-    Raises:
-        ValueError: it is to be, and the model cannot.
-    """
-    if args.shared_prompts == "never":
-        return False
-    reason = share_prompts(model, args.max_length)
-    if reason is None:
-        return True
-    name = type(causal_lm(model)).__name__
-    if args.shared_prompts == "always":
-        raise ValueError(f"shared_prompts: expected a model that can compute a prompt once; {name} cannot: {reason}")
-    if args.process_index == 0:
-        logger.warning("prompts are computed anew for each response, as %s cannot share them: %s", name, reason)
-    return False
-
-
-def _warn_of_moving_positions(model: nn.Module, max_length: int | None) -> None:
-    """Rotary positions that are scaled by a batch's longest row make a log-probability depend on the other rows."""
-    config = causal_lm(model).config.get_text_config()
-    settings = getattr(config, "rope_parameters", None) or {}
-    for part in [settings] if "rope_type" in settings else settings.values():
-        if not isinstance(part, Mapping) or part.get("rope_type") not in ("longrope", "dynamic"):
-            continue
-        limit = part.get("original_max_position_embeddings") or config.max_position_embeddings
-        if max_length is None or max_length >= limit:
-            logger.warning(
-                "%s positions depend on the longest row of a batch from %d tokens on: log-probabilities of policy and "
-                "reference may differ (max_length is %s)",
-                part["rope_type"],
-                limit,
-                max_length,
-            )
 
 
 def _fp64_device(device: torch.device) -> torch.device:

@@ -24,7 +24,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from mopo_kernels.data import PreferenceCollator
 from mopo_kernels.data.synthetic import byte_tokenizer, random_preferences
 from mopo_kernels.trainer import MOPOConfig, MOPOTrainer
-from mopo_kernels.trainer.layout import take_layout
+from mopo_kernels.trainer.batch_layout import take_layout
 from mopo_kernels.trainer.noise import configurations
 
 PAGE = Path(__file__).with_name("README.md")

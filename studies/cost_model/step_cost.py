@@ -32,7 +32,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PhiConfig, Pretraine
 from bench.provenance import ROOT, provenance
 from bench.tables import fill_marks
 from mopo_kernels.fused.buffer_plan import default_buffer_bytes
-from mopo_kernels.trainer.estimate import optimizer_bytes, tensor_bytes
+from mopo_kernels.trainer.memory_estimate import optimizer_bytes, tensor_bytes
 
 DOCUMENT = ROOT / "docs" / "scaling.md"
 RECORD = Path(__file__).with_name("measured_cpu.json")

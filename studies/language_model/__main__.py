@@ -89,14 +89,14 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
         help="that a process takes for a step, until some were timed; default on a GPU 0.08 for each process",
     )
     parser.add_argument(
-        "--choose-by", type=float, metavar="SECONDS", help="study: go on to test then; default 0.6 of it"
+        "--choose_by", type=float, metavar="SECONDS", help="study: go on to test then; default 0.6 of it"
     )
     parser.add_argument("--small", action="store_true", help="study: fewer candidates and samples, one seed")
     parser.add_argument("--epochs", type=float, help="study: of every run")
     parser.add_argument("--tau", type=float, help="study: KL weight")
-    parser.add_argument("--learning-rate", type=float, help="study: peak")
-    parser.add_argument("--prompts-per-step", type=int, metavar="N", help="of every run; default 8")
-    parser.add_argument("--lora-rank", type=int, help="study: rank of the adapters")
+    parser.add_argument("--learning_rate", type=float, help="study: peak")
+    parser.add_argument("--prompts_per_step", type=int, metavar="N", help="of every run; default 8")
+    parser.add_argument("--lora_rank", type=int, help="study: rank of the adapters")
     parser.add_argument(
         "--seeds", type=int, nargs="+", help="study: of the final table; choices are made with the first"
     )

@@ -35,7 +35,7 @@ def read_update(folder: Path, device: torch.device) -> dict[str, Tensor]:
     """
     settings = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
     if settings.get("use_rslora") or settings.get("use_dora") or settings.get("rank_pattern"):
-        raise ValueError(f"adapter must be plain LoRA, got {folder}")
+        raise ValueError(f"adapter: expected plain LoRA; got {folder}")
     tensors = load_file(folder / "adapter_model.safetensors")
     scaling = settings["lora_alpha"] / settings["r"]
     found = {}
@@ -43,7 +43,7 @@ def read_update(folder: Path, device: torch.device) -> dict[str, Tensor]:
         if name.endswith(".lora_B.weight"):
             continue
         if not name.endswith(".lora_A.weight"):
-            raise ValueError(f"adapter must be plain LoRA, got {name} in {folder}")
+            raise ValueError(f"adapter: expected plain LoRA; got {name} in {folder}")
         up = tensors[name.replace(".lora_A.", ".lora_B.")].to(device, torch.float32)
         target = name.removeprefix(_PREFIX).replace(".lora_A.weight", ".weight")
         found[target] = scaling * (up @ down.to(device, torch.float32))
@@ -133,7 +133,7 @@ class Mixture:
 
     def __init__(self, models: Sequence[Any], weights: Sequence[float]) -> None:
         if len(models) != len(weights) or not models:
-            raise ValueError(f"weights must be one a model, at least one, got {len(weights)} for {len(models)}")
+            raise ValueError(f"weights: expected one a model, at least one; got {len(weights)} for {len(models)}")
         self.models, self.weights = list(models), list(weights)
         self.config, self.device = models[0].config, models[0].device
         self.generation_config = models[0].generation_config
@@ -149,7 +149,7 @@ class Mixture:
 
     def train(self, mode: bool = True) -> Mixture:
         if mode:
-            raise ValueError("mode must be False, as a mixture is not trained, got True")
+            raise ValueError("mode: expected False, as a mixture is not trained; got True")
         return self
 
     def generate(

@@ -588,7 +588,7 @@ def write_report(results_file: Path, out: Path, explored: Path | None = None) ->
     found = tested(results)
     made = rows(found)
     if not made or made[0].method != "mopo":
-        raise ValueError(f"results must have MOPO judged on test, got none in {results_file}")
+        raise ValueError(f"results: expected MOPO judged on test; got none in {results_file}")
     plot_differences(made, out / "differences.png")
     plot_policies_tested(found, out / "policies.png")
     plot_vectors(found, results["thresholds"], out / "vectors.png")

@@ -73,11 +73,11 @@ class Device:
     def of(cls, kind: str, precision: str | None = None, threads: int = 1) -> Device:
         """The settings for ``cpu`` or ``cuda``; precision by default ``bf16`` on a CPU that multiplies it itself."""
         if kind not in PRECISIONS:
-            raise ValueError(f"device must be {' or '.join(PRECISIONS)}, got {kind!r}")
+            raise ValueError(f"device: expected {' or '.join(PRECISIONS)}; got {kind!r}")
         if precision is None:
             precision = "tf32" if kind == "cuda" else "bf16" if has_fast_bfloat16(kind) else "fp32"
         if precision not in PRECISIONS[kind]:
-            raise ValueError(f"precision on {kind} must be one of {', '.join(PRECISIONS[kind])}, got {precision!r}")
+            raise ValueError(f"precision on {kind}: expected one of {', '.join(PRECISIONS[kind])}; got {precision!r}")
         if kind == "cpu":
             return cls(precision=precision, threads=threads)
         return cls("cuda", precision, rows=600, forward=32, shared_prompts="never", threads=threads)
@@ -147,9 +147,9 @@ class Run:
 
     def __post_init__(self) -> None:
         if self.thresholds and self.multipliers:
-            raise ValueError(f"run {self.name} must have thresholds or multipliers, got both")
+            raise ValueError(f"run {self.name}: expected thresholds or multipliers; got both")
         if late := [step for step in self.checkpoints if not 0 < step < self.steps]:
-            raise ValueError(f"checkpoints of {self.name} must be before its last step {self.steps}, got {late}")
+            raise ValueError(f"checkpoints of {self.name}: expected steps before the last, {self.steps}; got {late}")
 
 
 class _KeepAdapter(TrainerCallback):

@@ -196,7 +196,7 @@ def run_jobs(
         for job in more:
             if job.name in known:
                 if known[job.name] != job:
-                    raise ValueError(f"jobs must have names of their own, got two of {job.name}")
+                    raise ValueError(f"jobs: expected names of their own; got two of {job.name}")
                 continue
             known[job.name] = job
             fresh.append(job)
@@ -306,9 +306,12 @@ def run_jobs(
         if keep is not None:
             keep()
         for worker in pool:
-            worker.dismiss()
+            if worker.job is None:
+                worker.dismiss()
+            else:
+                worker.process.kill()
         for worker in pool:
-            worker.stop(0.0 if worker.job is not None else 5.0)
+            worker.stop(5.0)
     log(f"{len(done)} done, {len(failed)} failed, {len(known) - len(done) - len(failed)} left", begun)
     return records(out, known)
 

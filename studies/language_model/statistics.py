@@ -25,7 +25,7 @@ def win_rate_by_prompt(candidate: Sequence[Sequence[float]], baseline: Sequence[
         ValueError: unequal numbers of prompts, or none.
     """
     if len(candidate) != len(baseline) or not len(candidate):
-        raise ValueError(f"scores must be of the same prompts, got {len(candidate)} and {len(baseline)}")
+        raise ValueError(f"scores: expected the same prompts; got {len(candidate)} and {len(baseline)}")
     return np.array(
         [
             (1.0 + np.sign(np.asarray(ours)[:, None] - np.asarray(theirs)[None, :]).mean()) / 2.0
@@ -68,7 +68,7 @@ def estimate(by_prompt: Array, level: float = 0.95, seed: int = 0) -> Estimate:
         ValueError: fewer than 2 prompts.
     """
     if by_prompt.ndim != 1 or len(by_prompt) < 2:
-        raise ValueError(f"by_prompt must have shape (X,), X at least 2, got {by_prompt.shape}")
+        raise ValueError(f"by_prompt: expected shape (X,), X at least 2; got {by_prompt.shape}")
     means = by_prompt[resamples(len(by_prompt), seed=seed)].mean(1)
     tail = (1 - level) / 2
     low, high = np.quantile(means, [tail, 1 - tail])

@@ -297,7 +297,7 @@ def unique(jobs: Sequence[Job]) -> list[Job]:
     by_name: dict[str, Job] = {}
     for job in jobs:
         if by_name.setdefault(job.name, job) != job:
-            raise ValueError(f"jobs must have names of their own, got two of {job.name}")
+            raise ValueError(f"jobs: expected names of their own; got two of {job.name}")
     return list(by_name.values())
 
 

@@ -106,7 +106,7 @@ def set_up(settings: Settings) -> Perform:
                 part = some_prompts(pairs(), spec["prompts"])
                 found = label_solutions(part, spec["primary"], spec["thresholds"], spec["tau"], OBJECTIVES)
                 return dict(rounded(found))
-            raise ValueError(f"job {job.name} must be of a known kind, got {job.kind!r}")
+            raise ValueError(f"job {job.name}: expected a known kind; got {job.kind!r}")
         finally:
             gc.collect()
             if settings.device.kind == "cuda":
@@ -119,7 +119,7 @@ def _ratios(out: Path, run: str) -> list[list[float]]:
     """Of every response of the data under ``run``, from the result of its job."""
     record = read_result(out, f"ratios.{run}")
     if record is None or "result" not in record:
-        raise ValueError(f"margins must be of runs whose ratios are there, got {run}")
+        raise ValueError(f"margins: expected runs whose ratios are there; got {run}")
     found: list[list[float]] = record["result"]["ratios"]
     return found
 

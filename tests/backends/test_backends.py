@@ -202,17 +202,17 @@ def test_cpp_is_within_budget_on_every_instruction_set(name: str, capability: st
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"tile": torch.zeros(3, 4, dtype=torch.bfloat16)}, "tile must be float32 or float64; got BFloat16"),
+        ({"tile": torch.zeros(3, 4, dtype=torch.bfloat16)}, "tile: expected float32 or float64; got BFloat16"),
         ({"tile": torch.zeros(4, 3).T}, r"column stride 1 .* got shape \[3, 4\], strides \[1, 3\]"),
-        ({"tile": torch.zeros(3)}, r"tile must be a CPU tensor of shape \(rows, columns\); got shape \[3\]"),
-        ({"bias": torch.zeros(5)}, r"bias must be a CPU tensor of shape \(4,\) .* got shape \[5\]"),
-        ({"target": torch.zeros(2, dtype=torch.int64)}, r"target must be .* shape \(3,\) .* got shape \[2\]"),
-        ({"target": torch.zeros(3)}, "target must be .* dtype Long .* dtype Float"),
-        ({"sum_exp": torch.zeros(6)[::2]}, r"total must be a contiguous .* strides \[2\]"),
-        ({"row_max": torch.zeros(3, dtype=torch.float64)}, "maximum must be .* dtype Float .* dtype Double"),
-        ({"transform": LogitTransform(-1.0, 1.0, 1.0)}, "softcap must be positive and finite; got -1"),
-        ({"transform": LogitTransform(None, float("nan"), 1.0)}, "logit_scale must be finite; got nan"),
-        ({"transform": LogitTransform(None, 1.0, 0.0)}, "temperature must be positive and finite; got 0"),
+        ({"tile": torch.zeros(3)}, r"tile: expected a CPU tensor of shape \(rows, columns\); got shape \[3\]"),
+        ({"bias": torch.zeros(5)}, r"bias: expected a CPU tensor of shape \(4,\) .* got shape \[5\]"),
+        ({"target": torch.zeros(2, dtype=torch.int64)}, r"target: expected .* shape \(3,\) .* got shape \[2\]"),
+        ({"target": torch.zeros(3)}, "target: expected .* dtype Long .* dtype Float"),
+        ({"sum_exp": torch.zeros(6)[::2]}, r"sum_exp: expected a contiguous .* strides \[2\]"),
+        ({"row_max": torch.zeros(3, dtype=torch.float64)}, "row_max: expected .* dtype Float .* dtype Double"),
+        ({"transform": LogitTransform(-1.0, 1.0, 1.0)}, "softcap: expected a positive finite number; got -1"),
+        ({"transform": LogitTransform(None, float("nan"), 1.0)}, "logit_scale: expected a finite number; got nan"),
+        ({"transform": LogitTransform(None, 1.0, 0.0)}, "temperature: expected a positive finite number; got 0"),
     ],
 )
 def test_cpp_errors_name_the_argument_and_the_value(name: str, change: dict[str, object], message: str) -> None:
@@ -303,7 +303,7 @@ def test_a_package_without_the_extension_works_and_says_why(tmp_path: Path, env:
     [
         ({"PATH": "/nowhere", "MOPO_BUILD": "cpu"}, "MOPO_BUILD=cpu, but no C++ compiler was found"),
         ({"CXX": BROKEN, "MOPO_BUILD": "cpu"}, "Error compiling objects for extension"),
-        ({"MOPO_BUILD": "gpu"}, "MOPO_BUILD must be one of auto, cuda, cpu, 0; got 'gpu'"),
+        ({"MOPO_BUILD": "gpu"}, "MOPO_BUILD: expected one of auto, cuda, cpu, 0; got 'gpu'"),
     ],
     ids=["no_compiler", "broken_compiler", "unknown_mode"],
 )

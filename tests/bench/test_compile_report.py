@@ -29,7 +29,8 @@ SAMPLE = (
     r"|^(row_offset bf16 capped bias|mark_target bf16 capped) H=1024 W=4096 "
     r"|^(row_statistics bf16 any|scale_rows bf16 rows) H=1024 W=4096 "
     r"|^segment_sum fp32 int64$"
-    r"|^pair_loss_bwd fp32 sigmoid pair_weight label_rate margin length normalizer$"
+    r"|^(pair_loss_bwd|pair_loss_fwd|check_values) fp32 sigmoid pair_weight label_rate margin length normalizer "
+    r"(tokens int64|snis|prompt_index target int64)$"
 )
 
 
@@ -83,8 +84,9 @@ def test_the_committed_report_is_of_every_variant_of_todays_kernels() -> None:
             "bend",
             "scale_rows",
             "segment_sum",
-            "pair_slope",
             "pair_loss_bwd",
+            "pair_loss_fwd",
+            "check_values",
         }
 
 
@@ -105,7 +107,7 @@ def fresh(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 def test_a_sample_compiled_now_neither_spills_nor_takes_too_much_shared_memory(fresh: dict[str, Any]) -> None:
     assert {row["architecture"] for row in fresh["rows"]} == set(ARCHITECTURES)
-    assert len({row["kernel"] for row in fresh["rows"]}) == 13
+    assert len({row["kernel"] for row in fresh["rows"]}) == 14
     assert problems(fresh["rows"]) == []
 
 
@@ -151,8 +153,9 @@ def test_negative_control_a_block_too_large_is_noticed(tmp_path: Path) -> None:
 BATCHES = """
 import torch
 from bench.compile_report import compiling
-from mopo_kernels.arguments import LogitTransform, LossOptions, PairBatch
+from mopo_kernels.arguments import CallValues, LogitTransform, LossOptions, PairBatch
 from mopo_kernels.backends.triton.backend import BACKEND
+from mopo_kernels.backends.triton.check_values import check_values
 
 W, H, transform = 4096, 64, LogitTransform()
 products, exp_logits = torch.zeros(300, W), torch.zeros(300, W, dtype=torch.bfloat16)
@@ -168,16 +171,20 @@ def step(rows, start, sequences, pairs):
     at = bias, target, start, transform, row, row, row
     BACKEND.row_offset(hidden[:rows], weight, *at[:4])
     BACKEND.linear_lse_fwd(hidden[:rows], weight, *at, exp_logits[:rows])
-    BACKEND.row_statistics(row, row, row)
+    BACKEND.row_statistics(row, row, row, target, row, double)
     BACKEND.mark_target_(exp_logits[:rows], target, start, transform, row, double, row, row)
     BACKEND.scaled(hidden[:rows], row[:, None], torch.bfloat16)
     BACKEND.linear_lse_fwd(hidden[:rows].half(), weight.half(), *at, half, offsets)
     BACKEND.exp_logits_bwd_(half, offsets, target, start, transform, double, row, row)
-    BACKEND.segment_sum(row, torch.zeros(sequences + 1, dtype=torch.int64))
+    cu_seqlens = torch.zeros(sequences + 1, dtype=torch.int64)
+    BACKEND.segment_sum(row, cu_seqlens)
     one, each = torch.ones(sequences), torch.ones(pairs)
     batch = PairBatch(torch.zeros(pairs, 2, dtype=torch.int64), torch.zeros(pairs, 3), torch.ones(3), each, None, each,
                       one, None, torch.ones(()), LossOptions(loss_type="sigmoid"))
     BACKEND.pair_loss_bwd(one, one, batch)
+    BACKEND.token_grad_logprob(one, one, batch, cu_seqlens, rows)
+    BACKEND.pair_loss_fwd(one, one, batch)
+    check_values(CallValues(target, start + 1, -start, cu_seqlens, rows, batch, sequences))
 
 with compiling(90) as launched:
     step(300, 0, 16, 16)
@@ -191,7 +198,7 @@ with compiling(90) as launched:
 
 def test_a_new_number_of_rows_sequences_or_pairs_compiles_nothing(tmp_path: Path) -> None:
     lines = run(["-c", BATCHES], tmp_path).splitlines()
-    assert lines == ["14 14 0"] * 4
+    assert lines == ["16 16 0"] * 4
 
 
 @pytest.mark.parametrize(
@@ -238,7 +245,7 @@ def test_a_report_that_cannot_be_written_is_refused_before_anything_is_compiled(
     with pytest.raises(SystemExit) as stop:
         compile_report.main(["--match", "segment_sum", "--output", str(tmp_path)])
     assert stop.value.code == 2
-    assert "--output: expected a file to write, got the folder" in capsys.readouterr().err
+    assert "--output: expected a file to write; got the folder" in capsys.readouterr().err
 
 
 def test_interpreted_kernels_are_refused() -> None:

@@ -88,7 +88,7 @@ def test_what_is_too_old_or_missing_is_named(name: str, version: str, monkeypatc
             ["--only", "build,everything"],
             "there is no section 'everything'; choose from build, tests, probe, time, sanitize",
         ),
-        (["--budget", "0"], "must be positive; got 0"),
+        (["--budget", "0"], "expected a positive number; got 0"),
     ],
     ids=["section", "budget"],
 )

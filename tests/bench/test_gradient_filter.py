@@ -39,7 +39,7 @@ def test_the_record_holds_every_implementation(tmp_path: Path, head: list[str]) 
 def test_wrong_arguments_are_named(capsys: pytest.CaptureFixture[str]) -> None:
     for arguments, message in (
         (["--hidden", "64"], "--hidden and --vocabulary: expected both or neither"),
-        (["--hidden", "64", "--vocabulary", "9", "--tokens", "3"], "--tokens: must be at least 64; got 3"),
+        (["--hidden", "64", "--vocabulary", "9", "--tokens", "3"], "--tokens: expected at least 64; got 3"),
     ):
         with pytest.raises(SystemExit):
             gradient_filter.main(arguments)

@@ -199,9 +199,9 @@ def test_only_the_implementations_asked_for_run_and_the_bare_products_always() -
     ("arguments", "message"),
     [
         (("--implementations", "nobody"), "no implementation is called like 'nobody'"),
-        (("--rounds", "1"), "argument --rounds: must be at least 2; got 1"),
+        (("--rounds", "1"), "argument --rounds: expected at least 2; got 1"),
         *(
-            ((f"--{name}", "0"), f"argument --{name}: must be at least 1; got 0")
+            ((f"--{name}", "0"), f"argument --{name}: expected at least 1; got 0")
             for name in ("hidden", "vocabulary", "prompts", "length", "objectives")
         ),
         (("--dtype", "float16"), "invalid choice: 'float16'"),
@@ -229,7 +229,7 @@ def test_a_file_that_cannot_be_written_is_refused_before_anything_is_measured(
     with pytest.raises(SystemExit) as stop:
         head.main(["--output", str(tmp_path / place)])
     assert stop.value.code == 2
-    assert f"--output: {'expected a file to write, ' * (not place)}{message}" in capsys.readouterr().err
+    assert f"--output: {'expected a file to write; ' * (not place)}{message}" in capsys.readouterr().err
 
 
 def test_the_peak_of_memory_is_that_of_the_call() -> None:

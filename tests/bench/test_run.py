@@ -222,7 +222,7 @@ def test_one_that_disagrees_stops_the_report(monkeypatch: pytest.MonkeyPatch) ->
     ("arguments", "message"),
     [
         (("--implementations", "nobody"), "no implementation is called like 'nobody'"),
-        (("--output", "."), "--output: expected a file to write, got the folder ."),
+        (("--output", "."), "--output: expected a file to write; got the folder ."),
     ],
     ids=str,
 )
@@ -238,13 +238,13 @@ def test_a_wrong_argument_is_refused_before_anything_is_measured(
 def test_no_draw_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         accuracy.main(["--draws", "0"])
-    assert "argument --draws: must be at least 1; got 0" in capsys.readouterr().err
+    assert "argument --draws: expected at least 1; got 0" in capsys.readouterr().err
 
 
 def test_fewer_than_two_rounds_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         scaling_curves.main(["--rounds", "1"])
-    assert "argument --rounds: must be at least 2; got 1" in capsys.readouterr().err
+    assert "argument --rounds: expected at least 2; got 1" in capsys.readouterr().err
 
 
 # ----------------------------------------------------------------------------------------------------------- accuracy

@@ -361,9 +361,12 @@ def test_without_a_high_water_mark_the_greatest_resident_size_serves(monkeypatch
     ("arguments", "message"),
     [
         (("--implementations", "nobody"), "no implementation is called like 'nobody'"),
-        (("--rounds", "1"), "--rounds: must be at least 2; got 1"),
-        (("--prompt-share", "1.0"), "--prompt-share: must be between 0 and 1; got [1.0]"),
-        (("--pairs", "4", "--responses", "3"), "--pairs: must be a multiple of the pairs that 3 responses make; got 4"),
+        (("--rounds", "1"), "--rounds: expected at least 2; got 1"),
+        (("--prompt_share", "1.0"), "--prompt_share: expected numbers between 0 and 1; got [1.0]"),
+        (
+            ("--pairs", "4", "--responses", "3"),
+            "--pairs: expected a multiple of the pairs that 3 responses make; got 4",
+        ),
         (("--data", "pairs.jsonl"), "--data: takes --model"),
         (("--model", ".", "--data", "none.jsonl"), "--data: there is no file none.jsonl"),
         (("--dtype", "float16"), "invalid choice: 'float16'"),

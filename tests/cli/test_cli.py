@@ -19,7 +19,7 @@ import mopo_kernels.backends
 import mopo_kernels.cli.doctor as doctor_module
 from mopo_kernels import cli
 from mopo_kernels.backends import BackendUnavailableError, cpp
-from mopo_kernels.cli.output import prepare_file
+from mopo_kernels.files import prepare_file
 
 JUDGES = """
 JUDGES = {
@@ -76,7 +76,7 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def eval_arguments(workspace: Path, *more: str, policy: str = "adapter") -> list[str]:
     return [
         *("eval", "--policy", str(workspace / policy), "--prompts", str(workspace / "prompts.jsonl")),
-        *("--judges", f"{workspace / 'judges.py'}:JUDGES", "--samples", "3", "--max-new-tokens", "5"),
+        *("--judges", f"{workspace / 'judges.py'}:JUDGES", "--samples", "3", "--max_new_tokens", "5"),
         *("--device", "cpu", *more),
     ]
 
@@ -101,7 +101,7 @@ def error_line(capsys: pytest.CaptureFixture[str]) -> str:
         (["eval"], "--policy"),
         (["eval", "--policy", "p", "--prompts", "q", "--judges", "j:k", "--samples", "0"], "--samples"),
         (["eval", "--policy", "p", "--prompts", "q", "--judges", "j:k", "--samples", "many"], "--samples"),
-        (["eval", "--policy", "p", "--prompts", "q", "--judges", "nowhere"], "judges must be"),
+        (["eval", "--policy", "p", "--prompts", "q", "--judges", "nowhere"], "judges: expected"),
         (["doctor", "extra"], "extra"),
     ],
 )
@@ -125,21 +125,21 @@ def test_a_command_of_commands_alone_shows_its_help(capsys, argv, command):
     ("more", "words"),
     [
         (["--prompts", "absent.jsonl"], "absent.jsonl"),
-        (["--threshold", "length"], "--threshold must be OBJECTIVE=VALUE"),
+        (["--threshold", "length"], "--threshold: expected OBJECTIVE=VALUE"),
         (["--threshold", "length=1.5"], "got 'length=1.5'"),
         (["--threshold", "other=0.5"], "got 'other=0.5'"),
         (
             ["--plot", "p.png", "--x", "length", "--y", "heat"],
-            "--y must be one of length, variety [of words], got heat",
+            "--y: expected one of length, variety [of words]; got heat",
         ),
-        (["--plot", "p.png"], "--x must be one of"),
-        (["--output", "folder"], "--output: expected a file to write, got the folder folder"),
+        (["--plot", "p.png"], "--x: expected one of"),
+        (["--output", "folder"], "--output: expected a file to write; got the folder folder"),
         (["--output", "file/report.json"], "--output: cannot make the folder file: File exists"),
         (["--plot", "folder", "--x", "length", "--y", "variety [of words]"], "--plot: expected a file to write"),
-        (["--policy", "nowhere/at/all"], "--baseline is needed"),
+        (["--policy", "nowhere/at/all"], "--baseline: expected a model"),
         (["--policy", "nowhere/at/all", "--baseline", "b"], "got nowhere/at/all, which does not exist"),
-        (["--top-p", "0"], "top_p must be in (0, 1], got 0.0"),
-        (["--confidence", "1"], "confidence must be in (0, 1), got 1.0"),
+        (["--top_p", "0"], "top_p: expected a number in (0, 1]; got 0.0"),
+        (["--confidence", "1"], "confidence: expected a number in (0, 1); got 1.0"),
     ],
 )
 def test_bad_values_of_eval_exit_2_with_one_line_and_before_sampling(
@@ -169,7 +169,7 @@ def test_eval_tells_two_policies_of_the_same_name_apart(workspace, capsys):
 
 def test_a_folder_without_a_model_exits_2(workspace, capsys, tmp_path):
     assert cli.main(eval_arguments(workspace, "--policy", str(tmp_path), "--baseline", str(workspace / "model"))) == 2
-    assert "model must be a model folder" in error_line(capsys)
+    assert "model: expected a model folder" in error_line(capsys)
 
 
 def fake_train(monkeypatch: pytest.MonkeyPatch, action) -> None:
@@ -188,7 +188,11 @@ def raising(error: BaseException):
 @pytest.mark.parametrize(
     ("error", "code", "line"),
     [
-        (ValueError("tau must be positive,\n  got -1"), 2, "mopo: error: tau must be positive, got -1"),
+        (
+            ValueError("tau: expected a positive number;\n  got -1"),
+            2,
+            "mopo: error: tau: expected a positive number; got -1",
+        ),
         (FileNotFoundError(2, "No such file", "c.yaml"), 2, "mopo: error: [Errno 2] No such file: 'c.yaml'"),
         (
             BackendUnavailableError("backend 'cuda' is not available: no GPU"),
@@ -324,8 +328,8 @@ def test_eval_of_an_adapter_gives_the_same_report_however_the_two_policies_are_n
     for index, names in enumerate(
         (
             ["--policy", "adapter"],
-            ["--policy", "model", "--policy-adapter", "adapter", "--baseline", "model"],
-            ["--policy", "model", "--policy-adapter", "adapter"],
+            ["--policy", "model", "--policy_adapter", "adapter", "--baseline", "model"],
+            ["--policy", "model", "--policy_adapter", "adapter"],
         )
     ):
         out = tmp_path / f"{index}.json"
@@ -342,12 +346,12 @@ def test_eval_of_scaled_adapters_is_that_of_the_policies_they_make(workspace, tm
     model = ["--policy", str(workspace / "model"), "--baseline", str(workspace / "model")]
     found = {}
     for name, options in {
-        "whole": ["--policy-adapter", adapter],
-        "halves": ["--policy-adapter", f"{adapter}=0.5", "--policy-adapter", f"{copy}=0.5"],
-        "scaled": ["--policy-adapter", f"{adapter}=0.5", "--policy-scale", "2"],
-        "none": ["--policy-adapter", adapter, "--policy-scale", "0"],
-        "half": ["--policy-adapter", f"{adapter}=0.5"],
-        "both": ["--policy-adapter", adapter, "--baseline-adapter", adapter, "--baseline-scale", "0.5"],
+        "whole": ["--policy_adapter", adapter],
+        "halves": ["--policy_adapter", f"{adapter}=0.5", "--policy_adapter", f"{copy}=0.5"],
+        "scaled": ["--policy_adapter", f"{adapter}=0.5", "--policy_scale", "2"],
+        "none": ["--policy_adapter", adapter, "--policy_scale", "0"],
+        "half": ["--policy_adapter", f"{adapter}=0.5"],
+        "both": ["--policy_adapter", adapter, "--baseline_adapter", adapter, "--baseline_scale", "0.5"],
     }.items():
         out = tmp_path / f"{name}.json"
         assert cli.main(eval_arguments(workspace, *model, *options, "--output", str(out))) == 0
@@ -363,9 +367,15 @@ def test_eval_of_scaled_adapters_is_that_of_the_policies_they_make(workspace, tm
 
 def test_eval_refuses_weights_that_are_no_numbers(workspace, capsys):
     for options, message in (
-        (["--policy-adapter", "runs/a=half"], "--policy-adapter must be ADAPTER or ADAPTER=WEIGHT, got 'runs/a=half'"),
-        (["--policy-adapter", "runs/a=1", "--policy-adapter", "runs/a"], "--policy-adapter: 'runs/a' is given twice"),
-        (["--baseline-scale", "0.5"], "--baseline-scale must be 1 without --baseline or --baseline-adapter, got 0.5"),
+        (
+            ["--policy_adapter", "runs/a=half"],
+            "--policy_adapter: expected ADAPTER or ADAPTER=WEIGHT; got 'runs/a=half'",
+        ),
+        (
+            ["--policy_adapter", "runs/a=1", "--policy_adapter", "runs/a"],
+            "--policy_adapter: expected every adapter once; got 'runs/a' twice",
+        ),
+        (["--baseline_scale", "0.5"], "--baseline_scale: expected 1 without --baseline or --baseline_adapter; got 0.5"),
     ):
         assert cli.main(eval_arguments(workspace, *options)) == 2
         assert message in capsys.readouterr().err
@@ -503,3 +513,19 @@ def test_the_module_form_exits_with_the_code_of_main():
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == "mopo: error: No such command 'nonsense'.\n"
+
+
+def test_options_have_underscores_and_results_are_written_to_output():
+    from mopo_kernels.cli.app import app
+    from mopo_kernels.cli.data import data_app
+
+    options = {
+        name: [option for parameter in command.params for option in (*parameter.opts, *parameter.secondary_opts)]
+        for group in (app, data_app)
+        for name, command in typer.main.get_command(group).commands.items()
+    }
+    assert not [(name, option) for name, names in options.items() for option in names if "-" in option.lstrip("-")]
+    assert {name for name, names in options.items() if "--output" in names} == {
+        *("pareto", "eval", "certify"),
+        *("convert", "report", "label"),
+    }

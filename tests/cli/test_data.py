@@ -51,7 +51,7 @@ def test_validate_lists_bad_rows_by_file_line_and_field_and_exits_1(tmp_path: Pa
     assert result.exit_code == 1
     assert result.stdout.splitlines() == [
         f"{path}:2: responses[1]: is empty",
-        f"{path}:3: pairs[0].preference.a: expected a number in [0, 1], got 2.0",
+        f"{path}:3: pairs[0].preference.a: expected a number in [0, 1]; got 2.0",
         "1 good examples, 2 bad rows; objectives: a",
     ]
 
@@ -75,20 +75,23 @@ def test_data_without_a_good_row_exits_1_and_lists_them(tmp_path: Path) -> None:
         (["validate", "missing.jsonl"], "missing.jsonl: no such file or folder"),
         (["validate", "{data}", "--format", "csv"], "format: expected auto, canonical"),
         (["validate", "{data}", "--negative", "verbosity"], "signs: not an option of format 'canonical'"),
-        (["validate", "{data}", "{data}"], "SOURCES: to merge several give each as objective=path"),
-        (["validate", "a={data}", "a={data}"], "SOURCES: objective 'a' is given twice"),
-        (["convert", "{data}", "-o", "out.csv"], "--output: expected a name ending in .jsonl or .parquet"),
-        (["convert", "{data}", "-o", "{dir}/o.jsonl", "--on-error", "ignore"], "--on-error: expected raise or skip"),
-        (["convert", "{bad}", "-o", "{dir}/o.jsonl"], "responses[1]: is empty"),
-        (["convert", "{data}", "-o", "{data}/o.jsonl"], "File exists"),
+        (["validate", "{data}", "{data}"], "SOURCES: expected objective=path for each"),
+        (["validate", "a={data}", "a={data}"], "SOURCES: expected every objective once; got 'a' twice"),
+        (["convert", "{data}", "--output", "out.csv"], "--output: expected a name ending in .jsonl or .parquet"),
+        (
+            ["convert", "{data}", "--output", "{dir}/o.jsonl", "--on_error", "ignore"],
+            "--on_error: expected raise or skip",
+        ),
+        (["convert", "{bad}", "--output", "{dir}/o.jsonl"], "responses[1]: is empty"),
+        (["convert", "{data}", "--output", "{data}/o.jsonl"], "File exists"),
         (["report", "{data}", "--objectives", "x,y"], "unknown objective 'a', expected one of x, y"),
-        (["report", "{data}", "--json", "{dir}"], "--json: expected a file to write, got the folder"),
-        (["report", "{data}", "--json", "{data}/r.json"], "--json: cannot make the folder"),
+        (["report", "{data}", "--output", "{dir}"], "--output: expected a file to write; got the folder"),
+        (["report", "{data}", "--output", "{data}/r.json"], "--output: cannot make the folder"),
     ],
 )
 def test_bad_input_exits_2_with_one_line(tmp_path: Path, arguments: list[str], problem: str) -> None:
     data, bad = write(tmp_path / "d.jsonl", [canonical()]), write(tmp_path / "bad.jsonl", [canonical(), BAD])
-    extra = ["--on-error", "raise"] if arguments[0] == "report" else []
+    extra = ["--on_error", "raise"] if arguments[0] == "report" else []
     result = mopo_data(*(item.format(data=data, bad=bad, dir=tmp_path) for item in arguments), *extra)
     assert result.exit_code == 2
     assert problem in result.stderr
@@ -108,7 +111,7 @@ def test_a_missing_package_exits_1(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 def test_a_conversion_loads_to_the_same_examples(tmp_path: Path, suffix: str) -> None:
     source, target = write(tmp_path / "steer.jsonl", [steer("one", 1), steer("two", 3)]), tmp_path / f"out{suffix}"
     result = mopo_data(
-        "convert", source, "-o", target, "--objectives", "helpfulness,verbosity", "--negative", "verbosity"
+        "convert", source, "--output", target, "--objectives", "helpfulness,verbosity", "--negative", "verbosity"
     )
     assert result.exit_code == 0, result.stderr
     assert result.stdout.startswith(f"wrote 1 examples to {target}, left out 0 bad rows")
@@ -121,7 +124,7 @@ def test_a_conversion_loads_to_the_same_examples(tmp_path: Path, suffix: str) ->
 
 def test_convert_skips_when_asked_and_lists_what_it_left_out(tmp_path: Path) -> None:
     path = write(tmp_path / "d.jsonl", [canonical(), BAD])
-    result = mopo_data("convert", path, "-o", tmp_path / "o.jsonl", "--on-error", "skip")
+    result = mopo_data("convert", path, "--output", tmp_path / "o.jsonl", "--on_error", "skip")
     assert result.exit_code == 0
     assert f"{path}:2: responses[1]: is empty" in result.stderr
     assert "wrote 1 examples" in result.stdout
@@ -129,7 +132,7 @@ def test_convert_skips_when_asked_and_lists_what_it_left_out(tmp_path: Path) -> 
 
 def test_convert_merges_named_sources(tmp_path: Path) -> None:
     first, second = write(tmp_path / "h.jsonl", [trl("x", "y")]), write(tmp_path / "b.jsonl", [trl("y", "x")])
-    result = mopo_data("convert", f"helpful={first}", f"brief={second}", "-o", tmp_path / "o.jsonl")
+    result = mopo_data("convert", f"helpful={first}", f"brief={second}", "--output", tmp_path / "o.jsonl")
     assert result.exit_code == 0, result.stderr
     (example,) = load_preferences(tmp_path / "o.jsonl")
     assert example.pairs[0].preference == {"helpful": 1.0, "brief": 0.0}
@@ -139,13 +142,13 @@ def test_transcripts_can_stay_strings(tmp_path: Path) -> None:
     start = "\n\nHuman: Tea?\n\nAssistant:"
     path = write(tmp_path / "helpful.jsonl", [{"chosen": f"{start} Yes.", "rejected": f"{start} No."}])
     for flag, prompt in (("--transcript", start), ("--conversational", [{"role": "user", "content": "Tea?"}])):
-        assert mopo_data("convert", path, "-o", tmp_path / "o.jsonl", flag).exit_code == 0
+        assert mopo_data("convert", path, "--output", tmp_path / "o.jsonl", flag).exit_code == 0
         assert load_preferences(tmp_path / "o.jsonl")[0].prompt == prompt
 
 
 def test_report_prints_tables_and_writes_json(tmp_path: Path) -> None:
     rows = [canonical("p", detail=1.0, plain=0.0), canonical("q", detail=1.0, plain=1.0), BAD]
-    result = mopo_data("report", write(tmp_path / "d.jsonl", rows), "--json", tmp_path / "r.json")
+    result = mopo_data("report", write(tmp_path / "d.jsonl", rows), "--output", tmp_path / "r.json")
     assert result.exit_code == 0, result.stderr
     assert "2 examples, 2 distinct prompts, 4 responses, 2 pairs" in result.stdout
     for text in ("detail", "plain", "Agreement within prompts", "+0.000", "50.0%", "note: 1 bad rows were left out"):
@@ -162,25 +165,24 @@ def test_report_prints_tables_and_writes_json(tmp_path: Path) -> None:
 
 def test_report_and_conversion_make_the_folders_of_their_files(tmp_path: Path) -> None:
     data = write(tmp_path / "d.jsonl", [canonical()])
-    assert mopo_data("report", data, "--json", tmp_path / "new" / "r.json").exit_code == 0
-    assert mopo_data("convert", data, "-o", tmp_path / "other" / "o.jsonl").exit_code == 0
+    assert mopo_data("report", data, "--output", tmp_path / "new" / "r.json").exit_code == 0
+    assert mopo_data("convert", data, "--output", tmp_path / "other" / "o.jsonl").exit_code == 0
     assert (tmp_path / "new" / "r.json").exists()
     assert (tmp_path / "other" / "o.jsonl").exists()
 
 
-@pytest.mark.parametrize("arguments", [["report", "--json"], ["convert", "-o"]], ids=lambda words: words[0])
+@pytest.mark.parametrize("command", ["report", "convert"])
 def test_a_file_that_cannot_be_written_is_refused_before_the_data_are_read(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str
 ) -> None:
     def never(*sources: Any, **options: Any) -> None:
         raise AssertionError("read")
 
     monkeypatch.setattr(data_cli, "load_preferences", never)
     (tmp_path / "o.jsonl").mkdir()
-    command, option = arguments
-    result = mopo_data(command, tmp_path / "d.jsonl", option, tmp_path / "o.jsonl")
+    result = mopo_data(command, tmp_path / "d.jsonl", "--output", tmp_path / "o.jsonl")
     assert (result.exit_code, result.stdout) == (2, "")
-    assert f"expected a file to write, got the folder {tmp_path}" in result.stderr
+    assert f"expected a file to write; got the folder {tmp_path}" in result.stderr
 
 
 def test_report_folds_no_line_in_a_pipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -217,7 +219,7 @@ def test_columns_of_other_names_are_mapped(tmp_path: Path) -> None:
     rows = [{"q": "Sky?", "persona": "Be brief.", "good": "Blue.", "rejected": "Green."}]
     path, target = write(tmp_path / "d.jsonl", rows), tmp_path / "o.jsonl"
     names = "prompt=q,system=persona,chosen=good"
-    assert mopo_data("convert", path, "-o", target, "--columns", names).exit_code == 0
+    assert mopo_data("convert", path, "--output", target, "--columns", names).exit_code == 0
     assert load_preferences(target)[0].prompt == [
         {"role": "system", "content": "Be brief."},
         {"role": "user", "content": "Sky?"},
@@ -243,7 +245,7 @@ SHOWN = r"a[bold red]\x1b[31m\n\r:smile:\u202e[/x]" + "\\"
 @pytest.mark.parametrize("command", ["validate", "report", "convert"])
 def test_names_and_prompts_are_shown_as_they_are_in_one_line(tmp_path: Path, command: str) -> None:
     rows = [canonical(**{HOSTILE: 1.0, "b": 0.0}), canonical() | {HOSTILE: "x"}, canonical(**{HOSTILE: 2.0})]
-    options = [] if command != "convert" else ["-o", tmp_path / "o.jsonl", "--on-error", "skip"]
+    options = [] if command != "convert" else ["--output", tmp_path / "o.jsonl", "--on_error", "skip"]
     result = mopo_data(command, write(tmp_path / "d.jsonl", rows), *options)
     assert SHOWN in result.stdout
     text = result.stdout + result.stderr
@@ -260,10 +262,10 @@ def test_errors_show_what_they_quote_in_one_line(tmp_path: Path, option: str) ->
     assert not any(mark in result.stderr for mark in ("\x1b", "\r", "\u202e", "😄"))
 
 
-@pytest.mark.parametrize("option", ["--columns", "--split", "--name", "--data-dir", "--format"])
+@pytest.mark.parametrize("option", ["--columns", "--split", "--name", "--data_dir", "--format"])
 def test_options_of_data_are_refused_where_a_policy_answers_prompts(tmp_path: Path, option: str) -> None:
     (tmp_path / "judges.py").write_text("JUDGES = {'k': lambda prompt, response: 0}", encoding="utf-8")
-    judges = ["--judges", f"{tmp_path / 'judges.py'}:JUDGES", "-o", tmp_path / "o.jsonl", "--policy", "none"]
+    judges = ["--judges", f"{tmp_path / 'judges.py'}:JUDGES", "--output", tmp_path / "o.jsonl", "--policy", "none"]
     result = mopo_data("label", write(tmp_path / "p.jsonl", [{"prompt": "p"}]), *judges, option, "trl")
     assert (result.exit_code, result.stderr.count("\n")) == (2, 1)
     assert f"{option}: expected it without --policy only" in result.stderr

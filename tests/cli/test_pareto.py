@@ -17,9 +17,10 @@ import numpy as np
 import pytest
 
 from mopo_kernels import cli, plots, tabular
-from mopo_kernels.cli import pareto
+from mopo_kernels.cli import pareto_file
 from mopo_kernels.data import PreferenceData, load_preferences, win_rates
 from mopo_kernels.dual import solve_labels
+from mopo_kernels.tabular import explore
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "pareto" / "three_objectives.json"
 
@@ -70,7 +71,7 @@ def labels(tmp_path: Path) -> Path:
 def run(tmp_path: Path, *arguments: object) -> dict[str, Any]:
     """The report of a run that must succeed."""
     out = tmp_path / "new" / "out.json"
-    assert cli.main(["pareto", *map(str, arguments), "--output_json", str(out)]) == 0
+    assert cli.main(["pareto", *map(str, arguments), "--output", str(out)]) == 0
     report: dict[str, Any] = json.loads(out.read_text(encoding="utf-8"))
     return report
 
@@ -422,7 +423,10 @@ def test_thresholds_that_none_of_the_policies_meets_are_all_named(capsys):
             ["{two}", "--thresholds", "nothing=0.5"],
             "--thresholds: expected an objective of quality, safety; got 'nothing'",
         ),
-        (["{two}", "--thresholds", "quality=0.5"], "--thresholds: the primary objective 'quality' is maximised"),
+        (
+            ["{two}", "--thresholds", "quality=0.5"],
+            "--thresholds: expected none for the primary objective 'quality', which is maximised; got 0.5",
+        ),
         (["{two}", "--thresholds", "safety=1.5"], "--thresholds: expected win rates in [0, 1]; got 1.5 for 'safety'"),
         (["{two}", "--thresholds", "safety=nan"], "--thresholds['safety']: expected a finite number; got 'nan'"),
         (
@@ -432,29 +436,35 @@ def test_thresholds_that_none_of_the_policies_meets_are_all_named(capsys):
         (["{two}", "--thresholds", "safety=high"], "--thresholds: expected a mapping of objective to number"),
         (["{two}", "--thresholds", "safety=high"], "got 'high' for 'safety'"),
         (["{two}", "--thresholds", "{{"], "or 'name=0.45,other=0.5'; got '{{'"),
-        (["{two}", "--thresholds", "safety=0.4,safety=0.5"], "--thresholds: 'safety' is given twice"),
+        (
+            ["{two}", "--thresholds", "safety=0.4,safety=0.5"],
+            "--thresholds: expected every objective once; got 'safety' twice",
+        ),
         (
             ["{two}", "--thresholds", "safety=0.4", "--thresholds", "safety=0.5"],
-            "--thresholds: 'safety' is given twice",
+            "--thresholds: expected every objective once; got 'safety' twice",
         ),
         (["{two}", "--primary", "nothing"], "primary: expected an objective of quality, safety; got 'nothing'"),
         (["{labels}", "--primary", "nothing"], "--primary: expected an objective of quality, safety, style"),
-        (["{two}", "--tau", "0"], "tau must be a finite number > 0, got 0.0"),
+        (["{two}", "--tau", "0"], "tau: expected a finite number > 0; got 0.0"),
         (["{two}", "--tau", "much"], "--tau"),
-        (["{two}", "--robustness", "-1"], "robustness must be a finite radius >= 0 in nats, got -1.0"),
+        (["{two}", "--robustness", "-1"], "robustness: expected a finite radius >= 0 in nats; got -1.0"),
         (["{two}", "--grid", "0"], "--grid: expected at least 1 point; got 0"),
         (["{two}", "--grid", "safety=0.2:0.5:0"], "--grid: expected at least 1 point; got 0"),
         (["{two}", "--grid", "many"], "--grid: expected a number of points, or name=START:STOP:POINTS; got 'many'"),
         (["{two}", "--grid", "safety=0.5"], "got 'safety=0.5'"),
         (["{two}", "--grid", "safety=0.5:0.2:4"], "--grid: expected 0 <= START <= STOP <= 1"),
-        (["{two}", "--grid", "quality=0.2:0.5:4"], "--grid: the primary objective 'quality' is maximised"),
+        (
+            ["{two}", "--grid", "quality=0.2:0.5:4"],
+            "--grid: expected none for the primary objective 'quality', which is maximised; got 0.2:0.5:4",
+        ),
         (["{two}", "--grid", "nothing=0.2:0.5:4"], "--grid: expected an objective of quality, safety; got 'nothing'"),
-        (["{two}", "--grid", "99999"], "--grid: expected at most 20000 points in all; got 99999"),
-        (["{two}", "--split", "train"], "--split: is for preferences"),
-        (["{two}", "--output_json", "{dir}"], "{dir}"),
-        (["{two}", "--columns", "prompt=q"], "--columns: is for preferences"),
+        (["{two}", "--grid", "99999"], "grid: expected at most 20000 points in all; got 99999"),
+        (["{two}", "--split", "train"], "--split: expected with preferences alone; got the finite problem"),
+        (["{two}", "--output", "{dir}"], "{dir}"),
+        (["{two}", "--columns", "prompt=q"], "--columns: expected with preferences alone"),
         (["{labels}", "--format", "csv"], "format: expected auto, canonical"),
-        (["{labels}", "--columns", "prompt=q"], ":1: q: expected a string, got None"),
+        (["{labels}", "--columns", "prompt=q"], ":1: q: expected a string; got None"),
         (["{labels}", "--split", "test"], "no split 'test', there is: one without a name"),
     ],
 )
@@ -473,7 +483,7 @@ GOOD: dict[str, Any] = {"win_rate": [[[0.2, 0.8]], [[0.7, 0.3]]]}
         ("", "is empty"),
         ('{"win_rate": [}', ":1: not valid JSON: Expecting value at column 15"),
         (b'{"primary": "\xff"}', "not valid UTF-8"),
-        ("[1, 2]", "expected an object, got int"),
+        ("[1, 2]", "expected an object; got int"),
         ({}, "expected either win_rate or preference; got neither"),
         (GOOD | {"preference": []}, "expected either win_rate or preference; got both"),
         (GOOD | {"objetives": ["a", "b"]}, "objetives: not a field of a finite problem, which has win_rate"),
@@ -486,14 +496,14 @@ GOOD: dict[str, Any] = {"win_rate": [[[0.2, 0.8]], [[0.7, 0.3]]]}
         ({"win_rate": [[["0.2", 0.8]]]}, "got '0.2'"),
         ({"win_rate": [[[True, False]]]}, "got True"),
         ({"win_rate": [[[None, {}]]]}, "got {}"),
-        ({"win_rate": [[[0.2, 1.8]]]}, "win_rate must lie in [0, 1]"),
-        ({"win_rate": [[[0.2, 0.8], [None, None]]]}, "prompt 1 has no response with a number"),
-        ({"preference": [[[[0.5, 0.9], [0.9, 0.5]]]]}, "must be 1, got 1.8"),
-        ({"preference": [[[[0.5, 0.9]]]]}, "preference must have shape"),
-        (GOOD | {"behaviour": [[0.5, 0.5]]}, "behaviour: goes with preference"),
-        (GOOD | {"reference": [[0.5, 0.6]]}, "reference must sum to 1"),
+        ({"win_rate": [[[0.2, 1.8]]]}, "win_rate: expected a number in [0, 1]"),
+        ({"win_rate": [[[0.2, 0.8], [None, None]]]}, "win_rate: expected a number for every prompt; got none for 1"),
+        ({"preference": [[[[0.5, 0.9], [0.9, 0.5]]]]}, "to sum to 1; got 1.8"),
+        ({"preference": [[[[0.5, 0.9]]]]}, "preference: expected shape"),
+        (GOOD | {"behaviour": [[0.5, 0.5]]}, "behaviour: expected with preference only"),
+        (GOOD | {"reference": [[0.5, 0.6]]}, "reference: expected probabilities that sum to 1"),
         (GOOD | {"reference": [0.5, 0.5]}, "reference: expected nested lists of numbers (X, Y); got shape (2,)"),
-        (GOOD | {"prompt_weight": [1, 1]}, "prompt_weight must have shape (1), got (2,)"),
+        (GOOD | {"prompt_weight": [1, 1]}, "prompt_weight: expected shape (1); got (2,)"),
         (GOOD | {"objectives": ["a"]}, "objectives: expected 2 different names, one for each; got a"),
         (GOOD | {"objectives": ["a", "a"]}, "objectives: expected 2 different names"),
         (GOOD | {"objectives": "ab"}, "objectives: expected a list of names; got 'ab'"),
@@ -501,7 +511,10 @@ GOOD: dict[str, Any] = {"win_rate": [[[0.2, 0.8]], [[0.7, 0.3]]]}
         (GOOD | {"tau": "small"}, "tau: expected a number; got 'small'"),
         (GOOD | {"thresholds": [0.5]}, "thresholds: expected an object of objective to number; got [0.5]"),
         (GOOD | {"thresholds": {"objective_1": None}}, "thresholds.objective_1: expected a number; got None"),
-        (GOOD | {"thresholds": {"objective_0": 0.5}}, "thresholds: the primary objective 'objective_0'"),
+        (
+            GOOD | {"thresholds": {"objective_0": 0.5}},
+            "thresholds: expected none for the primary objective",
+        ),
     ],
 )
 def test_bad_problems_exit_2_with_one_line_that_names_file_and_field(tmp_path, capsys, content, words):
@@ -509,7 +522,7 @@ def test_bad_problems_exit_2_with_one_line_that_names_file_and_field(tmp_path, c
     raw = content if isinstance(content, (str, bytes)) else json.dumps(content)
     path.write_bytes(raw if isinstance(raw, bytes) else raw.encode())
     out = tmp_path / "out.json"
-    assert cli.main(["pareto", str(path), "--output_json", str(out)]) == 2
+    assert cli.main(["pareto", str(path), "--output", str(out)]) == 2
     line = error_line(capsys)
     assert line.startswith(f"mopo: error: {path}:")
     assert words in line
@@ -546,8 +559,8 @@ def test_a_broken_archive_exits_2_with_one_line(tmp_path, capsys, content):
 
 def test_a_picture_needs_two_objectives(tmp_path, capsys):
     path = write(tmp_path / "one.json", win_rate=rates(1).tolist())
-    assert cli.main(["pareto", str(path), "--output_png", str(tmp_path / "p.png")]) == 2
-    assert "--output_png: there is no front to draw with one objective" in error_line(capsys)
+    assert cli.main(["pareto", str(path), "--plot", str(tmp_path / "p.png")]) == 2
+    assert "--plot: expected two objectives at least to draw a front; got 'obj" in error_line(capsys)
 
 
 def test_an_interruption_exits_130_and_a_failed_solution_1(two, tmp_path, monkeypatch, capsys):
@@ -555,7 +568,7 @@ def test_an_interruption_exits_130_and_a_failed_solution_1(two, tmp_path, monkey
         raise KeyboardInterrupt
 
     monkeypatch.setattr(tabular, "pareto_front", stop)
-    assert cli.main(["pareto", str(two), "--output_json", str(tmp_path / "o.json")]) == 130
+    assert cli.main(["pareto", str(two), "--output", str(tmp_path / "o.json")]) == 130
     assert capsys.readouterr().err == "mopo: interrupted\n"
     assert not (tmp_path / "o.json").exists()
 
@@ -577,7 +590,7 @@ def test_missing_packages_exit_1_naming_their_extra(two, tmp_path, monkeypatch, 
 
     with monkeypatch.context() as patch:
         patch.setattr(builtins, "__import__", hide)
-        assert cli.main(["pareto", str(two), "--output_png", str(tmp_path / "p.png")]) == 1
+        assert cli.main(["pareto", str(two), "--plot", str(tmp_path / "p.png")]) == 1
         assert "pip install 'mopo-kernels[plot]'" in error_line(capsys)
     monkeypatch.setattr(
         importlib.util, "find_spec", lambda name, *rest: None if name == "moocore" else real_find(name, *rest)
@@ -626,7 +639,7 @@ def test_the_picture_shows_front_thresholds_and_what_no_policy_attains(figures, 
         "harmless=0.52,concise=0.55",
         "--grid",
         "harmless=0.5:0.55:3",
-        "--output_png",
+        "--plot",
         png,
     )
     (figure,) = figures
@@ -667,14 +680,14 @@ def test_the_picture_shows_front_thresholds_and_what_no_policy_attains(figures, 
 
 
 def test_two_objectives_are_one_curve_and_six_fill_two_rows(figures, two, tmp_path):
-    run(tmp_path, two, "--output_png", tmp_path / "a.png")
+    run(tmp_path, two, "--plot", tmp_path / "a.png")
     upper, lower = figures[0].axes
     assert len(lines_of(upper)["exact front"]) == 21
     assert "front on the grid" not in lines_of(upper)
     assert "chosen threshold" not in lines_of(lower)
     assert upper.get_title() == "safety"
     path = write(tmp_path / "six.json", win_rate=rates(6).tolist())
-    run(tmp_path, path, "--thresholds", "objective_3=0.5", "--output_png", tmp_path / "b.png")
+    run(tmp_path, path, "--thresholds", "objective_3=0.5", "--plot", tmp_path / "b.png")
     titles = [axes.get_title() for axes in figures[1].axes if axes.axison and axes.get_title()]
     assert titles == [f"objective_{k} ({'held' if k == 3 else 'watched'})" for k in range(1, 6)]
     assert sum(axes.axison for axes in figures[1].axes) == 10
@@ -683,7 +696,7 @@ def test_two_objectives_are_one_curve_and_six_fill_two_rows(figures, two, tmp_pa
 def test_robust_thresholds_hold_in_the_worst_case_and_are_drawn_on_its_scale(
     figures, two, tmp_path, capsys, monkeypatch
 ):
-    monkeypatch.setattr(pareto, "_POINTS", 3)
+    monkeypatch.setattr(explore, "SWEEP_POINTS", 3)
     report = run(
         tmp_path,
         two,
@@ -693,7 +706,7 @@ def test_robust_thresholds_hold_in_the_worst_case_and_are_drawn_on_its_scale(
         0.01,
         "--grid",
         2,
-        "--output_png",
+        "--plot",
         tmp_path / "r.png",
     )
     assert report["chosen"]["constraint_value"]["safety"] == pytest.approx(0.4, abs=1e-8)
@@ -704,7 +717,8 @@ def test_robust_thresholds_hold_in_the_worst_case_and_are_drawn_on_its_scale(
     assert lower.get_xlabel() == "safety: threshold (worst case)"
     capsys.readouterr()
     assert cli.main(["pareto", str(two), "--thresholds", "safety=0.9", "--robustness", "0.01"]) == 2
-    assert f"no policy attains more than {pareto._floor(report['best_attainable']['safety'])}" in error_line(capsys)
+    best = explore.round_down(report["best_attainable"]["safety"])
+    assert f"no policy attains more than {best}" in error_line(capsys)
 
 
 def test_a_front_of_one_objective_is_refused(tmp_path):
@@ -727,5 +741,5 @@ def test_a_front_of_one_objective_is_refused(tmp_path):
 def test_the_example_and_the_defaults_of_the_command_are_those_of_training():
     from mopo_kernels import MOPOConfig
 
-    assert MOPOConfig.tau == pareto.DEFAULT_TAU
+    assert MOPOConfig.tau == pareto_file.DEFAULT_TAU
     assert json.loads(EXAMPLE.read_text())["objectives"] == ["helpful", "harmless", "concise"]

@@ -56,11 +56,11 @@ def test_a_field_of_a_type_that_no_op_takes_is_refused() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (LossOptions(tau=0.0), "tau must lie in"),
-        (LossOptions(max_ratio=0.5), "max_ratio must lie in"),
-        (HeadOptions(transform=LogitTransform(temperature=0.0)), "temperature must lie in"),
-        (HeadOptions(gradient_filter=1.0), "gradient_filter must be"),
-        (HeadOptions(ignore_index=1.5), "ignore_index must be"),  # type: ignore[arg-type]
+        (LossOptions(tau=0.0), "tau: expected a number in"),
+        (LossOptions(max_ratio=0.5), "max_ratio: expected a number in"),
+        (HeadOptions(transform=LogitTransform(temperature=0.0)), "temperature: expected a number in"),
+        (HeadOptions(gradient_filter=1.0), "gradient_filter: expected"),
+        (HeadOptions(ignore_index=1.5), "ignore_index: expected"),  # type: ignore[arg-type]
     ],
 )
 def test_options_check_themselves(options: LossOptions | HeadOptions, message: str) -> None:

@@ -96,14 +96,14 @@ OTHER_MODES: dict[str, Callable[[Callable[[Tensor], Tensor], Tensor], Any]] = {
 @pytest.mark.parametrize("loss", LOSSES)
 @pytest.mark.parametrize("backend", CPU_BACKENDS)
 def test_forward_mode_and_torch_func_are_refused_by_name(backend: str, loss: str, mode: str, batch: Batch) -> None:
-    with pytest.raises(NotImplementedError, match="hidden must be differentiated by torch"):
+    with pytest.raises(NotImplementedError, match="hidden: expected reverse mode of torch"):
         OTHER_MODES[mode](lambda hidden: LOSSES[loss](batch, hidden, backend), batch.hidden)
 
 
 @pytest.mark.parametrize("mode", OTHER_MODES)
 def test_the_loss_of_log_probabilities_refuses_them_too(mode: str, batch: Batch) -> None:
     labels = (batch.pairs, batch.preference, batch.objective_weight)
-    with pytest.raises(NotImplementedError, match="logprob must be differentiated by torch"):
+    with pytest.raises(NotImplementedError, match="logprob: expected reverse mode of torch"):
         OTHER_MODES[mode](lambda x: mopo_loss(x, batch.ref_logprob, *labels).loss, batch.ref_logprob * 2)
 
 
@@ -145,7 +145,7 @@ def test_a_constant_that_requires_grad_is_refused_as_no_gradient_would_reach_it(
         "label_rate": batch.objective_weight,
     }
     arguments[name] = arguments[name].clone().requires_grad_()
-    with pytest.raises(ValueError, match=f"{name} must be a constant, as no gradient reaches it; got one"):
+    with pytest.raises(ValueError, match=f"{name}: expected a constant, as no gradient reaches it; got one"):
         mopo_loss(**arguments, loss_type="sigmoid")
     with torch.no_grad():
         assert mopo_loss(**arguments, loss_type="sigmoid").loss.isfinite()

@@ -37,69 +37,78 @@ def with_value(tensor: torch.Tensor, position: Any, value: float) -> torch.Tenso
 
 
 WRONG: dict[str, tuple[Callable[[Batch], dict[str, Any]], str]] = {
-    "hidden dimensions": (lambda b: {"hidden": b.hidden[0]}, r"hidden must have shape \(N, H\); got \(16,\)"),
-    "hidden dtype": (lambda b: {"hidden": b.hidden.long()}, "hidden must have dtype float32.*got int64"),
+    "hidden dimensions": (lambda b: {"hidden": b.hidden[0]}, r"hidden: expected shape \(N, H\); got \(16,\)"),
+    "hidden dtype": (lambda b: {"hidden": b.hidden.long()}, "hidden: expected dtype float32.*got int64"),
     "weight shape": (
         lambda b: {"weight": b.weight[:, :3]},
-        r"weight must have H = 16 columns, as hidden has; got \(37, 3\)",
+        r"weight: expected H = 16 columns, as hidden has; got \(37, 3\)",
     ),
     "weight transposed": (
         lambda b: {"weight": b.weight.T},
-        r"weight must have H = 16 columns, as hidden has; got \(16, 37\)",
+        r"weight: expected H = 16 columns, as hidden has; got \(16, 37\)",
     ),
-    "weight dtype": (lambda b: {"weight": b.weight.float()}, "weight must have dtype float64; got float32"),
-    "bias shape": (lambda b: {"bias": b.bias[:5]}, r"bias must have shape \(V,\) = \(37,\); got \(5,\)"),
-    "target shape": (lambda b: {"target": b.target[1:]}, r"target must have shape \(N,\)"),
-    "target dtype": (lambda b: {"target": b.target.int()}, "target must have dtype int64; got int32"),
+    "weight dtype": (lambda b: {"weight": b.weight.float()}, "weight: expected dtype float64; got float32"),
+    "bias shape": (lambda b: {"bias": b.bias[:5]}, r"bias: expected shape \(V,\) = \(37,\); got \(5,\)"),
+    "target shape": (lambda b: {"target": b.target[1:]}, r"target: expected shape \(N,\)"),
+    "target dtype": (lambda b: {"target": b.target.int()}, "target: expected dtype int64; got int32"),
     "target too large": (
         lambda b: {"target": with_value(b.target, 4, 37)},
-        r"target must lie in 0 .. V - 1 = 36 or equal ignore_index = -100; got 37 at index 4",
+        r"target: expected a number in 0 .. V - 1 = 36 or ignore_index = -100; got 37 at index 4",
     ),
-    "target negative": (lambda b: {"target": with_value(b.target, 2, -1)}, "target must lie in .*got -1 at index 2"),
-    "cu_seqlens dtype": (lambda b: {"cu_seqlens": b.cu_seqlens.double()}, "cu_seqlens must have dtype int64, int32"),
-    "cu_seqlens start": (lambda b: {"cu_seqlens": with_value(b.cu_seqlens, 0, 1)}, r"cu_seqlens\[0\] must be 0; got 1"),
-    "cu_seqlens end": (lambda b: {"cu_seqlens": with_value(b.cu_seqlens, -1, 3)}, r"cu_seqlens\[-1\] must be N = "),
+    "target negative": (
+        lambda b: {"target": with_value(b.target, 2, -1)},
+        "target: expected a number in .*got -1 at index 2",
+    ),
+    "cu_seqlens dtype": (lambda b: {"cu_seqlens": b.cu_seqlens.double()}, "cu_seqlens: expected dtype int64, int32"),
+    "cu_seqlens start": (
+        lambda b: {"cu_seqlens": with_value(b.cu_seqlens, 0, 1)},
+        r"cu_seqlens\[0\]: expected 0; got 1",
+    ),
+    "cu_seqlens end": (lambda b: {"cu_seqlens": with_value(b.cu_seqlens, -1, 3)}, r"cu_seqlens\[-1\]: expected N = "),
     "cu_seqlens order": (
         lambda b: {"cu_seqlens": with_value(b.cu_seqlens, 3, 0)},
-        "cu_seqlens must not decrease; got -[0-9]+ at step 2",
+        "cu_seqlens: expected offsets that do not decrease; got -[0-9]+ at step 2",
     ),
     "cu_seqlens is lengths": (
         lambda b: {"cu_seqlens": b.cu_seqlens.diff()},
-        r"cu_seqlens\[0\] must be 0; got [1-9]",
+        r"cu_seqlens\[0\]: expected 0; got [1-9]",
     ),
     "cu_seqlens is lengths, the first 0": (
         lambda b: {"cu_seqlens": with_value(b.cu_seqlens.diff(), 0, 0)},
-        r"cu_seqlens\[-1\] must be N = ",
+        r"cu_seqlens\[-1\]: expected N = ",
     ),
-    "pairs shape": (lambda b: {"pairs": b.pairs[:, :1]}, r"pairs must have shape \(P, 2\) = \(12, 2\); got \(12, 1\)"),
-    "pairs dtype": (lambda b: {"pairs": b.pairs.int()}, "pairs must have dtype int64; got int32"),
+    "pairs shape": (lambda b: {"pairs": b.pairs[:, :1]}, r"pairs: expected shape \(P, 2\) = \(12, 2\); got \(12, 1\)"),
+    "pairs dtype": (lambda b: {"pairs": b.pairs.int()}, "pairs: expected dtype int64; got int32"),
     "pairs range": (
         lambda b: {"pairs": with_value(b.pairs, (3, 1), 12)},
-        r"pairs must lie in 0 .. S - 1 = 11; got 12 at index \(3, 1\)",
+        r"pairs: expected a number in 0 .. S - 1 = 11; got 12 at index \(3, 1\)",
     ),
-    "pairs negative": (lambda b: {"pairs": with_value(b.pairs, (0, 0), -1)}, "pairs must lie in .*got -1"),
-    "pairs of one response": (lambda b: {"pairs": with_value(b.pairs, (1, 1), 0)}, "pairs must name two different"),
+    "pairs negative": (lambda b: {"pairs": with_value(b.pairs, (0, 0), -1)}, "pairs: expected a number in .*got -1"),
+    "pairs of one response": (lambda b: {"pairs": with_value(b.pairs, (1, 1), 0)}, "pairs: expected two different"),
     "preference shape": (
         lambda b: {"preference": b.preference[1:]},
-        r"preference must have shape \(P, K\) = \(12, 3\)",
+        r"preference: expected shape \(P, K\) = \(12, 3\)",
     ),
     "preference range": (
         lambda b: {"preference": with_value(b.preference, (5, 1), 1.5)},
-        r"preference must lie in \[0, 1\] or be NaN; got 1.5 at index \(5, 1\)",
+        r"preference: expected a number in \[0, 1\] or NaN; got 1.5 at index \(5, 1\)",
     ),
     "objective_weight shape": (
         lambda b: {"objective_weight": b.objective_weight[:2]},
-        r"objective_weight must have shape \(K,\) = \(3,\); got \(2,\)",
+        r"objective_weight: expected shape \(K,\) = \(3,\); got \(2,\)",
     ),
     "objective_weight negative": (
         lambda b: {"objective_weight": with_value(b.objective_weight, 2, -0.5)},
-        "objective_weight must lie in 0 .. 1e.10; got -0.5 at index 2",
+        "objective_weight: expected a number in 0 .. 1e.10; got -0.5 at index 2",
     ),
     "objective_weight infinite": (
         lambda b: {"objective_weight": with_value(b.objective_weight, 1, torch.inf)},
-        "objective_weight must lie in 0 .. 1e.10; got inf",
+        "objective_weight: expected a number in 0 .. 1e.10; got inf",
     ),
-    "device": (lambda b: {"pairs": b.pairs.to("meta")}, "pairs must be on cpu, as hidden or logprob is; got meta"),
+    "device": (
+        lambda b: {"pairs": b.pairs.to("meta")},
+        "pairs: expected a tensor on cpu, as hidden or logprob is; got meta",
+    ),
 }
 
 
@@ -115,42 +124,54 @@ def test_a_wrong_tensor_is_named_with_expectation_and_value(case: str, backend: 
 
 
 WRONG_OPTIONS: dict[str, tuple[dict[str, Any], str]] = {
-    "tau": ({"tau": 0.0}, "tau must lie in 1e-10 .. 1e.10; got 0.0"),
-    "tau is text": ({"tau": "0.1"}, "tau must be a number; got '0.1'"),
-    "loss_type": ({"loss_type": "ppo"}, "loss_type must be one of regression, cloning, sigmoid; got 'ppo'"),
-    "estimator": ({"estimator": "mean"}, "estimator must be one of pair, snis, closed_form; got 'mean'"),
-    "prompt_index missing": ({"loss_type": "cloning"}, "prompt_index must be given for loss_type"),
-    "prompt_index missing for the estimator": ({"estimator": "closed_form"}, "prompt_index must be given"),
-    "margin without sigmoid": ({"margin": torch.zeros(12)}, 'margin must be None unless loss_type is "sigmoid"'),
-    "pair_weight shape": ({"pair_weight": torch.ones(3)}, r"pair_weight must have shape \(P,\) = \(12,\); got \(3,\)"),
-    "pair_weight negative": ({"pair_weight": -torch.ones(12)}, "pair_weight must lie in 0 .. 1e.10; got -1.0"),
-    "label_rate range": ({"label_rate": torch.tensor([1.0, 0.0, 1.0])}, "label_rate must lie in 1e-10 .. 1; got 0.0"),
-    "length zero": ({"length": torch.zeros(12)}, "length must lie in 1e-10 .. 1e.10; got 0.0 at index 0"),
-    "max_ratio": ({"max_ratio": -1.0}, "max_ratio must lie in 1 .. 1e.10; got -1.0"),
-    "max_ratio below 1": ({"max_ratio": 0.5}, "max_ratio must lie in 1 .. 1e.10; got 0.5"),
-    "max_ratio infinite": ({"max_ratio": float("inf")}, "max_ratio must lie in 1 .. 1e.10; got inf"),
-    "max_ratio is text": ({"max_ratio": "2"}, "max_ratio must be a number; got '2'"),
-    "normalizer is a list": ({"normalizer": [3.0]}, r"normalizer must be a number; got \[3.0\]"),
-    "normalizer": ({"normalizer": -3.0}, "normalizer must be 0 or lie in 1e-10 .. 1e.10; got -3.0"),
-    "softcap": ({"softcap": 0.0}, "softcap must lie in 1e-10 .. 100000; got"),
-    "softcap is text": ({"softcap": "30"}, "softcap must be a number; got '30'"),
-    "temperature is text": ({"temperature": "1"}, "temperature must be a number; got '1'"),
-    "temperature": ({"temperature": -1.0}, "temperature must lie in 1e-10 .. 1e.10; got"),
-    "logit_scale": ({"logit_scale": float("nan")}, "logit_scale must lie in -1e.10 .. 1e.10; got nan"),
-    "logit_scale missing": ({"logit_scale": None}, "logit_scale must be a number; got None"),
-    "ignore_index is no integer": ({"ignore_index": -100.0}, "ignore_index must be an integer; got -100.0"),
-    "max_buffer_bytes is no integer": ({"max_buffer_bytes": 1e6}, "max_buffer_bytes must be an integer; got 1000000.0"),
-    "ignore_index": ({"ignore_index": 3}, "ignore_index must lie outside 0 .. V - 1 = 36; got 3"),
-    "max_buffer_bytes": ({"max_buffer_bytes": 0}, "max_buffer_bytes must be positive; got 0"),
-    "backend": ({"backend": "tpu"}, "backend must be one of auto, naive, torch, cpp, triton, cuda; got 'tpu'"),
-    "length shape": ({"length": torch.ones(3)}, r"length must have shape \(S,\) = \(12,\); got \(3,\)"),
+    "tau": ({"tau": 0.0}, "tau: expected a number in 1e-10 .. 1e.10; got 0.0"),
+    "tau is text": ({"tau": "0.1"}, "tau: expected a number; got '0.1'"),
+    "loss_type": ({"loss_type": "ppo"}, "loss_type: expected one of regression, cloning, sigmoid; got 'ppo'"),
+    "estimator": ({"estimator": "mean"}, "estimator: expected one of pair, snis, closed_form; got 'mean'"),
+    "prompt_index missing": ({"loss_type": "cloning"}, "prompt_index: expected a tensor for loss_type"),
+    "prompt_index missing for the estimator": ({"estimator": "closed_form"}, "prompt_index: expected a tensor"),
+    "margin without sigmoid": ({"margin": torch.zeros(12)}, 'margin: expected None unless loss_type is "sigmoid"'),
+    "pair_weight shape": ({"pair_weight": torch.ones(3)}, r"pair_weight: expected shape \(P,\) = \(12,\); got \(3,\)"),
+    "pair_weight negative": (
+        {"pair_weight": -torch.ones(12)},
+        "pair_weight: expected a number in 0 .. 1e.10; got -1.0",
+    ),
+    "label_rate range": (
+        {"label_rate": torch.tensor([1.0, 0.0, 1.0])},
+        "label_rate: expected a number in 1e-10 .. 1; got 0.0",
+    ),
+    "length zero": ({"length": torch.zeros(12)}, "length: expected a number in 1e-10 .. 1e.10; got 0.0 at index 0"),
+    "max_ratio": ({"max_ratio": -1.0}, "max_ratio: expected a number in 1 .. 1e.10; got -1.0"),
+    "max_ratio below 1": ({"max_ratio": 0.5}, "max_ratio: expected a number in 1 .. 1e.10; got 0.5"),
+    "max_ratio infinite": ({"max_ratio": float("inf")}, "max_ratio: expected a number in 1 .. 1e.10; got inf"),
+    "max_ratio is text": ({"max_ratio": "2"}, "max_ratio: expected a number; got '2'"),
+    "normalizer is a list": ({"normalizer": [3.0]}, r"normalizer: expected a number; got \[3.0\]"),
+    "normalizer": ({"normalizer": -3.0}, "normalizer: expected 0 or a number in 1e-10 .. 1e.10; got -3.0"),
+    "softcap": ({"softcap": 0.0}, "softcap: expected a number in 1e-10 .. 100000; got"),
+    "softcap is text": ({"softcap": "30"}, "softcap: expected a number; got '30'"),
+    "temperature is text": ({"temperature": "1"}, "temperature: expected a number; got '1'"),
+    "temperature": ({"temperature": -1.0}, "temperature: expected a number in 1e-10 .. 1e.10; got"),
+    "logit_scale": ({"logit_scale": float("nan")}, "logit_scale: expected a number in -1e.10 .. 1e.10; got nan"),
+    "logit_scale missing": ({"logit_scale": None}, "logit_scale: expected a number; got None"),
+    "ignore_index is no integer": ({"ignore_index": -100.0}, "ignore_index: expected an integer; got -100.0"),
+    "max_buffer_bytes is no integer": (
+        {"max_buffer_bytes": 1e6},
+        "max_buffer_bytes: expected an integer; got 1000000.0",
+    ),
+    "ignore_index": ({"ignore_index": 3}, "ignore_index: expected a number outside 0 .. V - 1 = 36; got 3"),
+    "max_buffer_bytes": ({"max_buffer_bytes": 0}, "max_buffer_bytes: expected a positive number; got 0"),
+    "backend": ({"backend": "tpu"}, "backend: expected one of auto, naive, torch, cpp, triton, cuda; got 'tpu'"),
+    "length shape": ({"length": torch.ones(3)}, r"length: expected shape \(S,\) = \(12,\); got \(3,\)"),
     "reference NaN": (
         {"ref_logprob": torch.tensor([-1.0] * 11 + [torch.nan])},
-        "ref_logprob must be finite; got nan at index 11",
+        "ref_logprob: expected a finite number; got nan at index 11",
     ),
-    "reference infinite": ({"ref_logprob": torch.full((12,), -torch.inf)}, "ref_logprob must be finite; got -inf"),
-    "both references": ({"ref_hidden": torch.zeros(3, 3)}, "ref_logprob and ref_hidden must be given one without"),
-    "reference shape": ({"ref_logprob": torch.zeros(3)}, r"ref_logprob must have shape \(S,\) = \(12,\); got \(3,\)"),
+    "reference infinite": (
+        {"ref_logprob": torch.full((12,), -torch.inf)},
+        "ref_logprob: expected a finite number; got -inf",
+    ),
+    "both references": ({"ref_hidden": torch.zeros(3, 3)}, "ref_logprob and ref_hidden: expected one without"),
+    "reference shape": ({"ref_logprob": torch.zeros(3)}, r"ref_logprob: expected shape \(S,\) = \(12,\); got \(3,\)"),
 }
 
 
@@ -165,7 +186,7 @@ def test_what_is_no_number_is_named(name: str) -> None:
     for value in (*NO_NUMBERS, torch.tensor(2.0), torch.tensor(2)):
         if name == "normalizer" and isinstance(value, torch.Tensor):
             continue
-        with pytest.raises(ValueError, match=f"^{name} must be {kind}; got "):
+        with pytest.raises(ValueError, match=f"^{name}: expected {kind}; got "):
             linear_mopo_loss(*batch.loss_arguments(), ref_logprob=batch.ref_logprob, **{name: value})
 
 
@@ -173,7 +194,7 @@ def test_what_is_no_number_is_named(name: str) -> None:
 def test_what_is_no_choice_is_named(name: str) -> None:
     batch = make_batch()
     for value in NO_NUMBERS:
-        with pytest.raises(ValueError, match=f"^{name} must be "):
+        with pytest.raises(ValueError, match=f"^{name}: expected "):
             linear_mopo_loss(*batch.loss_arguments(), ref_logprob=batch.ref_logprob, **{name: value})
 
 
@@ -194,7 +215,7 @@ EXTREMES: dict[str, tuple[float, ...]] = {
 def test_a_number_that_the_precision_cannot_hold_is_named(name: str) -> None:
     batch = make_batch(dtype=torch.float32)
     for value in EXTREMES[name]:
-        with pytest.raises(ValueError, match=f"^{name} must (be 0 or )?(lie in|fit 64 bits)"):
+        with pytest.raises(ValueError, match=f"^{name}: expected (0 or )?a number (in|of 64 bits)"):
             linear_mopo_loss(*batch.loss_arguments(), ref_logprob=batch.ref_logprob, **{name: value})
 
 
@@ -213,16 +234,16 @@ def test_a_tensor_that_the_precision_cannot_hold_is_named(name: str) -> None:
     labels = {"pairs": batch.pairs, "preference": batch.preference, "loss_type": "sigmoid"}
     for value in values:
         wrong = {**arguments, name: with_value(arguments[name], 0, value)}
-        with pytest.raises(ValueError, match=f"^{name} must (be 0 or )?lie in"):
+        with pytest.raises(ValueError, match=f"^{name}: expected (0 or )?a number in"):
             mopo_loss(batch.ref_logprob * 2, batch.ref_logprob, **labels, **wrong)
     imaginary = {**arguments, name: arguments[name].cfloat()}
-    with pytest.raises(ValueError, match=f"^{name} must have (a real dtype|dtype float32)"):
+    with pytest.raises(ValueError, match=f"^{name}: expected (a real dtype|dtype float32)"):
         mopo_loss(batch.ref_logprob * 2, batch.ref_logprob, **labels, **imaginary)
 
 
 def test_a_sparse_tensor_is_named() -> None:
     batch = make_batch()
-    with pytest.raises(ValueError, match=r"^weight must be a dense tensor; got one of layout torch.sparse_coo"):
+    with pytest.raises(ValueError, match=r"^weight: expected a dense tensor; got one of layout torch.sparse_coo"):
         linear_logprob(batch.hidden, batch.weight.to_sparse(), batch.target)
 
 
@@ -237,11 +258,11 @@ def test_a_wrong_option_is_named_with_expectation_and_value(case: str) -> None:
 def test_the_unfused_loss_checks_as_well() -> None:
     batch = make_batch()
     arguments = (batch.pairs, batch.preference, batch.objective_weight)
-    with pytest.raises(ValueError, match=r"ref_logprob must have shape \(S,\) = \(12,\); got \(11,\)"):
+    with pytest.raises(ValueError, match=r"ref_logprob: expected shape \(S,\) = \(12,\); got \(11,\)"):
         mopo_loss(batch.ref_logprob, batch.ref_logprob[1:], *arguments)
-    with pytest.raises(ValueError, match="ref_logprob must be finite; got inf at index 3"):
+    with pytest.raises(ValueError, match="ref_logprob: expected a finite number; got inf at index 3"):
         mopo_loss(batch.ref_logprob, with_value(batch.ref_logprob, 3, torch.inf), *arguments)
-    with pytest.raises(ValueError, match=r"pairs must lie in 0 .. S - 1 = 4; got 5"):
+    with pytest.raises(ValueError, match=r"pairs: expected a number in 0 .. S - 1 = 4; got 5"):
         mopo_loss(batch.ref_logprob[:5], batch.ref_logprob[:5], *arguments)
 
 
@@ -254,9 +275,9 @@ def test_what_is_no_tensor_is_named(name: str) -> None:
     batch = make_batch()
     arguments = {argument: getattr(batch, argument) for argument in REQUIRED}
     options: dict[str, Any] = {"ref_logprob": batch.ref_logprob, "loss_type": "sigmoid"}
-    with pytest.raises(ValueError, match=f"^{name} must be a tensor; got list$"):
+    with pytest.raises(ValueError, match=f"^{name}: expected a tensor; got list$"):
         linear_mopo_loss(**arguments | options | {name: [1.0, 1.0]})
-    with pytest.raises(ValueError, match=f"^{name} must be a tensor; got float$"):
+    with pytest.raises(ValueError, match=f"^{name}: expected a tensor; got float$"):
         linear_mopo_loss(**arguments | options | {name: 0.5})
 
 
@@ -264,7 +285,7 @@ def test_what_is_no_tensor_is_named(name: str) -> None:
 def test_a_missing_tensor_is_named(name: str) -> None:
     batch = make_batch()
     arguments = {argument: getattr(batch, argument) for argument in REQUIRED}
-    with pytest.raises(ValueError, match=f"^{name} must be a tensor; got NoneType$"):
+    with pytest.raises(ValueError, match=f"^{name}: expected a tensor; got NoneType$"):
         linear_mopo_loss(**arguments | {name: None}, ref_logprob=batch.ref_logprob)
 
 
@@ -283,7 +304,7 @@ def test_every_function_names_what_is_no_tensor(function: str) -> None:
     others = {"logprob": batch.ref_logprob, "labels": torch.zeros(1, 1, dtype=torch.int64)}
     arguments = {name: others.get(name, getattr(batch, name, None)) for name in names}
     for name in names:
-        with pytest.raises(ValueError, match=f"^{name} must be a tensor; got ndarray$"):
+        with pytest.raises(ValueError, match=f"^{name}: expected a tensor; got ndarray$"):
             call(**arguments | {name: arguments[name].numpy()})
 
 
@@ -316,7 +337,7 @@ def test_a_compiled_call_is_one_graph_that_still_refuses_a_reference_of_nan() ->
 
     compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
     assert compiled(batch.ref_logprob) == call(batch.ref_logprob)
-    with pytest.raises(ValueError, match="ref_logprob must be finite; got nan at index 2"):
+    with pytest.raises(ValueError, match="ref_logprob: expected a finite number; got nan at index 2"):
         compiled(with_value(batch.ref_logprob, 2, torch.nan))
 
 
@@ -341,7 +362,7 @@ def test_fake_tensors_are_checked_for_shape_and_no_values_are_read() -> None:
     with mode:
         assert linear_mopo_loss(*batch.loss_arguments(), **every_option(batch)).loss.shape == ()
         batch.cu_seqlens = batch.cu_seqlens[1:]
-        with pytest.raises(ValueError, match=r"ref_logprob must have shape \(S,\) = \(11,\); got \(12,\)"):
+        with pytest.raises(ValueError, match=r"ref_logprob: expected shape \(S,\) = \(11,\); got \(12,\)"):
             linear_mopo_loss(*batch.loss_arguments(), **every_option(batch))
 
 
@@ -356,11 +377,11 @@ def test_a_reference_of_nan_fails_no_assert_of_a_device(monkeypatch: pytest.Monk
 
 
 def test_packing_and_the_module_check_as_well() -> None:
-    with pytest.raises(ValueError, match=r"labels must have shape \(B, T\) = \(2, 3\); got \(2, 4\)"):
+    with pytest.raises(ValueError, match=r"labels: expected shape \(B, T\) = \(2, 3\); got \(2, 4\)"):
         pack_responses(torch.zeros(2, 3, 5), torch.zeros(2, 4, dtype=torch.int64))
-    with pytest.raises(ValueError, match="ignore_index must be an integer; got None"):
+    with pytest.raises(ValueError, match="ignore_index: expected an integer; got None"):
         pack_responses(torch.zeros(2, 3, 5), torch.zeros(2, 3, dtype=torch.int64), ignore_index=None)
-    with pytest.raises(ValueError, match="loss_type must be one of"):
+    with pytest.raises(ValueError, match="loss_type: expected one of"):
         LinearMOPOLoss(loss_type="dpo")
 
 

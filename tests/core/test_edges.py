@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+import itertools
 import weakref
 from typing import Any
 
@@ -27,7 +28,7 @@ from mopo_kernels import (
 from mopo_kernels.arguments import HeadInputs, HeadOptions
 from mopo_kernels.backends.cpp import CppBackend, has_native_products
 from mopo_kernels.fused import linear_logprob as fused_logprob
-from mopo_kernels.fused.buffer_plan import Layout, layout_of
+from mopo_kernels.fused.buffer_plan import Layout, layout_of, row_chunks
 from mopo_kernels.fused.linear_logprob import LinearLogprob, LinearLogprobBackward, saves_logits
 from mopo_kernels.fused.pair_groups import Group, closed_groups
 
@@ -101,28 +102,28 @@ def test_the_bias_of_the_reference_is_used_when_its_weight_is_the_policys(backen
 
 
 WRONG_REFERENCE: dict[str, tuple[dict[str, Any], str]] = {
-    "weight without hidden": ({"ref_weight": torch.zeros(37, 16)}, "ref_weight must be None without ref_hidden"),
-    "bias without hidden": ({"ref_bias": torch.zeros(37)}, "ref_bias must be None without ref_hidden"),
-    "hidden dimensions": ({"ref_hidden": torch.zeros(4)}, r"ref_hidden must have shape \(N, H'\); got \(4,\)"),
-    "hidden rows": ({"ref_hidden": torch.zeros(4, 16)}, r"ref_hidden must have shape \(N, H'\) = \(59, 16\); got"),
-    "hidden dtype": ({"ref_hidden": torch.zeros(59, 16).long()}, "ref_hidden must have dtype float32.*; got int64"),
+    "weight without hidden": ({"ref_weight": torch.zeros(37, 16)}, "ref_weight: expected None without ref_hidden"),
+    "bias without hidden": ({"ref_bias": torch.zeros(37)}, "ref_bias: expected None without ref_hidden"),
+    "hidden dimensions": ({"ref_hidden": torch.zeros(4)}, r"ref_hidden: expected shape \(N, H'\); got \(4,\)"),
+    "hidden rows": ({"ref_hidden": torch.zeros(4, 16)}, r"ref_hidden: expected shape \(N, H'\) = \(59, 16\); got"),
+    "hidden dtype": ({"ref_hidden": torch.zeros(59, 16).long()}, "ref_hidden: expected dtype float32.*; got int64"),
     "weight dimensions": (
         {"ref_hidden": torch.zeros(59, 16), "ref_weight": torch.zeros(16)},
-        r"ref_weight must have shape \(V, H'\); got \(16,\)",
+        r"ref_weight: expected shape \(V, H'\); got \(16,\)",
     ),
-    "weight dtype": ({"ref_hidden": torch.zeros(59, 16)}, "ref_weight must have dtype float32; got float64"),
+    "weight dtype": ({"ref_hidden": torch.zeros(59, 16)}, "ref_weight: expected dtype float32; got float64"),
     "weight vocabulary": (
         {"ref_hidden": torch.zeros(59, 16), "ref_weight": torch.zeros(30, 16)},
-        r"ref_weight must have shape \(V, H'\) = \(37, 16\); got \(30, 16\)",
+        r"ref_weight: expected shape \(V, H'\) = \(37, 16\); got \(30, 16\)",
     ),
     "weight transposed": (
         {"ref_hidden": torch.zeros(59, 16), "ref_weight": torch.zeros(16, 37)},
-        r"ref_weight must have shape \(V, H'\) = \(37, 16\); got \(16, 37\)",
+        r"ref_weight: expected shape \(V, H'\) = \(37, 16\); got \(16, 37\)",
     ),
-    "hidden columns": ({"ref_hidden": torch.zeros(59, 8)}, r"ref_hidden must have shape \(N, H'\) = \(59, 16\); got"),
+    "hidden columns": ({"ref_hidden": torch.zeros(59, 8)}, r"ref_hidden: expected shape \(N, H'\) = \(59, 16\); got"),
     "bias shape": (
         {"ref_hidden": torch.zeros(59, 8), "ref_weight": torch.zeros(37, 8), "ref_bias": torch.zeros(3)},
-        r"ref_bias must have shape \(V,\) = \(37,\); got \(3,\)",
+        r"ref_bias: expected shape \(V,\) = \(37,\); got \(3,\)",
     ),
 }
 
@@ -140,14 +141,14 @@ def test_a_wrong_argument_of_the_reference_is_named_as_such(case: str) -> None:
 @pytest.mark.parametrize(
     ("option", "message"),
     [
-        ({"max_ratio": -1.0}, "max_ratio must lie in 1 .. 1e.10; got -1.0"),
-        ({"softcap": -1.0}, "softcap must lie in 1e-10 .. 100000; got"),
-        ({"logit_scale": float("nan")}, "logit_scale must lie in -1e.10 .. 1e.10; got nan"),
-        ({"temperature": 0.0}, "temperature must lie in 1e-10 .. 1e.10; got"),
-        ({"max_buffer_bytes": 1e6}, "max_buffer_bytes must be an integer; got 1000000.0"),
-        ({"tau": "0.1"}, "tau must be a number; got '0.1'"),
-        ({"max_buffer_bytes": 0}, "max_buffer_bytes must be positive; got 0"),
-        ({"backend": "tpu"}, "backend must be one of auto, naive, torch, cpp, triton, cuda; got 'tpu'"),
+        ({"max_ratio": -1.0}, "max_ratio: expected a number in 1 .. 1e.10; got -1.0"),
+        ({"softcap": -1.0}, "softcap: expected a number in 1e-10 .. 100000; got"),
+        ({"logit_scale": float("nan")}, "logit_scale: expected a number in -1e.10 .. 1e.10; got nan"),
+        ({"temperature": 0.0}, "temperature: expected a number in 1e-10 .. 1e.10; got"),
+        ({"max_buffer_bytes": 1e6}, "max_buffer_bytes: expected an integer; got 1000000.0"),
+        ({"tau": "0.1"}, "tau: expected a number; got '0.1'"),
+        ({"max_buffer_bytes": 0}, "max_buffer_bytes: expected a positive number; got 0"),
+        ({"backend": "tpu"}, "backend: expected one of auto, naive, torch, cpp, triton, cuda; got 'tpu'"),
     ],
     ids=str,
 )
@@ -160,7 +161,7 @@ def test_a_margin_that_is_not_finite_is_refused() -> None:
     batch = make_batch()
     margin = torch.zeros(12)
     margin[3] = torch.nan
-    with pytest.raises(ValueError, match=r"margin must lie in -1e\+10 .. 1e\+10; got nan at index 3"):
+    with pytest.raises(ValueError, match=r"margin: expected a number in -1e\+10 .. 1e\+10; got nan at index 3"):
         loss_of(batch, loss_type="sigmoid", margin=margin)
 
 
@@ -230,7 +231,7 @@ def test_a_threshold_that_was_met_once_is_not_reported_with_that_value_as_the_be
 def test_a_pair_of_responses_to_different_prompts_is_refused_where_prompts_are_told(options: dict[str, Any]) -> None:
     batch = make_batch()
     batch.pairs[4, 1] = 11
-    with pytest.raises(ValueError, match=r"pairs must join responses to one prompt, as prompt_index has it; got 3 at"):
+    with pytest.raises(ValueError, match=r"pairs: expected responses to one prompt, as prompt_index has it; got 3 at"):
         loss_of(batch, prompt_index=batch.prompt_index, **options)
 
 
@@ -353,7 +354,7 @@ def test_the_least_buffer_that_an_error_names_is_enough() -> None:
     leaves = batch.leaves("hidden", "weight")
     for changed in ({}, {"ref_hidden": batch.hidden.detach() + 1, "ref_logprob": None}):
         options = {**batch.loss_options("regression"), **changed}
-        with pytest.raises(ValueError, match="max_buffer_bytes must be at least") as error:
+        with pytest.raises(ValueError, match="max_buffer_bytes: expected at least") as error:
             linear_mopo_loss(*batch.loss_arguments(), **options, max_buffer_bytes=64)
         least = int(str(error.value).split("at least ")[1].split()[0])
         torch.autograd.grad(linear_mopo_loss(*batch.loss_arguments(), **options, max_buffer_bytes=least).loss, leaves)
@@ -486,5 +487,25 @@ def test_tensors_without_a_unit_stride_are_as_good_as_others(backend: str, dtype
 
 
 def test_hidden_states_of_size_zero_are_refused_by_name() -> None:
-    with pytest.raises(ValueError, match=r"hidden must have shape \(\.\.\., H\); got \(3, 0\)"):
+    with pytest.raises(ValueError, match=r"hidden: expected shape \(\.\.\., H\); got \(3, 0\)"):
         linear_logprob(torch.zeros(3, 0), torch.zeros(5, 0), torch.tensor([0, 1, 2]))
+
+
+@pytest.mark.parametrize("multiple", [1, 8, 128])
+def test_chunks_of_rows_are_the_fewest_that_fit_and_fill_the_blocks_of_products(multiple: int) -> None:
+    for count, largest in itertools.product((0, 1, 7, 127, 128, 129, 1000, 8192, 8193), (1, 5, 128, 130, 300, 4096)):
+        found = list(row_chunks(count, largest, multiple))
+        sizes = [stop - start for start, stop in found]
+        assert [0, *(stop for _, stop in found)] == [*(start for start, _ in found), count]
+        assert all(0 < size <= largest for size in sizes)
+        assert len(sizes) == -(-count // largest)
+        # Where blocks are wasted, it is because a chunk that wastes none would be too large.
+        if any(size % multiple for size in sizes[:-1]):
+            assert multiple > largest - max(sizes)
+        elif sizes:
+            assert max(sizes) < count / len(sizes) + multiple
+
+
+def test_rows_for_the_fused_product_go_in_whole_blocks() -> None:
+    assert list(row_chunks(10_000, 4_200, 128)) == [(0, 3_456), (3_456, 6_784), (6_784, 10_000)]
+    assert list(row_chunks(10_000, 4_200)) == [(0, 3_333), (3_333, 6_666), (6_666, 10_000)]

@@ -328,7 +328,7 @@ def test_an_option_of_any_type_and_size_is_refused_by_name_or_gives_the_numbers_
         refusal = str(error)
     if got is None:
         assert refusal is not None
-        assert refusal.startswith(f"{name} must ")
+        assert refusal.startswith(f"{name}: expected ")
         return
     head = {key: options[key] for key in ("softcap", "logit_scale", "temperature", "ignore_index") if key in options}
     loss = {key: options[key] for key in ("tau", "loss_type", "estimator", "max_ratio", "normalizer") if key in options}

@@ -38,8 +38,8 @@ def test_every_form_gives_floats_by_name(value: Any, expected: dict[str, float])
         ('{"a": {"b": 1}}', "for 'a'"),
         ([0.5], r"got \[0\.5\]"),
         ("a=inf", r"^t\['a'\]: expected a finite number; got 'inf'"),
-        ("a=0.4,a=0.5", "^t: 'a' is given twice"),
-        ('{"a": 0.4, "a": 0.5}', "^t: 'a' is given twice"),
+        ("a=0.4,a=0.5", "^t: expected every objective once; got 'a' twice"),
+        ('{"a": 0.4, "a": 0.5}', "^t: expected every objective once; got 'a' twice"),
     ],
 )
 def test_what_is_no_mapping_is_refused_by_name(value: Any, message: str) -> None:
@@ -49,7 +49,7 @@ def test_what_is_no_mapping_is_refused_by_name(value: Any, message: str) -> None
 
 def test_repeated_options_are_joined() -> None:
     assert parse_mappings("--t", ["a=0.25", '{"b": 1}']) == {"a": 0.25, "b": 1.0}
-    with pytest.raises(ValueError, match=r"^--t: 'a' is given twice"):
+    with pytest.raises(ValueError, match=r"^--t: expected every objective once; got 'a' twice"):
         parse_mappings("--t", ["a=0.25", "a=0.5"])
 
 

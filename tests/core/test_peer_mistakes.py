@@ -816,7 +816,11 @@ def test_a_distributed_tensor_is_refused_by_name_and_never_taken_for_its_shard(r
         assert len(found["distributed tensors"]) == 4 * len(CPU_BACKENDS)
         for case, error in found["distributed tensors"].items():
             assert error != "no error", case
-            expected = "hidden must be a plain tensor" if "rows True" in case else "every rank must hold the same"
+            expected = (
+                "hidden: expected a plain tensor"
+                if "rows True" in case
+                else "expected the same hidden and target on every rank"
+            )
             assert expected in error, (case, error)
 
 

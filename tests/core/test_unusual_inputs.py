@@ -83,7 +83,7 @@ def test_the_least_buffer_cuts_a_small_problem_into_few_tiles(
         linear_logprob(hidden, weight, target, backend=backend, max_buffer_bytes=limit).sum().backward()
 
     monkeypatch.setattr(ChunkedHead, "_product_", counted)
-    with pytest.raises(ValueError, match="max_buffer_bytes must be at least") as error:
+    with pytest.raises(ValueError, match="max_buffer_bytes: expected at least") as error:
         call(1)
     call(int(str(error.value).split("at least ")[1].split()[0]))
     assert len(products) <= 4 * rows * (vocabulary / MIN_CONVERTED + 1)

@@ -453,7 +453,7 @@ def test_sampling_sees_the_prompt_that_training_has_and_stops_at_the_end_of_the_
         seen.update(prompts=prompts, stops=options["eos_token_id"])
         return [[options["pad_token_id"]] for _ in prompts]
 
-    monkeypatch.setattr("mopo_kernels.evaluation._sample_batch", sampled)
+    monkeypatch.setattr("mopo_kernels.evaluation.sampling._sample_batch", sampled)
     model = AutoModelForCausalLM.from_config(_config(len(tokenizer)))
     model.generation_config.eos_token_id = None
     draw_responses(
@@ -489,7 +489,7 @@ def test_the_fingerprint_has_all_that_ids_depend_on() -> None:
             {"chat_template_kwargs": {"quick": True}},
             "kwargs: expected variables that the chat template uses; got 'quick'",
         ),
-        ({"chat_template_kwargs": {"tokenize": True}}, "kwargs: expected variables of the template, got tokenize"),
+        ({"chat_template_kwargs": {"tokenize": True}}, "kwargs: expected variables of the template; got tokenize"),
     ],
 )
 def test_an_unknown_choice_is_named(options: dict[str, Any], problem: str) -> None:

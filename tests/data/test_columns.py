@@ -25,7 +25,7 @@ from mopo_kernels.data.columns import parse_columns
 from mopo_kernels.data.synthetic import byte_tokenizer
 from mopo_kernels.data.tokenized import text_digest
 from mopo_kernels.evaluation import load_prompts
-from mopo_kernels.trainer.trainer import as_preference_data
+from mopo_kernels.trainer.setup import as_preference_data
 
 
 def turn(role: str, content: str) -> dict[str, Any]:
@@ -174,20 +174,20 @@ class TestPrompt:
             (
                 answers(question="Which gas?", query="What?"),
                 "question",
-                "one column with the prompt, got question, query",
+                "one column with the prompt; got question, query",
             ),
             (
                 answers(prompt="Choose.", input="Which gas?"),
                 "input",
                 "prompt=prompt+input, or prompt=prompt to leave it",
             ),
-            (answers(instruction="Choose.", input=["a"]), "input", "expected a string, got ['a']"),
+            (answers(instruction="Choose.", input=["a"]), "input", "expected a string; got ['a']"),
             (
                 answers(conversations=[{"from": "robot", "value": "x"}]),
                 "conversations[0].from",
                 "expected one of human",
             ),
-            (answers(question=7), "question", "expected a string, got 7"),
+            (answers(question=7), "question", "expected a string; got 7"),
             (answers(conversations=[{"from": "human", "value": ""}]), "conversations[0].content", "is empty"),
         ],
     )
@@ -220,10 +220,10 @@ class TestTextOfMessages:
     def test_it_is_refused(self, text: str) -> None:
         for row in (answers(prompt=text), canonical(prompt=text), answers(question=text)):
             with pytest.raises(
-                DataError, match=r"rows:1: (prompt|question): expected text or messages, got the text of"
+                DataError, match=r"rows:1: (prompt|question): expected text or messages; got the text of"
             ):
                 load_preferences([row])
-        with pytest.raises(DataError, match="rows:1: rejected: expected text or messages, got the text of"):
+        with pytest.raises(DataError, match="rows:1: rejected: expected text or messages; got the text of"):
             load_preferences([answers(prompt="p", rejected=text)])
 
     @pytest.mark.parametrize(
@@ -344,8 +344,8 @@ class TestContext:
         [
             ({"images": ["a.png"]}, "images", "only text is read"),
             ({"image": {"bytes": b"x"}}, "image", "only text is read"),
-            ({"system": 3}, "system", "expected a string, got 3"),
-            ({"history": "Hi."}, "history", "expected a list of turns, got 'Hi.'"),
+            ({"system": 3}, "system", "expected a string; got 3"),
+            ({"history": "Hi."}, "history", "expected a list of turns; got 'Hi.'"),
             ({"history": [["Hi."]]}, "history[0]", "expected a message, or a question and its answer"),
             ({"history": [["Hi.", ""]]}, "history[0][1]", "is empty"),
             ({"tools": "{"}, "tools", "expected JSON"),

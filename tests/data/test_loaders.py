@@ -385,11 +385,11 @@ class TestSummarizeFromFeedback:
     @pytest.mark.parametrize(
         ("row", "message"),
         [
-            (summaries(choice=2), "rows:1: choice: expected 0 or 1, got 2"),
-            (summaries(choice=True), "rows:1: choice: expected 0 or 1, got True"),
-            (summaries(post=None), "rows:1: info.article: expected a string, got None"),
+            (summaries(choice=2), "rows:1: choice: expected 0 or 1; got 2"),
+            (summaries(choice=True), "rows:1: choice: expected 0 or 1; got True"),
+            (summaries(post=None), "rows:1: info.article: expected a string; got None"),
             (summaries() | {"info": None}, "rows:1: info: expected an object"),
-            (summaries() | {"summaries": [{"text": "One."}]}, "rows:1: summaries: expected 2 summaries, got 1"),
+            (summaries() | {"summaries": [{"text": "One."}]}, "rows:1: summaries: expected 2 summaries; got 1"),
             (summaries() | {"summaries": ["a", "b"]}, r"rows:1: summaries\[0\]: expected an object with text"),
             (summaries() | {"summaries": [{"text": "a"}, {"text": ""}]}, r"rows:1: summaries\[1\].text: is empty"),
             (summaries() | {"summaries": [{"text": "a"}] * 2}, "is the same text as"),
@@ -568,7 +568,7 @@ class TestSources:
         assert path.read_text(encoding="utf-8") == "old\n"
 
     def test_save_refuses_another_suffix(self, tmp_path: Path) -> None:
-        with pytest.raises(ValueError, match=r"\.jsonl or \.parquet, got 'out.csv'"):
+        with pytest.raises(ValueError, match=r"\.jsonl or \.parquet; got 'out.csv'"):
             load_preferences([canonical()]).save(tmp_path / "out.csv")
 
     def test_a_dataset_a_list_and_a_json_array_are_the_same_rows(self, tmp_path: Path) -> None:
@@ -582,7 +582,7 @@ class TestSources:
             assert list(load_preferences(source)) == expected
         splits = datasets.DatasetDict({"train": table, "test": table.select([1])})
         assert list(load_preferences(splits, split="test")) == expected[1:]
-        with pytest.raises(DataError, match="expected split= one of train, test, got None"):
+        with pytest.raises(DataError, match="split: expected one of train, test; got None"):
             load_preferences(splits)
 
     def test_the_splits_of_a_folder_do_not_mix(self, tmp_path: Path) -> None:
@@ -661,10 +661,13 @@ class TestSources:
         ("options", "problem"),
         [
             ({"format": "csv"}, "format: expected auto, canonical"),
-            ({"on_error": "ignore"}, "on_error: expected 'raise' or 'skip', got 'ignore'"),
+            ({"on_error": "ignore"}, "on_error: expected 'raise' or 'skip'; got 'ignore'"),
             ({"signs": {}}, "signs: not an option of format 'canonical', which has no options"),
             ({"format": "hh-rlhf", "wit": 1}, "wit: not an option of format 'hh-rlhf', which has conversational"),
-            ({"format": "helpsteer", "objectives": ["wit"]}, "objectives: helpsteer has helpfulness"),
+            (
+                {"format": "helpsteer", "objectives": ["wit"]},
+                "objectives: expected names among helpsteer's helpfulness",
+            ),
         ],
     )
     def test_wrong_options_raise_even_when_rows_are_skipped(self, options: dict[str, Any], problem: str) -> None:
@@ -676,7 +679,7 @@ class TestSources:
             load_preferences([{"text": "a", "label": 1}])
 
     def test_a_source_that_is_no_source(self) -> None:
-        with pytest.raises(TypeError, match="expected a path, a name, a Dataset or rows, got int"):
+        with pytest.raises(TypeError, match="expected a path, a name, a Dataset or rows; got int"):
             load_preferences(7)
 
     def test_max_rows_and_progress_count_rows(self) -> None:
@@ -720,7 +723,7 @@ class TestPreferenceData:
 
     def test_split_refuses_what_it_cannot_do(self) -> None:
         data = load_preferences([canonical(), canonical()])
-        with pytest.raises(ValueError, match="at least 2 distinct prompts, got 1"):
+        with pytest.raises(ValueError, match="at least 2 distinct prompts; got 1"):
             data.split(0.5)
         with pytest.raises(ValueError, match=r"fraction: .* got 1"):
             data.split(1)
@@ -731,7 +734,7 @@ class TestPreferenceData:
         for suffix in (".jsonl", ".parquet"):
             data.save(tmp_path / f"out{suffix}")
             assert list(load_preferences(tmp_path / f"out{suffix}")) == list(data)
-        with pytest.raises(ValueError, match=r"one sequence per example \(2\), got 1"):
+        with pytest.raises(ValueError, match=r"one sequence per example \(2\); got 1"):
             data.with_ref_logprob([[-1, -2]])
         with pytest.raises(DataError, match="one number per response"):
             data.with_ref_logprob([[-1, -2], [-3]])
@@ -799,5 +802,5 @@ class TestMerge:
             load_preferences([canonical(), canonical() | {"weight": 2.0}], group=True)
         with pytest.raises(ValueError, match="at least one PreferenceData"):
             merge_preferences([])
-        with pytest.raises(ValueError, match=r"objectives: expected the keys \['a'\], got \['b'\]"):
+        with pytest.raises(ValueError, match=r"objectives: expected the keys \['a'\]; got \['b'\]"):
             load_preferences({"a": [canonical()]}, objectives=["b"])

@@ -73,7 +73,7 @@ BAD = {
     "message-calls-of-the-user": (
         record(prompt=[{"role": "user", "content": "hi", "tool_calls": [{"type": "function"}]}]),
         "prompt[0].tool_calls",
-        "tool calls of the assistant, got those of 'user'",
+        "tool calls of the assistant; got those of 'user'",
     ),
     "message-calls-not-objects": (
         record(prompt=[{"role": "assistant", "content": "hi", "tool_calls": [1]}, {"role": "user", "content": "hi"}]),
@@ -88,10 +88,10 @@ BAD = {
     "prompt-ends-assistant": (record(prompt=[{"role": "assistant", "content": "hi"}]), "prompt", "assistant message"),
     "no-responses": (record(responses=None), "responses", "is missing"),
     "responses-not-list": (record(responses="abc"), "responses", "expected a list"),
-    "one-response": (record(responses=["a"]), "responses", "at least 2 responses, got 1"),
-    "zero-responses": (record(responses=[]), "responses", "at least 2 responses, got 0"),
+    "one-response": (record(responses=["a"]), "responses", "at least 2 responses; got 1"),
+    "zero-responses": (record(responses=[]), "responses", "at least 2 responses; got 0"),
     "blank-response": (record(responses=["a", " "]), "responses[1]", "is empty"),
-    "response-type": (record(responses=["a", 3]), "responses[1]", "expected a string, got 3"),
+    "response-type": (record(responses=["a", 3]), "responses[1]", "expected a string; got 3"),
     "response-roles": (record(responses=["a", [{"role": "user", "content": "b"}]]), "responses[1]", "one assistant"),
     "response-two-messages": (
         record(responses=["a", [{"role": "assistant", "content": "b"}] * 2]),
@@ -103,7 +103,7 @@ BAD = {
     "pair-not-object": (record(pairs=[[0, 1]]), "pairs[0]", "i, j and preference"),
     "pair-no-preference": (record(pairs=[{"i": 0, "j": 1}]), "pairs[0].preference", "is missing"),
     "pair-extra": (record(pairs=[pair(weight=2)]), "pairs[0].weight", "unknown key"),
-    "index-high": (record(pairs=[pair(), pair(j=2)]), "pairs[1].j", "index of the 2 responses, got 2"),
+    "index-high": (record(pairs=[pair(), pair(j=2)]), "pairs[1].j", "index of the 2 responses; got 2"),
     "index-negative": (record(pairs=[pair(i=-1)]), "pairs[0].i", "got -1"),
     "index-float": (record(pairs=[pair(i=0.0)]), "pairs[0].i", "expected an integer"),
     "index-bool": (record(pairs=[pair(j=True)]), "pairs[0].j", "expected an integer"),
@@ -122,13 +122,13 @@ BAD = {
     "blank-objective": (record(pairs=[pair(preference={"": 1.0})]), "pairs[0].preference", "objective name"),
     "preference-huge": (record(pairs=[pair(preference={"helpful": 10**400})]), "pairs[0].preference.helpful", "number"),
     "half-surrogate": (record(responses=["a", "b\ud83d"]), "responses[1]", "surrogate pair at character 1"),
-    "margin-text": (record(pairs=[pair(margin="1")]), "pairs[0].margin", "finite number of nats, got '1'"),
+    "margin-text": (record(pairs=[pair(margin="1")]), "pairs[0].margin", "finite number of nats; got '1'"),
     "margin-nan": (record(pairs=[pair(margin=float("nan"))]), "pairs[0].margin", "finite number of nats"),
     "weight-zero": (record(weight=0), "weight", "positive number"),
     "weight-text": (record(weight="2"), "weight", "positive number"),
     "weight-infinite": (record(weight=float("inf")), "weight", "positive number"),
     "id-number": (record(id=7), "id", "expected a string"),
-    "reference-length": (record(ref_logprob=[-1.0]), "ref_logprob", "one number per response (2), got 1"),
+    "reference-length": (record(ref_logprob=[-1.0]), "ref_logprob", "one number per response (2); got 1"),
     "reference-nan": (record(ref_logprob=[-1.0, float("nan")]), "ref_logprob[1]", "finite"),
     "reference-scalar": (record(ref_logprob=-1.0), "ref_logprob", "list of numbers"),
 }
@@ -160,7 +160,7 @@ def test_the_length_limit_of_messages_counts_all_of_them() -> None:
 
 
 def test_examples_built_in_code_are_checked_too() -> None:
-    with pytest.raises(DataError, match=r"pairs\[0\]\.j: expected an index of the 2 responses, got 5"):
+    with pytest.raises(DataError, match=r"pairs\[0\]\.j: expected an index of the 2 responses; got 5"):
         PreferenceExample("p", ("a", "b"), (PreferencePair(0, 5, {"helpful": 1.0}),))
 
 

@@ -207,13 +207,13 @@ class TestBadRows:
             (json.dumps(row(pairs=[PAIR | {"preference": {"\ud800": 1}}])), "pairs[0].preference", "surrogate"),
             (json.dumps(row(system="\udfff")), "system", "half of a surrogate pair"),
             (json.dumps(row(tools=[{"name": "\ud800"}])), "tools", "half of a surrogate pair"),
-            (json.dumps(row(weight=1e39)), "weight", "a positive number, of a size up to 1e+10, got 1e+39"),
-            (json.dumps(row(weight=1e-46)), "weight", "a positive number, at least 1e-10, got 1e-46"),
+            (json.dumps(row(weight=1e39)), "weight", "a positive number, of a size up to 1e+10; got 1e+39"),
+            (json.dumps(row(weight=1e-46)), "weight", "a positive number, at least 1e-10; got 1e-46"),
             (json.dumps(row(ref_logprob=[-1e39, 0.0])), "ref_logprob[0]", "of a size up to 1e+10"),
-            (json.dumps(row(pairs=[PAIR | {"margin": 1e39}])), "pairs[0].margin", "of a size up to 1e+10, got 1e+39"),
-            ("{}", "prompt", "expected a string, got None"),
-            ("[]", None, "expected an object, got list"),
-            ("null", None, "expected an object, got NoneType"),
+            (json.dumps(row(pairs=[PAIR | {"margin": 1e39}])), "pairs[0].margin", "of a size up to 1e+10; got 1e+39"),
+            ("{}", "prompt", "expected a string; got None"),
+            ("[]", None, "expected an object; got list"),
+            ("null", None, "expected an object; got NoneType"),
         ],
     )  # fmt: skip
     @pytest.mark.parametrize("place", ["lines", "array"])
@@ -313,11 +313,11 @@ class TestBadRows:
         [
             (completion(""), "response", "is empty"),
             (completion("much too long"), "response", "more than the limit of 10"),
-            (completion("c", True), "annotations.helpfulness.Rating", 'a rating from 1 to 5 or "N/A", got True'),
+            (completion("c", True), "annotations.helpfulness.Rating", 'a rating from 1 to 5 or "N/A"; got True'),
             (completion("c", "6"), "annotations.helpfulness.Rating", "got '6'"),
             (completion("c", 10**5000), "annotations.helpfulness.Rating", "got a int that is too large to show"),
             (completion("c", annotations=["helpfulness"]), "annotations", "expected an object of aspect -> rating"),
-            (completion("c", annotations={"helpfulness": 3}), "annotations.helpfulness", "object with Rating, got 3"),
+            (completion("c", annotations={"helpfulness": 3}), "annotations.helpfulness", "object with Rating; got 3"),
             (completion("c", annotations=""), "annotations", "expected an object of aspect -> rating"),
             ("c", None, "expected an object with response and annotations"),
         ],
@@ -352,7 +352,7 @@ def test_columns_of_one_name_are_refused(tmp_path: Path) -> None:
         load_preferences(frame)
     path = tmp_path / "rows.parquet"
     pyarrow.parquet.write_table(pyarrow.table([["p"], ["a"], ["b"], ["q"]], names=list(frame)), path)
-    with pytest.raises(DataError, match="cannot be read: expected columns of different names, got prompt"):
+    with pytest.raises(DataError, match="cannot be read: expected columns of different names; got prompt"):
         load_preferences(path)
 
 

@@ -13,7 +13,7 @@ import torch
 
 from mopo_kernels import tabular
 from mopo_kernels.data import load_preferences, win_rates
-from mopo_kernels.dual import DualAscent, LabelSolution, ThresholdError, Unmet, solve_labels
+from mopo_kernels.dual import DualAscent, LabelSolution, ThresholdError, UnmetThreshold, solve_labels
 
 NAMES = ("detail", "plain", "warm")
 
@@ -108,17 +108,17 @@ def test_state_dict_is_a_copy() -> None:
 @pytest.mark.parametrize(
     ("field", "value", "message"),
     [
-        ("objectives", ["detail", "warm", "plain"], "state must be of objectives"),
-        ("primary", "warm", "state must be of primary 'detail', got 'warm'"),
-        ("multiplier", {"warm": 1.0}, r"state's multiplier must be for \['plain'\], got \['warm'\]"),
-        ("multiplier", {"plain": 3.0}, r"state's multiplier must lie in \[0, 2\], got 3.0"),
-        ("multiplier", {"plain": math.nan}, "state's multiplier must be finite, got nan for 'plain'"),
+        ("objectives", ["detail", "warm", "plain"], "state: expected objectives"),
+        ("primary", "warm", "state: expected primary 'detail'; got 'warm'"),
+        ("multiplier", {"warm": 1.0}, r"state's multiplier: expected entries for \['plain'\]; got \['warm'\]"),
+        ("multiplier", {"plain": 3.0}, r"state's multiplier: expected a number in \[0, 2\]; got 3.0"),
+        ("multiplier", {"plain": math.nan}, "state's multiplier: expected a finite number; got nan for 'plain'"),
         (
             "average",
             {"detail": 0.5, "plain": 0.5, "warm": math.nan},
-            "state's average must be finite, got nan for 'warm'",
+            "state's average: expected a finite number; got nan for 'warm'",
         ),
-        ("best_seen", {"plain": math.inf}, "state's best_seen must be finite, got inf for 'plain'"),
+        ("best_seen", {"plain": math.inf}, "state's best_seen: expected a finite number; got inf for 'plain'"),
     ],
 )
 def test_foreign_state_is_refused(field: str, value: object, message: str) -> None:
@@ -147,14 +147,14 @@ def test_unmet_thresholds_are_reported_after_patience_at_the_maximum() -> None:
 
 
 def test_threshold_error_says_what_cannot_be_met() -> None:
-    error = ThresholdError([Unmet("helpful", 0.6, 0.5532, 10.0)])
+    error = ThresholdError([UnmetThreshold("helpful", 0.6, 0.5532, 10.0)])
     text = "threshold helpful >= 0.60 cannot be met: best seen 0.553 (multiplier at its maximum 10)"
     assert isinstance(error, RuntimeError)
     assert str(error) == text
     assert str(pickle.loads(pickle.dumps(error))) == text
     told = pickle.loads(pickle.dumps(ThresholdError(error.unmet, "in other words")))
     assert (str(told), told.unmet) == ("in other words", error.unmet)
-    assert "helpful >= 0.3976 cannot" in str(Unmet("helpful", 0.3976, 0.1, 10.0))
+    assert "helpful >= 0.3976 cannot" in str(UnmetThreshold("helpful", 0.3976, 0.1, 10.0))
 
 
 def test_set_thresholds_replaces_and_starts_the_divergence_count_afresh() -> None:
@@ -166,26 +166,26 @@ def test_set_thresholds_replaces_and_starts_the_divergence_count_afresh() -> Non
     assert dual.threshold == {"plain": 0.55}
     feed(dual, 0.2, 0.2)
     assert dual.unmet()[0].best_seen == pytest.approx(0.2)
-    with pytest.raises(ValueError, match=r"thresholds must be for .*'plain'.*, which have one, got 'warm'"):
+    with pytest.raises(ValueError, match=r"thresholds: expected objectives that have one, .*'plain'.*; got 'warm'"):
         dual.set_thresholds({"warm": 0.5})
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"objectives": ("a", "a")}, "objectives must be one or more distinct names"),
-        ({"primary": "other"}, "primary must be one of the objectives .*, got 'other'"),
-        ({"thresholds": {"detail": 0.5}}, "must not include the primary objective 'detail'.*got 0.5"),
-        ({"thresholds": {"other": 0.5}}, "thresholds must be for objectives among .*, got one for 'other'"),
-        ({"thresholds": {"plain": 1.5}}, r"thresholds must lie in \[0, 1\], got 1.5 for 'plain'"),
-        ({"thresholds": {"plain": math.nan}}, r"thresholds must lie in \[0, 1\], got nan"),
-        ({"lr": 0.0}, "lr must be a finite step size > 0, got 0.0"),
-        ({"maximum": math.inf}, "maximum must be a finite multiplier > 0, got inf"),
-        ({"warmup_steps": -1}, "warmup_steps must be >= 0, got -1"),
-        ({"smoothing": 1.0}, r"smoothing must lie in \[0, 1\), got 1.0"),
-        ({"patience": 0}, "patience must be >= 1, got 0"),
-        ({"initial": {"warm": 1.0}}, "initial must be for objectives with a threshold, .*got one for 'warm'"),
-        ({"initial": {"plain": 2.5}}, r"initial must lie in \[0, 2\], got 2.5 for 'plain'"),
+        ({"objectives": ("a", "a")}, "objectives: expected one or more distinct names"),
+        ({"primary": "other"}, "primary: expected one of the objectives .*; got 'other'"),
+        ({"thresholds": {"detail": 0.5}}, "expected none for the primary objective 'detail'.*got 0.5"),
+        ({"thresholds": {"other": 0.5}}, "thresholds: expected objectives among .*; got one for 'other'"),
+        ({"thresholds": {"plain": 1.5}}, r"thresholds: expected a number in \[0, 1\]; got 1.5 for 'plain'"),
+        ({"thresholds": {"plain": math.nan}}, r"thresholds: expected a number in \[0, 1\]; got nan"),
+        ({"lr": 0.0}, "lr: expected a finite step size > 0; got 0.0"),
+        ({"maximum": math.inf}, "maximum: expected a finite multiplier > 0; got inf"),
+        ({"warmup_steps": -1}, "warmup_steps: expected a number >= 0; got -1"),
+        ({"smoothing": 1.0}, r"smoothing: expected a number in \[0, 1\); got 1.0"),
+        ({"patience": 0}, "patience: expected a number >= 1; got 0"),
+        ({"initial": {"warm": 1.0}}, "initial: expected objectives with a threshold, .*got one for 'warm'"),
+        ({"initial": {"plain": 2.5}}, r"initial: expected a number in \[0, 2\]; got 2.5 for 'plain'"),
     ],
 )
 def test_arguments_out_of_range_are_named(changes: dict, message: str) -> None:
@@ -196,9 +196,13 @@ def test_arguments_out_of_range_are_named(changes: dict, message: str) -> None:
 @pytest.mark.parametrize(
     ("satisfaction", "labelled", "message"),
     [
-        ([0.5, 0.5], [1, 1, 1], r"satisfaction must have shape \(3,\).*got \(2,\)"),
-        ([0.5, math.nan, 0.5], [1, 1, 1], "satisfaction must be finite where labelled > 0, got nan for 'plain'"),
-        ([0.5, 0.5, 0.5], [1, -1, 1], "labelled must be >= 0, got -1.0 for 'plain'"),
+        ([0.5, 0.5], [1, 1, 1], r"satisfaction: expected shape \(3,\).*got \(2,\)"),
+        (
+            [0.5, math.nan, 0.5],
+            [1, 1, 1],
+            "satisfaction: expected a finite number where labelled > 0; got nan for 'plain'",
+        ),
+        ([0.5, 0.5, 0.5], [1, -1, 1], "labelled: expected a number >= 0; got -1.0 for 'plain'"),
     ],
 )
 def test_bad_measurements_are_named(satisfaction: list, labelled: list, message: str) -> None:
@@ -247,7 +251,7 @@ def test_ascent_on_exact_values_ends_at_the_exact_multipliers(sign: int) -> None
 
 
 def test_sampled_ascent_ends_near_the_exact_multipliers() -> None:
-    """A table policy at the closed form, 256 sampled responses a step: the loop SPEC section 2 describes."""
+    """A table policy at the closed form, 256 sampled responses a step."""
     problem = table_problem()
     exact = tabular.solve(problem)
     rng = np.random.default_rng(1)
@@ -298,7 +302,7 @@ def label_data(seed: int, prompts: int = 60, responses: int = 4, missing: float 
 
 
 def pair_satisfaction(data: dict, multiplier: dict[str, float]) -> dict[str, float]:
-    """SPEC section 2's formula, pair by pair."""
+    """The estimator "pair", pair by pair."""
     weight = [1.0 if name == data["primary"] else multiplier.get(name, 0.0) for name in data["objectives"]]
     out = {}
     for k, name in enumerate(data["objectives"]):
@@ -481,25 +485,25 @@ def test_padding_is_allowed_and_never_paired() -> None:
     thresholds = {"o1": 0.5}
     assert solve_labels(**padded, thresholds=thresholds) == solve_labels(**data, thresholds=thresholds)
     padded["j"] = np.full_like(data["j"], 5)
-    with pytest.raises(ValueError, match="j must be a response with reference > 0, got 5 at pair 0"):
+    with pytest.raises(ValueError, match="j: expected a response with reference > 0; got 5 at pair 0"):
         solve_labels(**padded, thresholds=thresholds)
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"estimator": "exact"}, "estimator must be one of .*, got 'exact'"),
-        ({"maximum": 0.0}, "maximum must be a finite multiplier > 0, got 0.0"),
-        ({"tau": 0.0}, "tau must be a finite number > 0, got 0.0"),
-        ({"objectives": ["o0", "o1"]}, r"win_rate must have 2 objectives first, got shape \(3, 60, 4\)"),
-        ({"prompt": None}, 'prompt must be given for the estimator "pair"'),
-        ({"preference": None}, 'preference must be given for the estimator "pair"'),
-        ({"prompt": np.full(360, 60)}, r"prompt must lie in 0..59, got 60"),
-        ({"i": np.zeros(3, dtype=int)}, r"i must be a \(P,\) array of integers, got shape \(3,\)"),
-        ({"preference": np.full((360, 3), 2.0)}, r"preference must lie in \[0, 1\] or be NaN, got 2.0"),
-        ({"preference": np.full((360, 3), np.nan)}, r"objectives that have labels, got some for \['o1'\]"),
-        ({"weight": np.full(360, -1.0)}, "weight must be finite and >= 0"),
-        ({"weight": np.ones(3)}, r"weight must have shape \(360,\), got \(3,\)"),
+        ({"estimator": "exact"}, "estimator: expected one of .*; got 'exact'"),
+        ({"maximum": 0.0}, "maximum: expected a finite multiplier > 0; got 0.0"),
+        ({"tau": 0.0}, "tau: expected a finite number > 0; got 0.0"),
+        ({"objectives": ["o0", "o1"]}, r"win_rate: expected 2 objectives first; got shape \(3, 60, 4\)"),
+        ({"prompt": None}, r'prompt: expected a \(P,\) array for the estimator "pair"'),
+        ({"preference": None}, r'preference: expected a \(P, K\) array for the estimator "pair"'),
+        ({"prompt": np.full(360, 60)}, r"prompt: expected a number in 0..59; got 60"),
+        ({"i": np.zeros(3, dtype=int)}, r"i: expected a \(P,\) array of integers; got shape \(3,\)"),
+        ({"preference": np.full((360, 3), 2.0)}, r"preference: expected a number in \[0, 1\] or NaN; got 2.0"),
+        ({"preference": np.full((360, 3), np.nan)}, r"objectives that have labels; got some for \['o1'\]"),
+        ({"weight": np.full(360, -1.0)}, "weight: expected finite weights >= 0"),
+        ({"weight": np.ones(3)}, r"weight: expected shape \(360,\); got \(3,\)"),
     ],
 )
 def test_label_arguments_out_of_range_are_named(changes: dict, message: str) -> None:

@@ -128,9 +128,9 @@ def test_too_few_effective_prompts_or_weights_that_do_not_cover_certify_nothing(
 @pytest.mark.parametrize(
     ("thresholds", "confidence", "message"),
     [
-        ({}, 0.95, "thresholds must hold at least one objective"),
-        ({"third": 0.5}, 0.95, "thresholds must be for objectives among first, second, got 'third'"),
-        ({"first": 0.5}, 0.5, r"confidence must be in \(0\.5, 1\), got 0\.5"),
+        ({}, 0.95, "thresholds: expected at least one objective"),
+        ({"third": 0.5}, 0.95, "thresholds: expected objectives among first, second; got 'third'"),
+        ({"first": 0.5}, 0.5, r"confidence: expected a number in \(0\.5, 1\); got 0\.5"),
     ],
 )
 def test_what_makes_no_certificate_is_named(thresholds, confidence, message):
@@ -189,7 +189,7 @@ def test_values_of_pairs_are_the_estimators_and_add_up_by_prompt():
     assert sums.coverage is None
     flat = [[0.0] * len(row) for row in ratio]
     assert certificates.pair_sums(list(twice), numbers, flat, twice.objectives, "snis").coverage == 1.0
-    with pytest.raises(ValueError, match="estimator must be one of snis, pair, got 'closed_form'"):
+    with pytest.raises(ValueError, match="estimator: expected one of snis, pair; got 'closed_form'"):
         certificates.pair_sums(list(twice), numbers, ratio, twice.objectives, "closed_form")
 
 
@@ -298,7 +298,7 @@ def test_several_candidates_are_chosen_among_on_other_prompts(workspace, tmp_pat
 def test_judges_certify_by_fresh_answers_and_equal_scores_are_parity(workspace, tmp_path):
     out = tmp_path / "record.json"
     more = ["--prompts", str(workspace / "prompts.jsonl"), "--judges", f"{workspace / 'judges.py'}:JUDGES"]
-    more += ["--samples", "2", "--max-new-tokens", "4", "--output", str(out)]
+    more += ["--samples", "2", "--max_new_tokens", "4", "--output", str(out)]
     assert run(workspace, *more, "--thresholds", "same=0.4") == 0
     record = json.loads(out.read_text(encoding="utf-8"))
     assert record["bounds"][0]["value"] == 0.5
@@ -325,21 +325,27 @@ def test_the_record_goes_into_the_model_card_once(workspace, tmp_path):
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (["--thresholds", "brief=0.2"], "--data or --prompts must be given, and not both"),
-        (["--data", "{held}", "--thresholds", "kind=0.2"], "an objective of helpful, brief and a value in [0, 1], got"),
+        (["--thresholds", "brief=0.2"], "--data, --prompts: expected one of them"),
+        (["--data", "{held}", "--thresholds", "kind=0.2"], "an objective of helpful, brief and a value in [0, 1]; got"),
         (["--data", "{held}", "--thresholds", "brief=2"], "got brief=2"),
-        (["--data", "{held}", "--thresholds", ""], "--thresholds must hold at least one"),
-        (["--data", "{held}", "--thresholds", "brief=0.2", "--estimator", "closed_form"], "--estimator must be one of"),
-        (["--data", "{held}", "--thresholds", "brief=0.2", "--confidence", "0.4"], "--confidence must be in (0.5, 1)"),
-        (["--data", "{held}", "--thresholds", "brief=0.2", "--judges", "x.py:J"], "--judges must be given with --prom"),
-        (["--data", "{held}", "--thresholds", "brief=0.2", "--primary", "kind"], "--primary must be one of helpful"),
+        (["--data", "{held}", "--thresholds", ""], "--thresholds: expected at least one"),
+        (
+            ["--data", "{held}", "--thresholds", "brief=0.2", "--estimator", "closed_form"],
+            "--estimator: expected one of",
+        ),
+        (
+            ["--data", "{held}", "--thresholds", "brief=0.2", "--confidence", "0.4"],
+            "--confidence: expected a number in (0.5, 1)",
+        ),
+        (["--data", "{held}", "--thresholds", "brief=0.2", "--judges", "x.py:J"], "--judges: expected with --prom"),
+        (["--data", "{held}", "--thresholds", "brief=0.2", "--primary", "kind"], "--primary: expected one of helpful"),
         (
             ["--data", "{held}", "--thresholds", "brief=0.2", "--split", "test"],
             "no split 'test', there is: one without",
         ),
         (
             ["--data", "{held}", "--thresholds", "brief=0.2", "--columns", "prompt=q"],
-            ":1: q: expected a string, got None",
+            ":1: q: expected a string; got None",
         ),
         (
             ["--prompts", "x.txt", "--judges", "x.py:J", "--thresholds", "brief=0.2", "--split", "test"],
@@ -354,6 +360,6 @@ def test_bad_options_are_refused_in_one_line(workspace, capsys, more, message):
 
 def test_a_whole_model_needs_a_baseline_and_a_bad_scale_is_named(workspace, capsys):
     assert by_pairs(workspace, "--thresholds", "brief=0.2", policy="model") == 2
-    assert "--baseline is needed" in capsys.readouterr().err
+    assert "--baseline: expected a model" in capsys.readouterr().err
     assert by_pairs(workspace, "--thresholds", "brief=0.2", policy="adapter=half") == 2
     assert "got " in capsys.readouterr().err

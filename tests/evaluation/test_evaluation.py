@@ -144,7 +144,7 @@ def test_greedy_responses_match_a_plain_loop_in_input_order_whatever_the_batch(p
 
 def without_a_cache(monkeypatch):
     """Batches are decoded whole, as for models whose cache cannot be continued."""
-    monkeypatch.setattr(evaluation, "_prompt_cache", lambda *arguments: None)
+    monkeypatch.setattr(evaluation.sampling, "_prompt_cache", lambda *arguments: None)
 
 
 @pytest.mark.parametrize("options", [{}, {"temperature": 1.5, "top_p": 0.7}], ids=str)
@@ -287,13 +287,13 @@ def test_prompts_are_encoded_as_the_collator_encodes_them_for_training(tmp_path,
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"samples_per_prompt": 0}, "samples_per_prompt must be at least 1, got 0"),
-        ({"max_new_tokens": 0}, "max_new_tokens must be at least 1, got 0"),
-        ({"batch_size": -1}, "batch_size must be at least 1, got -1"),
-        ({"temperature": -1.0}, r"temperature must be at least 0 and finite, got -1\.0"),
-        ({"temperature": math.nan}, "temperature must be at least 0 and finite, got nan"),
-        ({"top_p": 0.0}, r"top_p must be in \(0, 1\], got 0\.0"),
-        ({"max_new_tokens": 60}, r"prompts\[0\] has 5 tokens.*context of 64"),
+        ({"samples_per_prompt": 0}, "samples_per_prompt: expected at least 1; got 0"),
+        ({"max_new_tokens": 0}, "max_new_tokens: expected at least 1; got 0"),
+        ({"batch_size": -1}, "batch_size: expected at least 1; got -1"),
+        ({"temperature": -1.0}, r"temperature: expected a finite number >= 0; got -1\.0"),
+        ({"temperature": math.nan}, "temperature: expected a finite number >= 0; got nan"),
+        ({"top_p": 0.0}, r"top_p: expected a number in \(0, 1\]; got 0\.0"),
+        ({"max_new_tokens": 60}, r"prompts\[0\]: expected room .*context of 64; got a prompt of 5"),
     ],
 )
 def test_bad_sampling_options_are_named(policy, options, message):
@@ -302,12 +302,14 @@ def test_bad_sampling_options_are_named(policy, options, message):
 
 
 def test_an_empty_prompt_is_refused_by_index(policy):
-    with pytest.raises(ValueError, match=r"prompts\[1\] must have at least one token"):
+    with pytest.raises(ValueError, match=r"prompts\[1\]: expected at least one token"):
         draw(policy, ["w1", ""])
 
 
 def test_a_token_beyond_the_embedding_is_refused_by_index(policy):
-    with pytest.raises(ValueError, match=r"prompts\[1\] has token 10000 .*, and the model's embedding \d+ rows"):
+    with pytest.raises(
+        ValueError, match=r"prompts\[1\]: expected tokens among the \d+ rows of the model's embedding; got 10000"
+    ):
         draw(policy, ["w1", [5, 10_000]])
 
 
@@ -357,7 +359,7 @@ def test_a_model_in_memory_is_a_policy_and_its_adapter_can_be_switched_off(folde
     second = evaluation.Policy.from_model(model, loaded.tokenizer, adapter="second")
     assert draw(tuned, PROMPTS) != draw(second, PROMPTS)
     assert model.active_adapter == "default"  # a trainer's own adapter stays switched on
-    with pytest.raises(ValueError, match=r"adapters \['default', 'second'\], got 'other'"):
+    with pytest.raises(ValueError, match=r"adapters \['default', 'second'\]; got 'other'"):
         evaluation.Policy.from_model(model, loaded.tokenizer, adapter="other")
 
 
@@ -462,29 +464,29 @@ def test_an_adapter_that_cannot_be_scaled_is_refused_unless_taken_as_it_is(tmp_p
     lora = LoraConfig(r=2, target_modules=["q_proj"], **options)
     get_peft_model(AutoModelForCausalLM.from_pretrained(folder), lora).save_pretrained(tmp_path)
     evaluation.load_policy(folder, tmp_path, device="cpu")
-    with pytest.raises(ValueError, match=f"scale and weights must be 1 for an adapter that {reason}"):
+    with pytest.raises(ValueError, match=f"scale: expected 1, and no other adapter, with one that {reason}"):
         evaluation.load_policy(folder, tmp_path, device="cpu", scale=0.5)
 
 
 def test_scales_and_weights_that_make_no_sense_are_named(folder, adapters):
-    with pytest.raises(ValueError, match=r"scale must be 1 without an adapter, got 0\.5"):
+    with pytest.raises(ValueError, match=r"scale: expected 1 without an adapter; got 0\.5"):
         evaluation.load_policy(folder, scale=0.5)
-    with pytest.raises(ValueError, match="scale must be a finite number, got nan"):
+    with pytest.raises(ValueError, match="scale: expected a finite number; got nan"):
         evaluation.load_policy(folder, adapters[0], scale=math.nan)
-    with pytest.raises(ValueError, match="adapter must have finite weights, got inf"):
+    with pytest.raises(ValueError, match="adapter: expected finite weights; got inf"):
         evaluation.load_policy(folder, {adapters[0]: math.inf})
-    with pytest.raises(ValueError, match="adapter must name at least one folder"):
+    with pytest.raises(ValueError, match="adapter: expected at least one folder"):
         evaluation.load_policy(folder, {})
 
 
 def test_folders_that_hold_no_policy_are_named(tmp_path, folder, adapters):
-    with pytest.raises(ValueError, match="model must be a model folder"):
+    with pytest.raises(ValueError, match="model: expected a model folder"):
         evaluation.load_policy(tmp_path)
-    with pytest.raises(ValueError, match=r"adapter must be a folder with an adapter_config\.json"):
+    with pytest.raises(ValueError, match=r"adapter: expected a folder with an adapter_config\.json"):
         evaluation.load_policy(folder, tmp_path)
-    with pytest.raises(ValueError, match="model must be a folder or a hub name, got runs/no/where"):
+    with pytest.raises(ValueError, match="model: expected a folder or a hub name; got runs/no/where"):
         evaluation.load_policy("runs/no/where")
-    with pytest.raises(ValueError, match=r"adapter must be a folder or a hub name, got \./nowhere"):
+    with pytest.raises(ValueError, match=r"adapter: expected a folder or a hub name; got \./nowhere"):
         evaluation.load_policy(folder, "./nowhere")
     with pytest.raises(ValueError, match="is itself an adapter"):
         evaluation.load_policy(adapters[0], adapters[1])
@@ -524,8 +526,8 @@ def test_columns_of_prompts_that_nothing_reads_are_named(tmp_path, caplog):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("p.jsonl", '{"prompt": "a"}\n{"prompt": 3}\n', r"p\.jsonl:2: prompt: expected a string, got 3"),
-        ("p.jsonl", '{"text": "a"}\n', r"p\.jsonl:1: prompt: expected a string, got None"),
+        ("p.jsonl", '{"prompt": "a"}\n{"prompt": 3}\n', r"p\.jsonl:2: prompt: expected a string; got 3"),
+        ("p.jsonl", '{"text": "a"}\n', r"p\.jsonl:1: prompt: expected a string; got None"),
         ("p.jsonl", '{"prompt": " "}\n', r"p\.jsonl:1: prompt: is empty"),
         ("p.jsonl", '{"prompt": [{"content": "a"}]}\n', r"p\.jsonl:1: prompt\[0\]\.role: expected a string"),
         (
@@ -535,11 +537,11 @@ def test_columns_of_prompts_that_nothing_reads_are_named(tmp_path, caplog):
         ),
         ("p.jsonl", '{"prompt": "a", "prompt": "b"}\n', r"p\.jsonl:1: prompt: is given twice"),
         ("p.jsonl", '{"prompt": "a", "input": "b"}\n', r"p\.jsonl:1: input: expected one column with .*does not hold$"),
-        ("p.jsonl", "[1]\n", r"p\.jsonl:1: expected an object, got int"),
+        ("p.jsonl", "[1]\n", r"p\.jsonl:1: expected an object; got int"),
         ("p.jsonl", "[" * 100_000, r"p\.jsonl:1: not usable: JSON that is nested too deeply"),
         ("p.jsonl", '{"prompt": "a"\n', r"p\.jsonl:1: not valid JSON"),
-        ("p.txt", "\n\n", "expected at least one prompt, got none"),
-        ("p.csv", "a\n", r"prompts must be a \.jsonl or \.txt file"),
+        ("p.txt", "\n\n", "expected at least one prompt; got none"),
+        ("p.csv", "a\n", r"prompts: expected a \.jsonl or \.txt file"),
     ],
 )
 def test_bad_prompt_files_are_named_with_their_line(tmp_path, name, content, message):
@@ -600,14 +602,14 @@ def test_judges_load_from_a_file_with_its_neighbours_and_from_a_module_of_the_cu
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ("my_judges.py", 'judges must be "package.module:ATTR"'),
-        (":GOOD", 'judges must be "package.module:ATTR"'),
+        ("my_judges.py", 'judges: expected "package.module:ATTR"'),
+        (":GOOD", 'judges: expected "package.module:ATTR"'),
         ("absent.py:GOOD", r"no file absent\.py"),
         ("no_such_module_here:GOOD", "module 'no_such_module_here' failed to import: ModuleNotFoundError"),
         ("my_judges.py:OTHER", "has no attribute 'OTHER'"),
-        ("my_judges.py:EMPTY", "must be a non-empty dict"),
-        ("my_judges.py:Counter", "must be a non-empty dict"),
-        ("my_judges.py:NOT_CALLABLE", "every entry must be str -> callable, got 'length': 3"),
+        ("my_judges.py:EMPTY", "to be a non-empty dict"),
+        ("my_judges.py:Counter", "to be a non-empty dict"),
+        ("my_judges.py:NOT_CALLABLE", "expected str -> callable; got 'length': 3"),
         ("broken.py:GOOD", r"broken\.py failed to import: ZeroDivisionError"),
     ],
 )
@@ -622,9 +624,9 @@ def test_scores_come_by_objective_prompt_and_sample_and_must_be_finite():
     judges = {"length": lambda prompt, response: len(response), "prompt": lambda prompt, response: len(prompt)}
     scores = evaluation.judge_responses(judges, ["ab", "c"], [["x", "yyy"], ["", "zz"]], progress=False)
     assert scores == {"length": [[1.0, 3.0], [0.0, 2.0]], "prompt": [[2.0, 2.0], [1.0, 1.0]]}
-    with pytest.raises(ValueError, match=r"judge 'bad' must give finite scores, got \[nan\] for prompts\[0\]"):
+    with pytest.raises(ValueError, match=r"judge 'bad': expected finite scores; got \[nan\] for prompts\[0\]"):
         evaluation.judge_responses({"bad": lambda p, r: math.nan}, ["a"], [["b"]], progress=False)
-    with pytest.raises(ValueError, match="expected 2, got 1"):
+    with pytest.raises(ValueError, match="expected a list for each of 2 prompts; got 1"):
         evaluation.judge_responses(judges, ["a", "b"], [["x"]], progress=False)
 
 
@@ -690,19 +692,19 @@ def test_the_bootstrap_gives_the_same_interval_when_it_works_in_blocks(monkeypat
     rng = np.random.default_rng(4)
     candidate, baseline = rng.normal(size=(2, 40, 3))
     whole = evaluation.win_rate(candidate, baseline)
-    monkeypatch.setattr(evaluation, "_BOOTSTRAP_BLOCK", 40 * 7)
+    monkeypatch.setattr(evaluation.win_rates, "_BOOTSTRAP_BLOCK", 40 * 7)
     assert evaluation.win_rate(candidate, baseline) == whole
 
 
 @pytest.mark.parametrize(
     ("candidate", "baseline", "options", "message"),
     [
-        ([[1.0]], [[1.0]], {}, "prompts must be at least 2 for an interval by prompt, got 1"),
-        ([[1.0], [2.0]], [[1.0]], {}, "as many prompts as candidate_scores, 2, got 1"),
-        ([[1.0], []], [[1.0], [1.0]], {}, r"candidate_scores\[1\] must be a non-empty list of finite numbers"),
-        ([[1.0], [1.0]], [[1.0], [math.inf]], {}, r"baseline_scores\[1\] must be a non-empty list of finite numbers"),
-        ([[1.0], [1.0]], [[1.0], [1.0]], {"confidence": 1.0}, r"confidence must be in \(0, 1\), got 1\.0"),
-        ([[1.0], [1.0]], [[1.0], [1.0]], {"n_boot": 0}, "n_boot must be at least 1, got 0"),
+        ([[1.0]], [[1.0]], {}, "prompts: expected at least 2 for an interval by prompt; got 1"),
+        ([[1.0], [2.0]], [[1.0]], {}, "as many prompts as candidate_scores, 2; got 1"),
+        ([[1.0], []], [[1.0], [1.0]], {}, r"candidate_scores\[1\]: expected a non-empty list of finite numbers"),
+        ([[1.0], [1.0]], [[1.0], [math.inf]], {}, r"baseline_scores\[1\]: expected a non-empty list of finite numbers"),
+        ([[1.0], [1.0]], [[1.0], [1.0]], {"confidence": 1.0}, r"confidence: expected a number in \(0, 1\); got 1\.0"),
+        ([[1.0], [1.0]], [[1.0], [1.0]], {"n_boot": 0}, "n_boot: expected at least 1; got 0"),
     ],
 )
 def test_bad_scores_are_named(candidate, baseline, options, message):
@@ -728,9 +730,9 @@ def test_a_difference_is_that_of_the_win_rates_and_pairs_prompts():
 
 
 def test_a_difference_needs_the_same_prompts():
-    with pytest.raises(ValueError, match="rival_scores must have as many prompts as baseline_scores, 2, got 1"):
+    with pytest.raises(ValueError, match="rival_scores: expected as many prompts as baseline_scores, 2; got 1"):
         evaluation.win_rate_difference([[1.0], [2.0]], [[1.0]], [[1.0], [2.0]])
-    with pytest.raises(ValueError, match=r"rival_scores\[1\] must be a non-empty list of finite numbers, got \[\]"):
+    with pytest.raises(ValueError, match=r"rival_scores\[1\]: expected a non-empty list of finite numbers; got \[\]"):
         evaluation.win_rate_difference([[1.0], [2.0]], [[1.0], []], [[1.0], [2.0]])
 
 
@@ -780,9 +782,9 @@ def test_bad_bootstrap_options_are_refused_before_anything_is_sampled(policy, mo
     def never(*args, **options):
         raise AssertionError("sampled")
 
-    monkeypatch.setattr(evaluation, "sample_responses", never)
+    monkeypatch.setattr(evaluation.compare, "sample_responses", never)
     for prompts, options in ((["w1"], {}), (PROMPTS, {"confidence": 1.0}), (PROMPTS, {"n_boot": 0})):
-        with pytest.raises(ValueError, match="must be"):
+        with pytest.raises(ValueError, match="expected"):
             evaluation.compare_policies(policy, policy, prompts, {"length": lambda p, r: len(r)}, **options)
 
 

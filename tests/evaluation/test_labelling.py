@@ -47,9 +47,9 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def label(place: Path, output: Path, *arguments: object, source: object = None, policy: bool = True) -> Result:
-    options: list[object] = ["--judges", f"{place / 'judges.py'}:JUDGES", "-o", output, "--chunk", 3]
+    options: list[object] = ["--judges", f"{place / 'judges.py'}:JUDGES", "--output", output, "--chunk", 3]
     if policy:
-        options += ["--policy", place / "model", "--device", "cpu", "--max-new-tokens", 6, "--unfinished", "keep"]
+        options += ["--policy", place / "model", "--device", "cpu", "--max_new_tokens", 6, "--unfinished", "keep"]
     given = [source or place / "prompts.txt", *options, *arguments]
     return CliRunner().invoke(data_app, ["label", *(str(argument) for argument in given)])
 
@@ -212,10 +212,10 @@ def test_a_new_line_in_a_stop_text_is_written_as_in_a_string(place: Path, tmp_pa
     [
         (["--scale", "0"], "--scale: expected a positive number, or one for each of length, early; got 0"),
         (["--scale", "length=1"], "--scale: expected a positive number, or one for each of length, early"),
-        (["--unfinished", "no"], "--unfinished: expected drop or keep, got 'no'"),
-        (["-o", "{dir}/rows.parquet"], "--output: expected a name ending in .jsonl, got 'rows.parquet'"),
+        (["--unfinished", "no"], "--unfinished: expected drop or keep; got 'no'"),
+        (["--output", "{dir}/rows.parquet"], "--output: expected a name ending in .jsonl; got 'rows.parquet'"),
         (["--judges", "absent.py:JUDGES"], "judges: no file absent.py"),
-        (["--policy", "{dir}/absent"], "model must be a folder or a hub name"),
+        (["--policy", "{dir}/absent"], "model: expected a folder or a hub name"),
     ],
 )
 def test_bad_input_exits_2_with_one_line(place: Path, tmp_path: Path, arguments: list[str], problem: str) -> None:

@@ -130,9 +130,9 @@ def test_panels_without_anything_to_show_are_left_out(figures, tmp_path):
 
 
 def test_training_refuses_a_history_without_satisfaction_and_an_unknown_threshold(tmp_path):
-    with pytest.raises(ValueError, match="satisfaction/<objective>, got 1 rows without"):
+    with pytest.raises(ValueError, match="satisfaction/<objective>; got 1 rows without"):
         plots.plot_training([{"step": 1, "loss": 2.0}], tmp_path / "p.png")
-    with pytest.raises(ValueError, match=r"\['detail', 'plain'\], got \['warmth'\]"):
+    with pytest.raises(ValueError, match=r"\['detail', 'plain'\]; got \['warmth'\]"):
         plots.plot_training(HISTORY, tmp_path / "p.png", thresholds={"warmth": 0.5})
     assert list(tmp_path.iterdir()) == []
 
@@ -175,7 +175,7 @@ def test_thresholds_shade_the_side_that_misses_them(figures, tmp_path):
 def test_the_plane_refuses_no_points_and_unknown_objectives(tmp_path):
     with pytest.raises(ValueError, match="at least one policy"):
         plots.plot_plane({}, tmp_path / "p.png", x="detail", y="plain")
-    with pytest.raises(ValueError, match=r"y must be an objective of policy 'constrained'.*got 'warmth'"):
+    with pytest.raises(ValueError, match=r"y: expected an objective of policy 'constrained'.*got 'warmth'"):
         plots.plot_plane(POINTS, tmp_path / "p.png", x="detail", y="warmth")
 
 

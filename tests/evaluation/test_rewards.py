@@ -95,14 +95,14 @@ def test_a_batch_judge_that_loses_a_response_is_named() -> None:
         def score_batch(self, prompts: list[str], responses: list[str]) -> list[float]:
             return [0.0]
 
-    with pytest.raises(ValueError, match="judge 'short' must give 2 scores, got 1"):
+    with pytest.raises(ValueError, match="judge 'short': expected 2 scores; got 1"):
         judge_responses({"short": Short()}, ["p"], [["a", "b"]], progress=False)
 
 
 def test_what_cannot_work_is_said(folders: dict[str, Path], tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="output must be at least 0, got -1"):
+    with pytest.raises(ValueError, match="output: expected at least 0; got -1"):
         RewardModel(folders["gpt2"], output=-1)
-    with pytest.raises(ValueError, match=r"output must be below the 1 outputs of .*, got 1"):
+    with pytest.raises(ValueError, match=r"output: expected a number below the 1 outputs of .*; got 1"):
         RewardModel(folders["gpt2"], output=1, device="cpu")("p", "r")
     with pytest.raises(OSError, match="nothing"):
         RewardModel(tmp_path / "nothing", device="cpu")("p", "r")

@@ -96,9 +96,9 @@ def arguments(place: Path, task: str, output: Path) -> list[str]:
     source, judges = {"assistant": ("hh", "ASSISTANT"), "summary": ("posts", "SUMMARY")}[task]
     return [
         *(task, "--output", str(output), "--model", str(place / "phi"), "--source", str(place / source)),
-        *("--rewards", f"{place / 'stand_ins.py'}:{judges}", "--steps", "4", "--reference-steps", "2"),
-        *("--learning-rate", "0.03"),
-        *("--thresholds", "0.45", "--parts", "1", "--soup-parts", "2", "--test-prompts", "6", "--max-length", "200"),
+        *("--rewards", f"{place / 'stand_ins.py'}:{judges}", "--steps", "4", "--reference_steps", "2"),
+        *("--learning_rate", "0.03"),
+        *("--thresholds", "0.45", "--parts", "1", "--soup_parts", "2", "--test_prompts", "6", "--max_length", "200"),
     ]
 
 

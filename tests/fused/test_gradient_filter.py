@@ -231,7 +231,7 @@ def test_nothing_scored(backend: str) -> None:
 @pytest.mark.parametrize("share", [0.0, 1.0, -0.1, math.nan, math.inf, "half", True])
 def test_other_shares_are_refused(backend: str, share: Any) -> None:
     batch = make_batch()
-    with pytest.raises(ValueError, match="gradient_filter must be"):
+    with pytest.raises(ValueError, match="gradient_filter: expected"):
         linear_logprob(batch.hidden, batch.weight, batch.target, backend=backend, gradient_filter=share)
-    with pytest.raises(ValueError, match="gradient_filter must be"):
+    with pytest.raises(ValueError, match="gradient_filter: expected"):
         LinearMOPOLoss(backend=backend, gradient_filter=share)

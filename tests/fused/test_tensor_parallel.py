@@ -129,19 +129,21 @@ def check_refusals(mesh: DeviceMesh) -> None:
     other = dist.new_group(list(range(ranks)))
     backwards = DeviceMesh("cpu", list(reversed(range(ranks))))
     for expected, arguments, options in (
-        (r"weight must be a DTensor .*\(Shard\(0\),\).*; got \(Replicate\(\),\)", (hidden, whole, target), {}),
-        (r"weight must be a DTensor .*; got \(Shard\(dim=1\),\)", (hidden, across, target), {}),
-        ("bias must be a DTensor like the other part", (hidden, weight, target, batch.bias), {}),
-        ("weight must be a DTensor like", (hidden, batch.weight, target, spread(batch.bias, mesh)), {}),
-        ("process_group must be None or that of", (hidden, weight, target), {"process_group": other}),
+        (r"weight: expected a DTensor .*\(Shard\(0\),\).*; got \(Replicate\(\),\)", (hidden, whole, target), {}),
+        (r"weight: expected a DTensor .*; got \(Shard\(dim=1\),\)", (hidden, across, target), {}),
+        ("bias: expected a DTensor like the other part", (hidden, weight, target, batch.bias), {}),
+        ("weight: expected a DTensor like", (hidden, batch.weight, target, spread(batch.bias, mesh)), {}),
+        ("process_group: expected None or that of", (hidden, weight, target), {"process_group": other}),
         ("mesh whose ranks ascend; got", (hidden, spread(batch.weight, backwards), target), {}),
         (f"rows for each of {ranks} ranks", (hidden, spread(batch.weight[:1], mesh), target.clamp(max=0)), {}),
-        ("hidden must be a plain tensor", (spread(hidden, mesh), weight, target), {}),
+        ("hidden: expected a plain tensor", (spread(hidden, mesh), weight, target), {}),
     ):
         with pytest.raises(ValueError, match=expected):
             linear_logprob(*arguments, **options)
     given = batch.loss_options("regression") | {"ref_logprob": None, "ref_hidden": hidden, "ref_weight": weight}
-    with pytest.raises(ValueError, match="ref_weight must be cut over the ranks as weight is; got a DTensor"):
+    with pytest.raises(
+        ValueError, match="ref_weight: expected a tensor cut over the ranks as weight is; got a DTensor"
+    ):
         linear_mopo_loss(*batch.loss_arguments(), **given)
 
 

@@ -99,13 +99,15 @@ def differ(rank: int, folder: str) -> None:
         "require grad": lambda b: (b.hidden.clone().requires_grad_(rank == 0), b.weight, b.target),
     }
     for what, change in cases.items():
-        with pytest.raises(ValueError, match=f"process_group: every rank must hold the same.*{what}"):
+        with pytest.raises(
+            ValueError, match=f"process_group: expected the same hidden and target on every rank.*{what}"
+        ):
             linear_logprob(*change(batch), process_group=group)
-    with pytest.raises(ValueError, match=r"target must lie in 0 \.\. V - 1 = 36"):
+    with pytest.raises(ValueError, match=r"target: expected a number in 0 \.\. V - 1 = 36"):
         linear_logprob(batch.hidden, batch.weight, batch.target.clamp(max=0) + 37, process_group=group)
-    with pytest.raises(ValueError, match=r"ignore_index must lie outside 0 \.\. V - 1 = 36; got 30"):
+    with pytest.raises(ValueError, match=r"ignore_index: expected a number outside 0 \.\. V - 1 = 36; got 30"):
         linear_logprob(batch.hidden, batch.weight, batch.target.clamp(min=0), ignore_index=30, process_group=group)
-    with pytest.raises(ValueError, match="process_group must be None with backend"):
+    with pytest.raises(ValueError, match="process_group: expected None with backend"):
         linear_logprob(batch.hidden, batch.weight, batch.target, backend="naive", process_group=group)
     leave()
 

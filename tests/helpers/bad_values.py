@@ -29,14 +29,14 @@ def _put(name: str, position: tuple[int, ...], value: float) -> Callable[[Batch]
 
 # What to change, and how the message begins.
 BAD: dict[str, tuple[Callable[[Batch], dict[str, Tensor]], str]] = {
-    "target": (_put("target", (0,), 37), "target must lie in 0 .. V - 1 = 36"),
-    "negative target": (_put("target", (0,), -7), "target must lie in 0 .. V - 1 = 36"),
+    "target": (_put("target", (0,), 37), "target: expected a number in 0 .. V - 1"),
+    "negative target": (_put("target", (0,), -7), "target: expected a number in 0 .. V - 1"),
     "last offset": (lambda b: {"cu_seqlens": b.cu_seqlens - (b.cu_seqlens == b.cu_seqlens[-1]).long()}, "cu_seqlens"),
-    "decreasing offsets": (_put("cu_seqlens", (3,), 0), "cu_seqlens must not decrease"),
-    "pair": (_put("pairs", (0, 1), 12), "pairs must lie in 0 .. S - 1 = 11"),
-    "pair of one": (_put("pairs", (0, 1), 0), "pairs must name two different responses"),
-    "preference": (_put("preference", (0, 0), 1.5), "preference must lie in"),
-    "multiplier": (_put("objective_weight", (1,), -1.0), "objective_weight must lie in 0 .. "),
+    "decreasing offsets": (_put("cu_seqlens", (3,), 0), "cu_seqlens: expected offsets that do not decrease"),
+    "pair": (_put("pairs", (0, 1), 12), "pairs: expected a number in 0 .. S - 1"),
+    "pair of one": (_put("pairs", (0, 1), 0), "pairs: expected two different responses"),
+    "preference": (_put("preference", (0, 0), 1.5), "preference: expected a number in"),
+    "multiplier": (_put("objective_weight", (1,), -1.0), "objective_weight: expected a number in 0 .. "),
 }
 
 

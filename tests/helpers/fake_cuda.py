@@ -147,6 +147,25 @@ class _Rules(TorchDispatchMode):
         return None
 
 
+class Launches(TorchDispatchMode):
+    """Within :func:`fake_cuda`, the operations of torch that launch a kernel on the device or copy to it, by name, one
+    each: all but those that make a view, or a tensor that nothing is written to, or one without elements."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        name, returned = function.overloadpacket.__name__, _tensors(result)
+        view = any(r.alias_info is not None and not r.alias_info.is_write for r in function._schema.returns)
+        nothing = bool(returned) and not any(t.numel() for t in returned)
+        on_device = any(not _on_host(t) for t in [*_tensors((args, kwargs)), *returned])
+        if on_device and not (view or nothing or name.lstrip("_").startswith(("empty", "new_empty", "unsafe_view"))):
+            self.names.append(name)
+        return result
+
+
 @contextmanager
 def fake_cuda(answered: str | None = None) -> Iterator[None]:
     """Here the meta device is called ``DEVICE``, and the host must not wait for it. Where a module whose path ends in

@@ -85,7 +85,7 @@ def plain(case: Case, transform: LogitTransform, dtype: torch.dtype) -> Answer:
 def lse_fwd(
     backend: TileBackend, case: Case, transform: LogitTransform, cuts: tuple[int, ...] = ()
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(maximum, total, picked) after folding the tile in pieces, cut at the given columns."""
+    """(row_max, sum_exp, target_logit) after folding the tile in pieces, cut at the given columns."""
     rows, width = case.tile.shape
     row_max = case.tile.new_full((rows,), -torch.inf)
     sum_exp, target_logit = torch.zeros_like(row_max), torch.zeros_like(row_max)

@@ -330,13 +330,13 @@ def test_row_offsets_are_64_bit(emulated: EmulatedBackend, tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"tile": torch.zeros(3, 4, dtype=torch.bfloat16)}, "tile must be float32 or float64; got BFloat16"),
+        ({"tile": torch.zeros(3, 4, dtype=torch.bfloat16)}, "tile: expected float32 or float64; got BFloat16"),
         ({"tile": torch.zeros(4, 3).T}, r"column stride 1 .* got shape \[3, 4\], strides \[1, 3\]"),
         ({"tile": torch.zeros(3, 4, device="meta")}, r"shape \(rows, columns\); got shape \[3, 4\] on meta"),
-        ({"bias": torch.zeros(5)}, r"bias must be .* shape \(4,\) .* got shape \[5\]"),
-        ({"target": torch.zeros(3, dtype=torch.int64, device="meta")}, "target must be .* on cpu; got .* on meta"),
-        ({"row_max": torch.zeros(3, dtype=torch.float64)}, "maximum must be .* dtype Float .* dtype Double"),
-        ({"transform": LogitTransform(0.0)}, "softcap must be positive and finite; got 0"),
+        ({"bias": torch.zeros(5)}, r"bias: expected .* shape \(4,\) .* got shape \[5\]"),
+        ({"target": torch.zeros(3, dtype=torch.int64, device="meta")}, "target: expected .* on cpu; got .* on meta"),
+        ({"row_max": torch.zeros(3, dtype=torch.float64)}, "row_max: expected .* dtype Float .* dtype Double"),
+        ({"transform": LogitTransform(0.0)}, "softcap: expected a positive finite number; got 0"),
     ],
 )
 def test_errors_name_the_argument_and_the_value(

@@ -252,7 +252,9 @@ def test_working_memory_keeps_its_bound_and_changes_no_bit(use: str, threads: in
 def test_too_little_working_memory_is_an_error() -> None:
     a, b = factors(8, 9, 1000, "rr")
     # Slabs of 334, in whole vectors 352.
-    with pytest.raises(ValueError, match=r"scratch_bytes must be at least 49280 for a of shape \[8, 1000\]; got 49279"):
+    with pytest.raises(
+        ValueError, match=r"scratch_bytes: expected at least 49280 for a of shape \[8, 1000\]; got 49279"
+    ):
         product(a, b, scratch_bytes=49279)
     check_within_budget(errors(product(a, b, scratch_bytes=49280), a, b))
 
@@ -277,7 +279,7 @@ def test_expanded_factors_are_read_as_they_stand() -> None:
     a, b = factors(1, 1, 33, "rr")
     x, y = a.expand(9, 33), b.expand(33, 20)
     # Columns of y have stride 0 and rows an odd one: no stride is 1.
-    with pytest.raises(ValueError, match="b must have stride 1 in one dimension"):
+    with pytest.raises(ValueError, match="b: expected stride 1 in one dimension"):
         product(x, y)
     y = y.contiguous()
     check_within_budget(errors(product(x, y), x, y))
@@ -287,17 +289,20 @@ def mistakes() -> dict[str, tuple[tuple[Tensor, Tensor, Tensor], str]]:
     out, a, b = torch.zeros(4, 6), torch.zeros(4, 5, dtype=BF16), torch.zeros(5, 6, dtype=BF16)
     rows = torch.zeros(1, 6).expand(4, 6)
     return {
-        "out_dtype": ((out.to(BF16), a, b), r"out must be a float32 matrix; got shape \[4, 6\] and dtype BFloat16"),
-        "out_dim": ((out[0], a, b), r"out must be a float32 matrix; got shape \[6\]"),
-        "out_column_stride": ((torch.zeros(6, 4).T, a, b), r"out must have column stride 1.*strides \[1, 4\]"),
+        "out_dtype": ((out.to(BF16), a, b), r"out: expected a float32 matrix; got shape \[4, 6\] and dtype BFloat16"),
+        "out_dim": ((out[0], a, b), r"out: expected a float32 matrix; got shape \[6\]"),
+        "out_column_stride": ((torch.zeros(6, 4).T, a, b), r"out: expected column stride 1.*strides \[1, 4\]"),
         "out_rows_overlap": ((rows, a, b), r"rows that do not overlap; got shape \[4, 6\], strides \[0, 1\]"),
-        "a_dtype": ((out, a.to(torch.float16), b), "a must be bfloat16 or float32; got Half"),
-        "a_dim": ((out, a[0], b), r"a must be a matrix on cpu; got shape \[5\]"),
-        "a_strides": ((out, torch.zeros(8, 10, dtype=BF16)[::2, ::2], b), r"a must have stride 1.*strides \[20, 2\]"),
-        "a_device": ((out, a.to("meta"), b), r"a must be a matrix on cpu; got shape \[4, 5\] on meta"),
-        "b_dtype": ((out, a, b.float()), "b must be bfloat16; got Float"),
-        "b_strides": ((out, a, torch.zeros(10, 12, dtype=BF16)[::2, ::2]), r"b must have stride 1.*strides \[24, 2\]"),
-        "depth": ((out, a[:, :3], b), r"out \(M, N\), a \(M, K\), b \(K, N\); got \[4, 6\], \[4, 3\], \[5, 6\]"),
+        "a_dtype": ((out, a.to(torch.float16), b), "a: expected bfloat16 or float32; got Half"),
+        "a_dim": ((out, a[0], b), r"a: expected a matrix on cpu; got shape \[5\]"),
+        "a_strides": ((out, torch.zeros(8, 10, dtype=BF16)[::2, ::2], b), r"a: expected stride 1.*strides \[20, 2\]"),
+        "a_device": ((out, a.to("meta"), b), r"a: expected a matrix on cpu; got shape \[4, 5\] on meta"),
+        "b_dtype": ((out, a, b.float()), "b: expected bfloat16; got Float"),
+        "b_strides": ((out, a, torch.zeros(10, 12, dtype=BF16)[::2, ::2]), r"b: expected stride 1.*strides \[24, 2\]"),
+        "depth": (
+            (out, a[:, :3], b),
+            r"expected shapes \(M, N\), \(M, K\), \(K, N\); got \[4, 6\], \[4, 3\], \[5, 6\]",
+        ),
         "rows": ((out[:3], a, b), r"got \[3, 6\], \[4, 5\], \[5, 6\]"),
         "columns": ((out, a, b[:, :2]), r"got \[4, 6\], \[4, 5\], \[5, 2\]"),
     }

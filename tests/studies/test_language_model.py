@@ -470,7 +470,7 @@ def test_rivals_have_as_many_candidates_and_modpo_its_papers_loss() -> None:
     assert sum(job.kind == "train" for job in made.tuning()) < 80
 
 
-@pytest.mark.parametrize("words", [["explore"], ["study", "--small", "--prompts-per-step", "16", "--tau", "0.3"]])
+@pytest.mark.parametrize("words", [["explore"], ["study", "--small", "--prompts_per_step", "16", "--tau", "0.3"]])
 def test_the_command_lists_its_jobs(words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert command.main([*words, "--list", "--output", str(tmp_path)]) == 0
     lines = capsys.readouterr().out.splitlines()

@@ -420,13 +420,13 @@ def test_a_missing_moocore_is_named_with_what_installs_it(monkeypatch: pytest.Mo
 @pytest.mark.parametrize(
     ("grid", "message"),
     [
-        ({2: [0.5]}, r"grid must be for objectives 0..1, got one for 2"),
-        ({1: []}, r"grid must list the thresholds of objective 1, got \[\]"),
-        ({1: 0.5}, "grid must list the thresholds of objective 1, got 0.5"),
-        ({0: [0.5]}, "thresholds must not include the primary objective 0"),
-        ({1: [0.5, 1.5]}, r"thresholds must lie in \[0, 1\], got 1.5 for objective 1"),
-        (np.zeros((2, 3)), r"grid must have shape \(any, 2\), got \(2, 3\)"),
-        (np.zeros((0, 2)), r"grid must have shape \(any, 2\), got \(0, 2\)"),
+        ({2: [0.5]}, r"grid: expected objectives 0..1; got one for 2"),
+        ({1: []}, r"grid: expected a list of thresholds for objective 1; got \[\]"),
+        ({1: 0.5}, "grid: expected a list of thresholds for objective 1; got 0.5"),
+        ({0: [0.5]}, "thresholds: expected none for the primary objective 0"),
+        ({1: [0.5, 1.5]}, r"thresholds: expected a number in \[0, 1\]; got 1.5 for objective 1"),
+        (np.zeros((2, 3)), r"grid: expected shape \(any, 2\); got \(2, 3\)"),
+        (np.zeros((0, 2)), r"grid: expected shape \(any, 2\); got \(0, 2\)"),
     ],
 )
 def test_grids_out_of_range_are_named(grid: object, message: str) -> None:
@@ -437,13 +437,13 @@ def test_grids_out_of_range_are_named(grid: object, message: str) -> None:
 
 
 def test_points_out_of_range_are_named() -> None:
-    with pytest.raises(ValueError, match=r"points must have shape \(any, K\), one objective a column, got \(2,\)"):
+    with pytest.raises(ValueError, match=r"points: expected shape \(any, K\), one objective a column; got \(2,\)"):
         nondominated([0.5, 0.5])
-    with pytest.raises(ValueError, match="points must be finite, got nan"):
+    with pytest.raises(ValueError, match="points: expected a finite number; got nan"):
         hypervolume([[0.5, np.nan]], [0, 0])
-    with pytest.raises(ValueError, match=r"reference_point must be 2 finite values, got \[0.0\]"):
+    with pytest.raises(ValueError, match=r"reference_point: expected 2 finite values; got \[0.0\]"):
         hypervolume([[0.5, 0.5]], [0.0])
-    with pytest.raises(ValueError, match=r"reference_point must be 2 finite values, got \[0.0, nan\]"):
+    with pytest.raises(ValueError, match=r"reference_point: expected 2 finite values; got \[0.0, nan\]"):
         pareto_front(random_problem(0), {1: [0.5]}, reference_point=[0.0, np.nan])
 
 

@@ -375,7 +375,7 @@ def test_start_changes_nothing_but_the_time(tau: float) -> None:
     assert not solve(impossible).feasible
     assert solve(impossible, start=plain.multiplier).best_value == solve(impossible).best_value
     for wrong in (plain.multiplier[1:], plain.multiplier * np.nan):
-        with pytest.raises(ValueError, match="start must be 3 finite values"):
+        with pytest.raises(ValueError, match="start: expected 3 finite values"):
             solve(problem, start=wrong)
 
 
@@ -385,7 +385,7 @@ def test_other_thresholds_share_the_arrays_and_are_checked() -> None:
     assert other.thresholds == {2: 0.4}
     assert set(problem.thresholds) == {1, 2}
     assert other.win_rate is problem.win_rate
-    with pytest.raises(ValueError, match=r"thresholds must not include the primary objective 0, got 0\.4"):
+    with pytest.raises(ValueError, match=r"thresholds: expected none for the primary objective 0; got 0\.4"):
         problem.with_thresholds({0: 0.4})
 
 
@@ -635,23 +635,29 @@ def test_radius_of_the_paper_is_infeasible_near_parity_on_eight_candidates() -> 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"reference": None}, "reference must be given"),
-        ({"reference": [[0.5, 0.6]]}, "reference must sum to 1 over its last axis, got a sum of 1.1"),
-        ({"reference": [[1.5, -0.5]]}, "reference must hold finite probabilities >= 0"),
-        ({"reference": [0.5, 0.5]}, r"reference must have shape \(any, any\), got \(2,\)"),
-        ({"win_rate": None}, "either preference and behaviour, or win_rate alone, must be given"),
-        ({"behaviour": [[0.5, 0.5]]}, r"must be given, got \['behaviour', 'win_rate'\]"),
-        ({"win_rate": [[[0.5, 1.5]], [[0.5, 0.5]]]}, r"win_rate must lie in \[0, 1\] where reference > 0, got 1.5"),
-        ({"win_rate": [[[0.5, np.nan]], [[0.5, 0.5]]]}, "win_rate must lie in .*got nan"),
-        ({"win_rate": [[[0.5, 0.5, 0.5]]]}, r"win_rate must have shape \(any, 1, 2\), got \(1, 1, 3\)"),
-        ({"tau": 0.0}, "tau must be a finite number > 0, got 0.0"),
-        ({"tau": None}, "tau must be a finite number > 0, got None"),
-        ({"thresholds": {0: 0.5}}, "thresholds must not include the primary objective 0, got 0.5"),
-        ({"thresholds": {2: 0.5}}, r"thresholds must be for objectives 0..1, got one for 2"),
-        ({"thresholds": {1: 1.5}}, r"thresholds must lie in \[0, 1\], got 1.5 for objective 1"),
-        ({"primary": 2}, "primary must be an objective index in 0..1, got 2"),
-        ({"prompt_weight": [0.0]}, "prompt_weight must be finite, >= 0 and not all zero"),
-        ({"robustness": -0.1}, "robustness must be a finite radius >= 0 in nats, got -0.1"),
+        ({"reference": None}, r"reference: expected an \(X, Y\) array"),
+        (
+            {"reference": [[0.5, 0.6]]},
+            "reference: expected probabilities that sum to 1 over the last axis; got a sum of 1.1",
+        ),
+        ({"reference": [[1.5, -0.5]]}, "reference: expected finite probabilities >= 0"),
+        ({"reference": [0.5, 0.5]}, r"reference: expected shape \(any, any\); got \(2,\)"),
+        ({"win_rate": None}, "preference, behaviour, win_rate: expected the first two"),
+        ({"behaviour": [[0.5, 0.5]]}, r"expected the first two, or win_rate alone; got \['behaviour', 'win_rate'\]"),
+        (
+            {"win_rate": [[[0.5, 1.5]], [[0.5, 0.5]]]},
+            r"win_rate: expected a number in \[0, 1\] where reference > 0; got 1.5",
+        ),
+        ({"win_rate": [[[0.5, np.nan]], [[0.5, 0.5]]]}, "win_rate: expected a number in .*got nan"),
+        ({"win_rate": [[[0.5, 0.5, 0.5]]]}, r"win_rate: expected shape \(any, 1, 2\); got \(1, 1, 3\)"),
+        ({"tau": 0.0}, "tau: expected a finite number > 0; got 0.0"),
+        ({"tau": None}, "tau: expected a finite number > 0; got None"),
+        ({"thresholds": {0: 0.5}}, "thresholds: expected none for the primary objective 0; got 0.5"),
+        ({"thresholds": {2: 0.5}}, r"thresholds: expected objectives 0..1; got one for 2"),
+        ({"thresholds": {1: 1.5}}, r"thresholds: expected a number in \[0, 1\]; got 1.5 for objective 1"),
+        ({"primary": 2}, "primary: expected an objective index in 0..1; got 2"),
+        ({"prompt_weight": [0.0]}, "prompt_weight: expected finite weights >= 0, not all zero"),
+        ({"robustness": -0.1}, "robustness: expected a finite radius >= 0 in nats; got -0.1"),
     ],
 )
 def test_arguments_out_of_range_are_named(changes: dict, message: str) -> None:
@@ -665,13 +671,13 @@ def test_preferences_that_are_not_antisymmetric_are_refused() -> None:
     preference = np.full((1, 1, 2, 2), 0.5)
     preference[0, 0, 0, 1] = 0.7
     behaviour = [[0.5, 0.5]]
-    with pytest.raises(ValueError, match=r"must be 1, got 1.2 at \[0, 0, 0, 1\]"):
+    with pytest.raises(ValueError, match=r"preference: expected .* to sum to 1; got 1.2 at \[0, 0, 0, 1\]"):
         TabularProblem(preference, behaviour, behaviour, 0.1, {})
     preference[0, 0, 1, 0] = 1.3
-    with pytest.raises(ValueError, match=r"preference must lie in \[0, 1\], got 1.3"):
+    with pytest.raises(ValueError, match=r"preference: expected a number in \[0, 1\]; got 1.3"):
         TabularProblem(preference, behaviour, behaviour, 0.1, {})
 
 
 def test_tolerance_must_be_positive() -> None:
-    with pytest.raises(ValueError, match="tolerance must be > 0, got 0"):
+    with pytest.raises(ValueError, match="tolerance: expected a number > 0; got 0"):
         solve(random_problem(0), tolerance=0)

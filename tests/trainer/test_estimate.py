@@ -15,8 +15,8 @@ from transformers import AutoModelForCausalLM
 
 from mopo_kernels.data import PreferenceCollator
 from mopo_kernels.data.synthetic import random_preferences
-from mopo_kernels.trainer.attention import SEGMENTED
-from mopo_kernels.trainer.estimate import estimate_memory, loss_buffer_bytes, optimizer_bytes, tensor_bytes
+from mopo_kernels.trainer.memory_estimate import estimate_memory, loss_buffer_bytes, optimizer_bytes, tensor_bytes
+from mopo_kernels.trainer.shared_prompts import SEGMENTED
 
 # 49 million parameters: large beside what a process's memory wanders by.
 SHAPE = {

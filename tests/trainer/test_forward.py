@@ -11,8 +11,8 @@ from trainer_samples import CONFIGS, batch_of, fresh, gradients, lora, make_mode
 
 from mopo_kernels import naive
 from mopo_kernels.arguments import LogitTransform
-from mopo_kernels.trainer.head import find_transform, output_head
-from mopo_kernels.trainer.layout import take_layout
+from mopo_kernels.trainer.batch_layout import take_layout
+from mopo_kernels.trainer.lm_head import find_transform, output_head
 
 DOUBLE = torch.float64
 

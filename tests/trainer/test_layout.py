@@ -23,10 +23,10 @@ from transformers import (
 
 from mopo_kernels.data import PreferenceCollator, PreferenceExample, PreferencePair
 from mopo_kernels.data.collator import ExampleSize
-from mopo_kernels.trainer import MOPOTrainer, attention, sampler
-from mopo_kernels.trainer.attention import SEGMENTED, row_mask, share_prompts
-from mopo_kernels.trainer.layout import take_layout
+from mopo_kernels.trainer import MOPOTrainer, sampler, shared_prompts
+from mopo_kernels.trainer.batch_layout import take_layout
 from mopo_kernels.trainer.sampler import TokenBudgetSampler
+from mopo_kernels.trainer.shared_prompts import SEGMENTED, row_mask, share_prompts
 
 _SMALL = {"vocab_size": 64, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
 _HEADS = {"num_attention_heads": 2, "num_key_value_heads": 1}
@@ -92,7 +92,7 @@ def test_rows_and_gradients_are_those_of_separate_rows(name: str, implementation
 def test_the_block_mask_is_the_mask() -> None:
     segments, counts = torch.tensor([3, 2, 0, 4, 1, 2]), torch.tensor([3, 1])
     cpu = torch.device("cpu")
-    mask = attention.block_mask(segments, counts, cpu)
+    mask = shared_prompts.block_mask(segments, counts, cpu)
     tokens = int(segments.sum())
     q, k = torch.arange(tokens)[:, None].expand(tokens, tokens), torch.arange(tokens).expand(tokens, tokens)
     assert torch.equal(mask.mask_mod(None, None, q, k), row_mask(segments, counts, cpu)[0, 0])
@@ -260,11 +260,11 @@ def test_a_recurrent_model_is_found_out() -> None:
 def test_a_leak_between_responses_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
     def all_before(segment_length: Tensor, response_count: Tensor, device: torch.device) -> Any:
         tokens = int(segment_length.sum())
-        return attention.Segments([tokens], [0], [])
+        return shared_prompts.Segments([tokens], [0], [])
 
-    monkeypatch.setattr(attention.Segments, "of", staticmethod(all_before))
+    monkeypatch.setattr(shared_prompts.Segments, "of", staticmethod(all_before))
     monkeypatch.setattr(
-        attention, "row_mask", lambda a, b, device: torch.ones(1, 1, int(a.sum()), int(a.sum())).tril().bool()
+        shared_prompts, "row_mask", lambda a, b, device: torch.ones(1, 1, int(a.sum()), int(a.sum())).tril().bool()
     )
     reason = share_prompts(model_of("llama"), None)
     assert "off by" in str(reason)

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from trainer_samples import VOCABULARY, fresh, lora, make_trainer
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from mopo_kernels.trainer.head import product_step
+from mopo_kernels.trainer.lm_head import product_step
 from mopo_kernels.trainer.noise import NoiseOff, check_noise_off
 
 _HIDDEN = {"vocab_size": VOCABULARY, "hidden_size": 16, "num_attention_heads": 2, "num_hidden_layers": 2}

@@ -36,10 +36,10 @@ from transformers import AutoModelForCausalLM
 
 from mopo_kernels.cli.train import parse, train
 from mopo_kernels.data import PreferenceData, load_preferences
-from mopo_kernels.trainer import MOPOTrainer, precompute
+from mopo_kernels.trainer import MOPOTrainer, reference_cache
+from mopo_kernels.trainer.batch_layout import take_layout
 from mopo_kernels.trainer.checkpoint import STATE_FILE
 from mopo_kernels.trainer.forward import PolicyForward
-from mopo_kernels.trainer.layout import take_layout
 from mopo_kernels.trainer.reference_model import copy_parameters, parameters_as
 
 # What a process of its own needs to import this file.
@@ -379,7 +379,7 @@ def test_what_a_crash_leaves_is_used_as_far_as_it_is_sound(left, missing, whole,
 
 
 def test_of_two_at_once_one_computes_and_the_other_waits_for_it(tmp_path, monkeypatch, caplog, passes):
-    monkeypatch.setattr(precompute, "_WAIT_SECONDS", 0.01)
+    monkeypatch.setattr(reference_cache, "_WAIT_SECONDS", 0.01)
     run, begun, go = PolicyForward.reference_logprob, threading.Event(), threading.Event()
 
     def slow(*args, **kwargs):
@@ -408,7 +408,7 @@ def test_of_two_at_once_one_computes_and_the_other_waits_for_it(tmp_path, monkey
 
 
 def test_a_process_that_waited_for_one_that_died_goes_on_from_what_that_left(whole, tmp_path, monkeypatch, passes):
-    monkeypatch.setattr(precompute, "_WAIT_SECONDS", 0.01)
+    monkeypatch.setattr(reference_cache, "_WAIT_SECONDS", 0.01)
     refs = tmp_path / "refs"
     refs.mkdir()
     lock = FileLock(refs / f".{whole.name}.lock")

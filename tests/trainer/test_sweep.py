@@ -17,9 +17,10 @@ import yaml
 from safetensors.torch import load_file
 from trainer_samples import make_config, make_data, make_model, make_tokenizer
 
-from mopo_kernels import cli, evaluation, plots
+from mopo_kernels import cli, plots
 from mopo_kernels.cli.train import train
 from mopo_kernels.data.rendering import Renderer
+from mopo_kernels.evaluation import compare
 from mopo_kernels.tabular import nondominated
 from mopo_kernels.trainer import MOPOTrainer, last_complete_checkpoint
 from mopo_kernels.trainer.sweep import Sweep, SweepPoint, load_sweep
@@ -488,12 +489,10 @@ def test_eval_of_a_sweep_equals_evals_of_its_points_and_samples_the_base_once(sw
     )
     (tmp_path / "prompts.txt").write_text("w1 w2\nw3\nw4 w5 w6\n")
     common = ["--prompts", str(tmp_path / "prompts.txt"), "--judges", f"{tmp_path / 'judges.py'}:JUDGES"]
-    common += ["--max-new-tokens", "5", "--samples", "3", "--device", "cpu"]
+    common += ["--max_new_tokens", "5", "--samples", "3", "--device", "cpu"]
     drawn, loaded = [], []
-    draw = evaluation.sample_responses
-    monkeypatch.setattr(
-        evaluation, "sample_responses", lambda *a, **k: (drawn.append(k["description"]), draw(*a, **k))[1]
-    )
+    draw = compare.sample_responses
+    monkeypatch.setattr(compare, "sample_responses", lambda *a, **k: (drawn.append(k["description"]), draw(*a, **k))[1])
     from transformers import AutoModelForCausalLM
 
     load = AutoModelForCausalLM.from_pretrained
@@ -528,17 +527,17 @@ def test_eval_of_a_sweep_refuses_what_does_not_fit(swept, tmp_path, capsys):
     (tmp_path / "judges.py").write_text("JUDGES = {'kind': lambda prompt, response: len(response)}\n")
     (tmp_path / "prompts.txt").write_text("w1\nw2\n")
     common = ["eval", "--prompts", str(tmp_path / "prompts.txt"), "--judges", f"{tmp_path / 'judges.py'}:JUDGES"]
-    assert cli.main([*common, "--policy", str(swept), "--policy-adapter", "x"]) == 2
-    assert "--policy-adapter must not be given with a sweep" in capsys.readouterr().err
+    assert cli.main([*common, "--policy", str(swept), "--policy_adapter", "x"]) == 2
+    assert "--policy_adapter, --policy_scale: expected neither with a sweep" in capsys.readouterr().err
     assert cli.main([*common, "--policy", str(swept), "--plot", str(tmp_path / "x.png")]) == 2
-    assert "--y must be one of kind, got helpful" in capsys.readouterr().err
+    assert "--y: expected one of kind; got helpful" in capsys.readouterr().err
     assert cli.main([*common, "--policy", str(swept), "--plot", str(tmp_path / "x.png"), "--y", "kind"]) == 2
-    assert "--x must be one of kind, got None" in capsys.readouterr().err
+    assert "--x: expected one of kind; got None" in capsys.readouterr().err
     (tmp_path / "empty").mkdir()
     report = {"primary": "kind", "compared": ["kind"], "points": [{"name": "a", "status": "infeasible"}]}
     (tmp_path / "empty" / "sweep.json").write_text(json.dumps(report))
     assert cli.main([*common, "--policy", str(tmp_path / "empty")]) == 2
-    assert "must be a sweep with a trained point, got 1 points without" in capsys.readouterr().err
+    assert "expected a sweep with a trained point; got 1 points without" in capsys.readouterr().err
 
 
 def test_the_picture_has_every_policy_its_threshold_and_the_front(tmp_path, monkeypatch):
@@ -576,7 +575,7 @@ def test_the_picture_has_every_policy_its_threshold_and_the_front(tmp_path, monk
     plots.plot_policies(values, tmp_path / "x.png", x=["a", "b"], y="y", nondominated=front, scale="win rate")
     assert [ax.get_xlabel() for ax in drawn[1].axes] == ["a: win rate", "b: win rate"]
     with pytest.raises(
-        ValueError, match=r"values must have every objective drawn, got none of \['c'\] for policy 'p0'"
+        ValueError, match=r"values: expected every objective drawn; got none of \['c'\] for policy 'p0'"
     ):
         plots.plot_policies(values, tmp_path / "x.png", x=["c"], y="y", nondominated=[], scale="win rate")
 

@@ -34,8 +34,8 @@ from mopo_kernels.data import (
 )
 from mopo_kernels.dual import ThresholdError, solve_labels
 from mopo_kernels.trainer import MOPOConfig, MOPOTrainer
-from mopo_kernels.trainer.layout import take_layout
-from mopo_kernels.trainer.statistics import Statistics, importance_sums
+from mopo_kernels.trainer.batch_layout import take_layout
+from mopo_kernels.trainer.metrics import Statistics, importance_sums
 
 DOUBLE = torch.float64
 DEMO = Path(__file__).parents[2] / "examples" / "demo" / "data" / "preferences.jsonl"
@@ -860,7 +860,7 @@ def test_bad_settings_are_refused_by_name(changes, message, tmp_path):
     [
         ({"primary": "kind"}, "primary: expected one of helpful, brief; got 'kind'"),
         ({"thresholds": {"kind": 0.4}}, "thresholds: expected objectives among helpful, brief; got 'kind'"),
-        ({"thresholds": {"helpful": 0.4}}, "must not include the primary objective 'helpful'"),
+        ({"thresholds": {"helpful": 0.4}}, "expected none for the primary objective 'helpful'"),
         (
             {"fixed_multipliers": {"kind": 1}, "thresholds": None},
             "fixed_multipliers: expected objectives among helpful",
@@ -909,6 +909,17 @@ def test_examples_rows_and_tables_are_taken_as_they_come(tmp_path):
 def test_over_long_examples_are_refused_with_their_name(tmp_path):
     with pytest.raises(DataError, match="more than the"):
         make_trainer(tmp_path, max_response_length=3).train()
+
+
+def test_over_long_responses_can_be_cut_as_a_sampler_cuts_them(tmp_path):
+    data = make_data(8)
+    trainer = make_trainer(tmp_path, data=data, max_response_length=3, truncate_responses=True, max_steps=1)
+    whole = PreferenceCollator(trainer.data_collator.tokenizer, data.objectives).tokenize(list(data))
+    for item, uncut in zip(trainer.data_collator.tokenize(list(data)), whole, strict=True):
+        assert [list(ids) for ids in item.responses] == [list(ids)[:3] for ids in uncut.responses]
+    assert max(len(ids) for item in whole for ids in item.responses) > 3
+    trainer.train()
+    assert trainer.state.log_history[0]["kl"] == pytest.approx(0.0, abs=1e-6)
 
 
 def test_thresholds_come_as_mapping_text_or_json(tmp_path):

@@ -388,7 +388,9 @@ def linear_lse_fwd(
     blocks = offset_blocks(columns)
     by_row = row_offsets(hidden.dtype)
     if not by_row:
-        checks.expect((exp_logits is None) == (offsets is None), "offsets", "come with exponentials", offsets)
+        checks.expect(
+            (exp_logits is None) == (offsets is None), "offsets", "a tensor with exponentials, and only then", offsets
+        )
         if offsets is None:
             offsets = row_max.new_empty(blocks, rows)
         checks.shape("offsets", offsets, (blocks, rows), "(blocks, R)")

@@ -1,5 +1,5 @@
-"""A number near each row's log-sum-exp, before the product that gives it: the logit of the row's target, or of another
-row of the weight where the target lies elsewhere."""
+"""What each row's statistics start from: a number near its log-sum-exp, before the product that gives it. That is the
+logit of the row's target, or of another row of the weight where the target lies elsewhere."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mopo_kernels.arguments import LogitTransform
+from mopo_kernels.backends.base import RowStats
 from mopo_kernels.backends.triton.math import OPTIONS, interpreted, logit, transform_arguments
 
 # Rows of a program, and the components of hidden that it takes at a time; fewer in the interpreter, where small tests
@@ -17,13 +18,15 @@ BLOCK_R = 8
 BLOCK_H = 64 if interpreted() else 512
 
 
-@triton.jit(do_not_specialize=["bias", "target", "offset", "rows", "start"])
+@triton.jit(do_not_specialize=["bias", "target", "row_max", "sum_exp", "target_logit", "rows", "start"])
 def row_offset_kernel(
     hidden: tl.tensor,
     weight: tl.tensor,
     bias: tl.tensor,
     target: tl.tensor,
-    offset: tl.tensor,
+    row_max: tl.tensor,
+    sum_exp: tl.tensor,
+    target_logit: tl.tensor,
     rows: tl.int32,
     columns: tl.int32,
     hidden_size: tl.int32,
@@ -56,24 +59,26 @@ def row_offset_kernel(
     z, _ = logit(x, inner, outer, slope, CAPPED, SCALED)
     # Any number will do for a target of probability 0; NaN is found in the products.
     z = tl.where((wanted >= 0) & (tl.abs(z) < float("inf")), z, 0.0)
-    tl.store(offset + r, z, mask=r < rows)
+    tl.store(row_max + r, z, mask=r < rows)
+    tl.store(sum_exp + r, tl.zeros((BLOCK_R,), tl.float32), mask=r < rows)
+    tl.store(target_logit + r, tl.zeros((BLOCK_R,), tl.float32), mask=r < rows)
 
 
 def row_offset(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, start: int, transform: LogitTransform
-) -> Tensor:
-    """:meth:`mopo_kernels.backends.base.TileBackend.row_offset`: (R,) fp32."""
+) -> RowStats:
+    """:meth:`mopo_kernels.backends.base.TileBackend.row_offset`: (R,) fp32 each."""
     rows, hidden_size = hidden.shape
-    offset = hidden.new_empty(rows, dtype=torch.float32)
+    stats = RowStats(*(hidden.new_empty(rows, dtype=torch.float32) for _ in RowStats._fields))
     if rows == 0 or weight.shape[0] == 0:
-        return offset.zero_()
+        return RowStats(*(x.zero_() for x in stats))
     with torch.cuda.device_of(hidden):
         row_offset_kernel[(triton.cdiv(rows, BLOCK_R),)](
             hidden,
             weight,
             bias,
             target,
-            offset,
+            *stats,
             rows,
             weight.shape[0],
             hidden_size,
@@ -87,4 +92,4 @@ def row_offset(
             **transform_arguments(transform),
             **OPTIONS,
         )
-    return offset
+    return stats

@@ -14,11 +14,12 @@ from mopo_kernels.backends.triton.math import OPTIONS
 BLOCK = 256
 
 
-@triton.jit(do_not_specialize=["row_max", "sum_exp", "target_logit", "logprob", "logsumexp", "rows"])
+@triton.jit(do_not_specialize=["row_max", "sum_exp", "target_logit", "target", "logprob", "logsumexp", "rows"])
 def row_statistics_kernel(
     row_max: tl.tensor,
     sum_exp: tl.tensor,
     target_logit: tl.tensor,
+    target: tl.tensor,
     logprob: tl.tensor,
     logsumexp: tl.tensor,
     rows: tl.int32,
@@ -35,18 +36,19 @@ def row_statistics_kernel(
     left = (summed - share) / share
     near = -left * (1.0 - 0.5 * left)
     lp = tl.where((left >= 0.0) & (left < 1e-3), near, lp)
-    tl.store(logprob + r, lp, mask=r < rows)
+    scored = tl.load(target + r, mask=r < rows, other=-1) >= 0
+    tl.store(logprob + r, tl.where(scored, lp, 0.0), mask=r < rows)
     # Its rounding would tilt the gradient of the whole row.
     tl.store(logsumexp + r, offset.to(tl.float64) + tl.log(summed.to(tl.float64)), mask=r < rows)
 
 
-def row_statistics(row_max: Tensor, sum_exp: Tensor, target_logit: Tensor) -> tuple[Tensor, Tensor]:
+def row_statistics(
+    row_max: Tensor, sum_exp: Tensor, target_logit: Tensor, target: Tensor, logprob: Tensor, logsumexp: Tensor
+) -> None:
     """:meth:`mopo_kernels.backends.base.TileBackend.row_statistics` for fp32."""
     rows = row_max.shape[0]
-    logprob, logsumexp = torch.empty_like(row_max), row_max.new_empty(rows, dtype=torch.float64)
     with torch.cuda.device_of(row_max):
         if rows:
             row_statistics_kernel[(triton.cdiv(rows, BLOCK),)](
-                row_max, sum_exp, target_logit, logprob, logsumexp, rows, BLOCK=BLOCK, num_warps=2, **OPTIONS
+                row_max, sum_exp, target_logit, target, logprob, logsumexp, rows, BLOCK=BLOCK, num_warps=2, **OPTIONS
             )
-    return logprob, logsumexp

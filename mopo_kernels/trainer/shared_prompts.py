@@ -18,7 +18,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from mopo_kernels.trainer.head import causal_lm, product_step
+from mopo_kernels.trainer.lm_head import causal_lm, product_step
 from mopo_kernels.transfer import to_device
 
 SEGMENTED = "sdpa_shared_prompts"

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from mopo_kernels.functional import pack_responses
-from mopo_kernels.trainer.attention import attention_arguments
-from mopo_kernels.trainer.head import causal_lm, last_hidden_state
+from mopo_kernels.trainer.lm_head import causal_lm, last_hidden_state
+from mopo_kernels.trainer.shared_prompts import attention_arguments
 from mopo_kernels.transfer import to_device
 
 

@@ -27,9 +27,9 @@ from tqdm.auto import tqdm  # type: ignore[import-untyped]
 
 from mopo_kernels.data import PreferenceCollator, PreferenceData
 from mopo_kernels.data.tokenized import text_digest
+from mopo_kernels.trainer.batch_layout import forward_arguments
 from mopo_kernels.trainer.checkpoint import writing
-from mopo_kernels.trainer.head import causal_lm
-from mopo_kernels.trainer.layout import forward_arguments
+from mopo_kernels.trainer.lm_head import causal_lm
 from mopo_kernels.trainer.noise import NOISE
 from mopo_kernels.trainer.reference_model import base_parameters
 

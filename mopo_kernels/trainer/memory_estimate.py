@@ -40,9 +40,9 @@ from torch.utils._pytree import tree_leaves
 
 from mopo_kernels import backends
 from mopo_kernels.fused.buffer_plan import accumulation_dtype, default_buffer_bytes, layout_of
+from mopo_kernels.trainer.batch_layout import PaddedRows, take_layout
 from mopo_kernels.trainer.config import MOPOConfig
-from mopo_kernels.trainer.head import is_peft, last_hidden_state, output_head
-from mopo_kernels.trainer.layout import PaddedRows, take_layout
+from mopo_kernels.trainer.lm_head import is_peft, last_hidden_state, output_head
 
 # Parameters with fewer numbers keep their optimizer's states in full precision.
 _QUANTIZED_FROM = 4096
