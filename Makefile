@@ -51,11 +51,12 @@ test: install lint ## lint, and every test that needs no GPU; about 11 minutes o
 	$(BIN)/$(PYTEST)
 
 # What needs seconds a file: no training, compilers, Triton's interpreter, benchmarks or studies, and few other processes.
-FAST := arguments autograd_modes backends certify chat_templates checks core_edges data_collator data_columns data_loaders \
-	data_report data_schema data_sources dual evaluation front functional import labelling mappings rewards structure \
-	tabular unusual_inputs versions
+FAST := structure versions core/arguments core/autograd_modes core/checks core/edges core/functional core/import \
+	core/mappings core/unusual_inputs backends/backends data/chat_templates data/collator data/columns data/loaders \
+	data/report data/schema data/sources dual/dual tabular/front tabular/solver evaluation/certify evaluation/evaluation \
+	evaluation/labelling evaluation/rewards
 test-fast: install ## the tests for the inner loop: about a minute on 2 cores
-	$(BIN)/$(PYTEST) $(FAST:%=tests/test_%.py)
+	$(BIN)/$(PYTEST) $(foreach name,$(FAST),tests/$(dir $(name))test_$(notdir $(name)).py)
 
 # A model of 1.4 billion parameters, trained for two steps in less than 12 GB; every causal architecture of transformers.
 test-slow: install ## a model of 1.4 billion parameters, every causal architecture of transformers
@@ -63,12 +64,12 @@ test-slow: install ## a model of 1.4 billion parameters, every causal architectu
 
 # The property tests with examples that `make test` has not seen, and many more of them: about an hour on 2 cores.
 fuzz: install ## the property tests on fresh examples; about an hour
-	HYPOTHESIS_PROFILE=fuzz $(BIN)/$(PYTEST) --timeout 0 tests/test_fuzz_*.py
+	HYPOTHESIS_PROFILE=fuzz $(BIN)/$(PYTEST) --timeout 0 tests/*/test_fuzz_*.py
 
 # What other versions of packages can change: not the benchmarks and studies, what other compilers build, or the demo.
-BESIDE_VERSIONS := bench% canonical% certificate% device% demo% gate estimate cuda_build cuda_kernels compile_report \
-	cost_model docs large
-ANY_VERSIONS = $(filter-out $(BESIDE_VERSIONS:%=tests/test_%.py),$(wildcard tests/test_*.py))
+BESIDE_VERSIONS := bench/% gpu/% studies/test_c% examples/test_demo% kernels/test_cuda% docs/test_docs.py \
+	trainer/test_estimate.py trainer/test_large.py
+ANY_VERSIONS = $(filter-out $(addprefix tests/,$(BESIDE_VERSIONS)),$(wildcard tests/test_*.py tests/*/test_*.py))
 # In a copy of the tree with an environment of its own, as the extension is built for one version of torch. $(1): its
 # name; $(2): its lock.
 define test_versions

@@ -30,10 +30,10 @@ from bench import instructions
 ROOT = Path(__file__).resolve().parent.parent
 # Values and gradients against the oracle, the error budget in every dtype, and that two runs are bitwise equal.
 PARITY = (
-    "tests/test_functional.py::test_linear_logprob_equals_the_oracle_for_any_upstream_gradient",
-    "tests/test_functional.py::test_linear_mopo_loss_equals_the_oracle",
-    "tests/test_functional.py::test_error_is_within_the_budget_of_plain_pytorch",
-    "tests/test_functional.py::test_two_runs_are_bitwise_equal",
+    "tests/core/test_functional.py::test_linear_logprob_equals_the_oracle_for_any_upstream_gradient",
+    "tests/core/test_functional.py::test_linear_mopo_loss_equals_the_oracle",
+    "tests/core/test_functional.py::test_error_is_within_the_budget_of_plain_pytorch",
+    "tests/core/test_functional.py::test_two_runs_are_bitwise_equal",
 )
 # How long an interrupted section may take to end its own processes and remove its files.
 PATIENCE = 10.0

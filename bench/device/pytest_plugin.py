@@ -27,7 +27,7 @@ def wanted(item: Any, device: str) -> bool:
     if item.path.parent.name == "gpu":
         on_gpu = item.get_closest_marker("gpu") is not None
         return on_gpu if device == "cuda" else f"[{device}-" in item.name
-    if item.path.name == "test_cuda_kernels.py":
+    if item.path.name == "test_cuda.py":
         return device == "cuda" and "gpu" in item.name
     return True
 
@@ -47,13 +47,13 @@ def stage(item: Any) -> str:
         return "large"
     if dtype == "float64" or "in_fp64" in name:
         return "fp64"
-    if item.path.name == "test_cuda_kernels.py":
+    if item.path.name == "test_cuda.py":
         return "cuda"
     if values.get("backend") in ("torch", "cuda"):
         return str(values["backend"])
     # The kernels' own tests take exponentials, which are bf16, where there is a hidden size.
     half = dtype == "bfloat16" or (dtype is None and values.get("hidden_size", 0) > 0)
-    return "parity" if half and item.path.name in ("test_device_parity.py", "test_kernels.py") else "triton"
+    return "parity" if half and item.path.name in ("test_device_parity.py", "test_triton.py") else "triton"
 
 
 def urgency(item: Any, stages: list[str]) -> tuple[int, bool, bool]:

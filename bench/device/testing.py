@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 from bench.device import building, pytest_plugin, subprocesses
 from bench.device.record import NotHere, Section
 
-FILES = ("tests/gpu", "tests/test_kernels.py", "tests/test_cuda_kernels.py")
+FILES = ("tests/gpu", "tests/kernels/test_triton.py", "tests/kernels/test_cuda.py")
 # Failures whose messages are kept, and names of tests that are printed.
 MESSAGES, PRINTED = 80, 25
 

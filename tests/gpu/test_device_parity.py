@@ -12,8 +12,7 @@ from typing import Any
 import pytest
 import torch
 from places import cases, everywhere, moved, on
-from samples import Batch, make_batch
-from test_functional import BUFFERS, HEADS, OPTIONS
+from samples import BUFFERS, HEADS, OPTIONS, Batch, make_batch
 from torch import Tensor
 
 from mopo_kernels import linear_logprob, linear_mopo_loss, linear_sequence_logprob

@@ -20,9 +20,9 @@ import bad_values
 import pytest
 import torch
 import torch.distributed as dist
+from counting import peak_bytes
 from places import cases, everywhere, on, unavailable
 from samples import Batch, make_batch
-from test_ops import peak_bytes
 from torch import Tensor
 
 from mopo_kernels import linear_logprob, linear_mopo_loss, linear_sequence_logprob
