@@ -77,23 +77,6 @@ def test_a_private_name_stays_in_its_package() -> None:
     assert seen > 1000
 
 
-def test_no_test_module_is_imported_by_another() -> None:
-    """What two of them share stands in tests/helpers."""
-    tests = Path(__file__).parent
-    modules = {path.stem for path in tests.rglob("test_*.py")}
-    helpers = {path.stem for path in (tests / "helpers").glob("*.py")}
-    assert not modules & helpers
-    seen: set[str] = set()
-    for path in tests.rglob("*.py"):
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
-            names += [node.module] if isinstance(node, ast.ImportFrom) and node.module else []
-            assert not modules & set(names), f"{path} imports {names}"
-            seen |= helpers & set(names)
-    # All but what is only run as a script.
-    assert helpers - seen == {"fault_child"}
-
-
 # "name: expected ...; got ...": what an older dialect wrote instead.
 OTHER_DIALECT = re.compile(r"\bmust (be|have|lie|hold|not)\b|, got\b|\bshould be\b|\bneeds to\b")
 
@@ -115,6 +98,23 @@ def test_errors_are_written_in_one_dialect() -> None:
     for path in PACKAGE.rglob("*.py"):
         for text in messages(ast.parse(path.read_text(encoding="utf-8"))):
             assert not OTHER_DIALECT.search(text), f"{path.name}: {text}"
+
+
+def test_no_test_module_is_imported_by_another() -> None:
+    """What two of them share stands in tests/helpers."""
+    tests = Path(__file__).parent
+    modules = {path.stem for path in tests.rglob("test_*.py")}
+    helpers = {path.stem for path in (tests / "helpers").glob("*.py")}
+    assert not modules & helpers
+    seen: set[str] = set()
+    for path in tests.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module] if isinstance(node, ast.ImportFrom) and node.module else []
+            assert not modules & set(names), f"{path} imports {names}"
+            seen |= helpers & set(names)
+    # All but what is only run as a script.
+    assert helpers - seen == {"fault_child"}
 
 
 def names_of(node: ast.AST) -> set[str]:
