@@ -4,7 +4,7 @@
 #include <cstdlib>
 #include <string>
 
-#include "../../csrc/cuda/tile.cu"
+#include "../../../csrc/cuda/tile.cu"
 
 namespace {
 

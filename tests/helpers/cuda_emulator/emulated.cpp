@@ -6,9 +6,9 @@
 
 #define mopo_tile mopo_tile_emulated
 #define kCUDA kCPU
-#include "../../csrc/ops.cpp"
-#include "../../csrc/cuda/binding.cpp"
-#include "../../csrc/cuda/tile.cu"
+#include "../../../csrc/ops.cpp"
+#include "../../../csrc/cuda/binding.cpp"
+#include "../../../csrc/cuda/tile.cu"
 
 extern "C" __attribute__((visibility("default"))) void set_thread_order(bool backward) {
   emulator::order = backward ? emulator::Order::backward : emulator::Order::forward;
