@@ -6,6 +6,7 @@ import contextlib
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from jinja2 import TemplateError
@@ -75,7 +76,7 @@ def test_a_model_card_keeps_hostile_names_in_their_cells(tmp_path):
     assert {row.replace("\\|", "").count("|") for row in rows} == {9}
     assert "<script>" not in card.text
     assert "\x1b" not in card.text
-    assert card.data.base_model is None
+    assert card.data.get("base_model") is None
     assert "license" not in card.data.to_dict()
     assert sum(line.startswith("#") for line in card.text.splitlines()) == 1
 
@@ -147,7 +148,12 @@ def test_tables_show_hostile_names_literally_in_one_line_each(capsys):
         for name in SHOWN:
             assert sum(line.startswith(f" {name} ") for line in text.splitlines()) == 1
     part = {"eval": {}, "train": dict.fromkeys(HOSTILE, 0.5)}
-    point = {"status": "trained", "satisfaction": part, "slack": {"train": {}, "eval": {}}, "multiplier": {}}
+    point: dict[str, Any] = {
+        "status": "trained",
+        "satisfaction": part,
+        "slack": {"train": {}, "eval": {}},
+        "multiplier": {},
+    }
     point |= {"threshold": {}, "thresholds": {}, "seconds": 1.0, "peak_memory_mib": 1.0, "kl": {}, "steps": 1}
     report = {"compared": HOSTILE, "primary": HOSTILE[0], "points": [{"name": name, **point} for name in HOSTILE]}
     headings, rows = sweep_command._columns(report, "train")

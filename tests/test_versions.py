@@ -62,7 +62,9 @@ def test_what_is_installed_is_what_the_lock_says() -> None:
     # Without local parts: which build of torch it is, the lock leaves open.
     # Not of sys.path, to which setuptools adds what it brings along.
     places = [sysconfig.get_paths()[name] for name in ("purelib", "platlib")]
-    found = {canonicalize_name(one.name): one.version.partition("+")[0] for one in metadata.distributions(path=places)}
+    found: dict[str, str] = {
+        canonicalize_name(one.name): one.version.partition("+")[0] for one in metadata.distributions(path=places)
+    }
     assert {name: found[name] for name in locked.keys() & found.keys() if found[name] != locked[name]} == {}
     needed = {
         canonicalize_name(requirement.name)

@@ -139,7 +139,7 @@ class ParetoFront:
     hypervolume: float
 
 
-def _thresholds(problem: TabularProblem, grid: Mapping[int, Sequence[float]] | npt.ArrayLike) -> Array:
+def _thresholds(problem: TabularProblem, grid: Mapping[int, Sequence[float] | Array] | npt.ArrayLike) -> Array:
     """The grid as an array (G, K), NaN where an objective has no threshold."""
     objectives = len(problem.win_rate)
     if isinstance(grid, Mapping):
@@ -167,7 +167,7 @@ def _bounds(row: Array) -> dict[int, float]:
 
 def pareto_front(
     problem: TabularProblem,
-    grid: Mapping[int, Sequence[float]] | npt.ArrayLike,
+    grid: Mapping[int, Sequence[float] | Array] | npt.ArrayLike,
     *,
     tolerance: float = 1e-10,
     reference_point: npt.ArrayLike | None = None,
@@ -277,7 +277,7 @@ class LinearFront:
 
 
 def linear_front(
-    problem: TabularProblem, grid: Mapping[int, Sequence[float]] | npt.ArrayLike | None = None
+    problem: TabularProblem, grid: Mapping[int, Sequence[float] | Array] | npt.ArrayLike | None = None
 ) -> LinearFront:
     """The exact front without the KL term (tau and robustness are not used): what any policy can attain.
 

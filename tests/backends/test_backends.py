@@ -140,13 +140,13 @@ def test_a_nan_logit_is_not_lost(name: str) -> None:
 
 
 class DropsLastColumn(TorchBackend):
-    def lse_fwd(self, tile, bias, target, start, transform, row_max, sum_exp, target_logit):  # type: ignore[no-untyped-def]
+    def lse_fwd(self, tile, bias, target, start, transform, row_max, sum_exp, target_logit):
         bias = None if bias is None else bias[:-1]
         super().lse_fwd(tile[:, :-1], bias, target, start, transform, row_max, sum_exp, target_logit)
 
 
 class ForgetsTheSoftcapsSlope(TorchBackend):
-    def logits_bwd_(self, tile, bias, target, start, transform, logsumexp, grad_logprob):  # type: ignore[no-untyped-def]
+    def logits_bwd_(self, tile, bias, target, start, transform, logsumexp, grad_logprob):
         z = logits(tile, bias, transform)
         tile.copy_(z)
         super().logits_bwd_(tile, None, target, start, PLAIN, logsumexp, grad_logprob)
@@ -227,7 +227,7 @@ def test_cpp_errors_name_the_argument_and_the_value(name: str, change: dict[str,
         "target_logit": torch.zeros(3),
     }
     with pytest.raises(ValueError, match=message):
-        tile_backend(name).lse_fwd(**{**arguments, **change})  # type: ignore[arg-type]
+        tile_backend(name).lse_fwd(**{**arguments, **change})
 
 
 # The build: a package without the extension works and says why.

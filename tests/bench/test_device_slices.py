@@ -143,7 +143,7 @@ def test_runs_do_not_overwrite_each_other(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.delenv("OUT", raising=False)
     assert suite.output(suite.parse([]), gpu) == ROOT / "bench" / "results" / "device_nvidia_h100_80gb_hbm3.json"
     monkeypatch.setenv("OUT", str(tmp_path))
-    runs = (["smoke"], ["full"], ["step"], [], ["--only", "time"], ["--only", "tune,time"])
+    runs: tuple[list[str], ...] = (["smoke"], ["full"], ["step"], [], ["--only", "time"], ["--only", "tune,time"])
     outputs = [suite.output(suite.parse(arguments), name) for arguments in runs for name in (gpu, "NVIDIA H200")]
     assert len(set(outputs)) == len(outputs)
     assert {path.parent for path in outputs} == {tmp_path}

@@ -645,7 +645,7 @@ def test_errors_of_the_sanitizer_are_failures_where_it_sees_a_planted_one(
 
 
 class ForgetsTheTarget(TorchBackend):
-    def logits_bwd_(self, tile, bias, target, *rest):  # type: ignore[no-untyped-def]
+    def logits_bwd_(self, tile, bias, target, *rest):
         super().logits_bwd_(tile, bias, target.clamp(max=-1), *rest)
 
 

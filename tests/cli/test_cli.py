@@ -10,6 +10,7 @@ import sys
 from importlib import metadata
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -173,7 +174,7 @@ def test_a_folder_without_a_model_exits_2(workspace, capsys, tmp_path):
 
 
 def fake_train(monkeypatch: pytest.MonkeyPatch, action) -> None:
-    module = ModuleType("mopo_kernels.cli.train")
+    module: Any = ModuleType("mopo_kernels.cli.train")
     module.train = action
     monkeypatch.setitem(sys.modules, "mopo_kernels.cli.train", module)
 
@@ -278,7 +279,7 @@ def test_data_runs_the_data_application_and_passes_its_exit_code_on(monkeypatch,
     def report() -> None:
         raise ValueError("rows.jsonl:3: bad row")
 
-    module = ModuleType("mopo_kernels.cli.data")
+    module: Any = ModuleType("mopo_kernels.cli.data")
     module.data_app = data_app
     monkeypatch.setitem(sys.modules, "mopo_kernels.cli.data", module)
     assert cli.main(["data", "validate", "rows.jsonl"]) == 0
@@ -522,7 +523,7 @@ def test_options_have_underscores_and_results_are_written_to_output():
     options = {
         name: [option for parameter in command.params for option in (*parameter.opts, *parameter.secondary_opts)]
         for group in (app, data_app)
-        for name, command in typer.main.get_command(group).commands.items()
+        for name, command in typer.main.get_group(group).commands.items()
     }
     assert not [(name, option) for name, names in options.items() for option in names if "-" in option.lstrip("-")]
     assert {name for name, names in options.items() if "--output" in names} == {

@@ -11,6 +11,7 @@ import sys
 import time
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -81,7 +82,7 @@ def test_splits_of_a_local_folder_are_read_by_their_names_with_columns_mapped(fi
     ]
     more = ["--columns", "prompt=topic,system=persona", "--eval_split", "test"]
     _, data, config = parse(arguments(files, *options, *more))
-    parts = load_data(data, config, make_tokenizer())
+    parts: Any = load_data(data, config, make_tokenizer())
     assert [[[turn["content"] for turn in example.prompt] for example in part] for part in parts] == [
         [["Be brief.", "train_prefs"]],
         [["Be brief.", "test_prefs"]],

@@ -60,7 +60,7 @@ def test_a_field_of_a_type_that_no_op_takes_is_refused() -> None:
         (LossOptions(max_ratio=0.5), "max_ratio: expected a number in"),
         (HeadOptions(transform=LogitTransform(temperature=0.0)), "temperature: expected a number in"),
         (HeadOptions(gradient_filter=1.0), "gradient_filter: expected"),
-        (HeadOptions(ignore_index=1.5), "ignore_index: expected"),  # type: ignore[arg-type]
+        (HeadOptions(ignore_index=1.5), "ignore_index: expected"),
     ],
 )
 def test_options_check_themselves(options: LossOptions | HeadOptions, message: str) -> None:

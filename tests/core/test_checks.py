@@ -236,7 +236,7 @@ def test_a_tensor_that_the_precision_cannot_hold_is_named(name: str) -> None:
         wrong = {**arguments, name: with_value(arguments[name], 0, value)}
         with pytest.raises(ValueError, match=f"^{name}: expected (0 or )?a number in"):
             mopo_loss(batch.ref_logprob * 2, batch.ref_logprob, **labels, **wrong)
-    imaginary = {**arguments, name: arguments[name].cfloat()}
+    imaginary = {**arguments, name: arguments[name].to(torch.cfloat)}
     with pytest.raises(ValueError, match=f"^{name}: expected (a real dtype|dtype float32)"):
         mopo_loss(batch.ref_logprob * 2, batch.ref_logprob, **labels, **imaginary)
 

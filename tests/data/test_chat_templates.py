@@ -305,7 +305,8 @@ class TestToolCalls:
             "rejected": [ASKS | {"tool_calls": [other]}],
         }
         (found,) = load_preferences([row])
-        assert [response[0]["tool_calls"] for response in found.responses] == [[CALL], [other]]
+        turns = [response[0] for response in found.responses if isinstance(response, list)]
+        assert [turn["tool_calls"] for turn in turns] == [[CALL], [other]]
         # Responses without a word are equal only if their calls are.
         merged = merge_preferences([load_preferences([row]), load_preferences([row])])
         assert len(merged[0].responses) == 2
@@ -414,7 +415,7 @@ def test_context_beside_text_that_stands_as_it_is_is_refused(more: dict[str, Any
 
 
 def test_examples_that_differ_in_their_tools_or_variables_only_are_tokenised_apart() -> None:
-    own = ({}, {"tools": [TOOL]}, {"chat_template_kwargs": {"more": 1}})
+    own: tuple[dict[str, Any], ...] = ({}, {"tools": [TOOL]}, {"chat_template_kwargs": {"more": 1}})
     rows = [example([USER], **more) for more in own]
     assert len({text_key(row) for row in rows}) == len(rows)
     assert len({text_digest(PreferenceData.from_examples([row]), "id") for row in rows}) == len(rows)
@@ -525,7 +526,7 @@ def test_a_data_set_is_tokenised_once_and_found_again(
     collator.prepare(data, processes)
     other = PreferenceCollator(chat_tokenizer("chatml"), ["a"])
     # Of the examples of the fingerprint only.
-    seen = []
+    seen: list[PreferenceExample] = []
     tokenize = Renderer.tokenize
 
     def counted(self: Renderer, examples: Any) -> Any:

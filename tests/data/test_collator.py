@@ -58,7 +58,7 @@ SPACED = (" yes", " no the river flows")
 def example(
     prompt: Any = "say the word",
     responses: Sequence[Any] = ("yes", "no the river flows"),
-    pairs: Sequence[tuple[int, int, dict[str, float | None]]] = ((0, 1, {"a": 1.0, "b": 0.25}),),
+    pairs: Sequence[tuple[Any, ...]] = ((0, 1, {"a": 1.0, "b": 0.25}),),
     **more: Any,
 ) -> PreferenceExample:
     return PreferenceExample(prompt, tuple(responses), tuple(PreferencePair(*pair) for pair in pairs), **more)

@@ -192,12 +192,12 @@ def test_a_prompt_in_two_overlapping_parts_is_put_together(talk: list[dict[str, 
 def test_system_history_and_prompt_in_columns_are_the_conversation(
     talk: list[dict[str, Any]], format: str, data: st.DataObject
 ) -> None:
-    row: dict[str, Any] = {
+    rows: dict[str, dict[str, Any]] = {
         "canonical": {"responses": ["a", "b"], "pairs": [{"i": 0, "j": 1, "preference": {"k": 1.0}}]},
         "trl": {"chosen": "a", "rejected": "b"},
         "pku-saferlhf": {"response_0": "a", "response_1": "b", "better_response_id": 0},
-    }[format]
-    rest = list(talk)
+    }
+    row, rest = rows[format], list(talk)
     if rest[0]["role"] == "system":
         row["system"] = rest.pop(0)["content"]
     texts = [message["content"] for message in rest[:-1]]

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from statistics import NormalDist
+from typing import Any
 
 import numpy as np
 import pytest
@@ -621,7 +622,7 @@ def test_numbers_in_the_section_on_numerics() -> None:
 # ---- section 14
 
 LEVELS = (0.3, 1.0, 2.0, 3.0)
-DEFAULTS = {field.name: field.default for field in dataclasses.fields(MOPOConfig)}
+DEFAULTS: dict[str, Any] = {field.name: field.default for field in dataclasses.fields(MOPOConfig)}
 
 
 def held_out(divergence: float, rng: np.random.Generator) -> tuple[Array, Array]:
@@ -637,7 +638,7 @@ def held_out(divergence: float, rng: np.random.Generator) -> tuple[Array, Array]
     return score, tilted(size)
 
 
-def estimates(score: Array, ratio: Array) -> dict[str, list[float]]:
+def estimates(score: Array, ratio: Array) -> dict[str, float]:
     """Of one data set, score and log-ratio (100, 4): by name the value; and the effective number of prompts."""
     i, j = np.triu_indices(4, 1)
     first = np.arange(100)[:, None] * 4

@@ -117,6 +117,8 @@ def test_too_few_effective_prompts_or_weights_that_do_not_cover_certify_nothing(
     assert few.refused == ("first rests on an effective number of 29.0 prompts, at least 30 are needed",)
     sums, _ = weighted(rng, 100, 0.3)
     assert certificate(sums, {"first": 0.1}).certified
+    assert sums.importance is not None
+    assert sums.coverage is not None
     left = PromptSums(NAMES, sums.value, sums.total, sums.responses, sums.importance * 0.5 / sums.coverage)
     assert not certificate(left, {"first": 0.1}).certified
     assert "the mean importance weight is 0.50, at least 0.7" in certificate(left, {"first": 0.1}).refused[0]

@@ -6,6 +6,7 @@ import json
 import math
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -94,7 +95,7 @@ def policy(folder: Path) -> evaluation.Policy:
     return evaluation.load_policy(folder, device="cpu")
 
 
-def draw(policy: evaluation.Policy, prompts: list[evaluation.Prompt], **options):
+def draw(policy: evaluation.Policy, prompts: list[Any], **options):
     defaults = {"samples_per_prompt": 2, "max_new_tokens": 6, "batch_size": 4, "seed": 3, "progress": False}
     with policy.active() as model:
         return evaluation.sample_responses(model, policy.tokenizer, prompts, **(defaults | options))

@@ -72,7 +72,7 @@ def test_judges_are_given_everything_at_once_where_they_can_take_it(folders: dic
     calls = []
 
     class Counting(RewardModel):
-        def score_batch(self, prompts, responses):  # type: ignore[no-untyped-def]
+        def score_batch(self, prompts, responses):
             calls.append((list(prompts), list(responses)))
             return super().score_batch(prompts, responses)
 

@@ -148,7 +148,7 @@ def test_the_whole_recipe_runs_and_goes_on_where_it_ended(
     assert len(data) == 140
     labels = [pair.preference[data.objectives[0]] for example in data for pair in example.pairs]
     assert len(set(labels)) > 100
-    assert all(0 < label < 1 for label in labels)
+    assert all(label is not None and 0 < label < 1 for label in labels)
     held = data.objectives[1]
     for name, moves in (("mopo_0.45", False), ("mopo_moving", True), ("mopo_as_printed", True)):
         history = json.loads((output / name / "history.json").read_text())

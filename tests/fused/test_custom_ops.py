@@ -80,8 +80,8 @@ def test_compile_takes_the_full_graph_and_does_not_recompile_per_batch(
         graphs += 1
         return torch._dynamo.lookup_backend("aot_eager")(module, inputs)
 
-    names = ("hidden", "weight", "target", "cu_seqlens", "pairs", "preference", "objective_weight", "bias")
-    names += ("ref_logprob", "pair_weight", "prompt_index", "length")
+    names: tuple[str, ...] = ("hidden", "weight", "target", "cu_seqlens", "pairs", "preference", "objective_weight")
+    names += ("bias", "ref_logprob", "pair_weight", "prompt_index", "length")
 
     def call(*tensors: Tensor) -> Tensor:
         return function(Batch(**dict(zip(names, tensors, strict=True))))

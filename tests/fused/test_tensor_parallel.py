@@ -17,7 +17,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from accelerate import ParallelismConfig
+from accelerate import ParallelismConfig  # type: ignore[import-untyped]
 from samples import CPU_BACKENDS, Batch, make_batch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -66,7 +66,7 @@ def leave() -> None:
 # ------------------------------------------------------------------------------------------------------ the functions
 
 
-def spread(tensor: Tensor, mesh: DeviceMesh) -> Tensor:
+def spread(tensor: Tensor, mesh: DeviceMesh) -> DTensor:
     return distribute_tensor(tensor.detach(), mesh, [Shard(0)])
 
 
@@ -98,6 +98,7 @@ def numbers(batch: Batch, mode: str, mesh: DeviceMesh | None, **options: Any) ->
     if mesh is not None:
         for gradient, leaf in zip(gradients[1:], leaves[1:], strict=True):
             assert isinstance(gradient, DTensor)
+            assert isinstance(leaf, DTensor)
             assert (gradient.placements, gradient.device_mesh) == (leaf.placements, mesh)
     return [*outputs, *(g.full_tensor() if isinstance(g, DTensor) else g for g in gradients)]
 

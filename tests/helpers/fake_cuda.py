@@ -62,7 +62,7 @@ class _Names(TorchFunctionMode):
         self.rules = rules
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if function == Tensor.device.__get__:  # type: ignore[attr-defined]
+        if function == Tensor.device.__get__:
             device = function(*args)
             return DEVICE if device == _META else device
         if function == Tensor.is_cuda.__get__:  # type: ignore[attr-defined]

@@ -40,13 +40,11 @@ def tokenizer(kind: str) -> PreTrainedTokenizerFast:
 def build(kind: str, folder: Path, seed: int = 0) -> Path:
     """A random classifier in ``folder``: GPT-2 with one output, BART and DistilBERT with two."""
     torch.manual_seed(seed)
-    size = {"vocab_size": len(SPECIAL) + len(WORDS)}
+    size: dict[str, Any] = {"vocab_size": len(SPECIAL) + len(WORDS), "num_labels": 1 if kind == "gpt2" else 2}
     network: Any
     if kind == "gpt2":
         network = GPT2ForSequenceClassification(
-            GPT2Config(
-                **size, n_positions=POSITIONS, n_embd=16, n_layer=2, n_head=2, num_labels=1, initializer_range=1.0
-            )
+            GPT2Config(**size, n_positions=POSITIONS, n_embd=16, n_layer=2, n_head=2, initializer_range=1.0)
         )
         network.config.pad_token_id = None
     elif kind == "bart":
@@ -61,7 +59,6 @@ def build(kind: str, folder: Path, seed: int = 0) -> Path:
                 decoder_attention_heads=2,
                 encoder_ffn_dim=32,
                 decoder_ffn_dim=32,
-                num_labels=2,
                 init_std=1.0,
                 pad_token_id=0,
                 bos_token_id=3,
@@ -79,7 +76,6 @@ def build(kind: str, folder: Path, seed: int = 0) -> Path:
                 n_layers=2,
                 n_heads=2,
                 hidden_dim=32,
-                num_labels=2,
                 initializer_range=1.0,
                 pad_token_id=0,
             )

@@ -193,7 +193,7 @@ def run(kind: str, folder: Path, ranks: int, sharded: bool = False, stand_in: in
 def run_deepspeed(kind: str, folder: Path, ranks: int) -> dict[str, Any]:
     """ZeRO-3, in fp32; its gradients are gone when the Trainer's callbacks are called."""
     import deepspeed
-    from accelerate.state import AcceleratorState
+    from accelerate.state import AcceleratorState  # type: ignore[import-untyped]
     from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
     def build_sharded() -> MOPOTrainer:
@@ -272,7 +272,7 @@ def main() -> None:
     torch.set_num_threads(1)
     ranks = int(os.environ["WORLD_SIZE"])
     if "--deepspeed" in sys.argv:
-        from accelerate import PartialState
+        from accelerate import PartialState  # type: ignore[import-untyped]
 
         # accelerate has no DeepSpeed on CPUs by itself: without a backend each rank takes itself for the only one.
         os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"

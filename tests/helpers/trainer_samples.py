@@ -31,8 +31,8 @@ WORDS = [f"w{i}" for i in range(60)]
 VOCABULARY = 64
 DOUBLE = torch.float64
 
-_SMALL = {"vocab_size": VOCABULARY, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
-_HEADS = {"num_attention_heads": 2, "num_key_value_heads": 2}
+_SMALL: dict[str, Any] = {"vocab_size": VOCABULARY, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
+_HEADS: dict[str, Any] = {"num_attention_heads": 2, "num_key_value_heads": 2}
 
 CONFIGS = {
     "llama": LlamaConfig(**_SMALL, **_HEADS, tie_word_embeddings=False),
@@ -198,7 +198,7 @@ class Recorder(TrainerCallback):
 
     def __init__(self, trainer: MOPOTrainer) -> None:
         self.gradients: list[dict[str, Tensor]] = []
-        self.multipliers: list[Tensor] = []
+        self.multipliers: list[dict[str, float]] = []
         self.trainer = trainer
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
@@ -226,8 +226,8 @@ def batch_of(trainer: MOPOTrainer, count: int = 3) -> dict[str, Any]:
     return batch
 
 
-def gradients(model: nn.Module, loss: Tensor) -> dict[str, Tensor | None]:
-    """The loss's gradient with respect to each trained parameter."""
+def gradients(model: nn.Module, loss: Tensor) -> dict[str, Any]:
+    """The loss's gradient with respect to each trained parameter; None where it does not depend on it."""
     model.zero_grad()
     loss.backward()
     return {name: None if p.grad is None else p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}

@@ -61,11 +61,11 @@ class EmulatedBackend(TileBackend):
         self.set_thread_order = ctypes.CDLL(str(library)).set_thread_order
         self.key = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
 
-    def lse_fwd(self, tile, bias, target, start, transform, row_max, sum_exp, target_logit):  # type: ignore[no-untyped-def]
+    def lse_fwd(self, tile, bias, target, start, transform, row_max, sum_exp, target_logit):
         operator = torch.ops.mopo_tile_emulated.fold.default
         operator.redispatch(self.key, tile, bias, target, start, *transform.flatten(), row_max, sum_exp, target_logit)
 
-    def logits_bwd_(self, tile, bias, target, start, transform, logsumexp, grad_logprob):  # type: ignore[no-untyped-def]
+    def logits_bwd_(self, tile, bias, target, start, transform, logsumexp, grad_logprob):
         operator = torch.ops.mopo_tile_emulated.gradient_.default
         operator.redispatch(self.key, tile, bias, target, start, *transform.flatten(), logsumexp, grad_logprob)
 
@@ -89,10 +89,10 @@ class OnDevice(TileBackend):
             if isinstance(value, Tensor) and isinstance(moved, Tensor):
                 value.untyped_storage().copy_(moved.untyped_storage())
 
-    def lse_fwd(self, *arguments):  # type: ignore[no-untyped-def]
+    def lse_fwd(self, *arguments):
         self.call("lse_fwd", *arguments)
 
-    def logits_bwd_(self, *arguments):  # type: ignore[no-untyped-def]
+    def logits_bwd_(self, *arguments):
         self.call("logits_bwd_", *arguments)
 
 
@@ -360,12 +360,12 @@ def test_a_launch_that_fails_is_an_error(emulated: EmulatedBackend, tmp_path: Pa
 
 
 class DropsLastColumn(OnDevice):
-    def lse_fwd(self, tile, bias, *rest):  # type: ignore[no-untyped-def]
+    def lse_fwd(self, tile, bias, *rest):
         self.backend.lse_fwd(tile[:, :-1], None if bias is None else bias[:-1], *rest)
 
 
 class TakesTheTargetForAnyOther(OnDevice):
-    def logits_bwd_(self, tile, bias, target, *rest):  # type: ignore[no-untyped-def]
+    def logits_bwd_(self, tile, bias, target, *rest):
         self.backend.logits_bwd_(tile, bias, target.clamp(max=START - 1), *rest)
 
 

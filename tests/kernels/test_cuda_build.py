@@ -267,4 +267,4 @@ def test_an_unavailable_backend_says_why(recorded: Path, monkeypatch: pytest.Mon
     recorded.write_text(json.dumps({"torch": "1.0", "reason": None, "cuda_reason": "no nvcc"}))
     assert cuda.unavailable_reason.__wrapped__() == "the CUDA extension was not built: no nvcc"
     recorded.write_text(json.dumps({"torch": "1.0", "reason": None}))
-    assert "setup.py has not run here" in cuda.unavailable_reason.__wrapped__()
+    assert "setup.py has not run here" in str(cuda.unavailable_reason.__wrapped__())

@@ -211,8 +211,8 @@ def lse_fwd(
     statistics = Statistics.empty(case.target.shape[0], case.grad_logprob.dtype)
     if case.hidden is not None and backend.row_offsets(case.hidden.dtype):
         assert case.weight is not None
-        at = case.bias, case.target, START, transform
-        statistics = Statistics(*backend.row_offset(case.hidden, case.weight, *at))
+        row_offset = backend.row_offset(case.hidden, case.weight, case.bias, case.target, START, transform)
+        statistics = Statistics(*row_offset)
     for a, b, bias in pieces(case, cuts):
         at = bias, case.target, START + a, transform, *statistics
         if case.tile is not None:
@@ -983,11 +983,12 @@ def test_check_values_asserts(case: str) -> None:
 
     name, change, message = BAD_VALUES[case]
     values = call_values()
-    assert values.batch is not None
+    batch = values.batch
+    assert batch is not None
     if hasattr(values, name):
         values = replace(values, **{name: change(getattr(values, name))})
     else:
-        values = replace(values, batch=replace(values.batch, **{name: change(getattr(values.batch, name))}))
+        values = replace(values, batch=replace(batch, **{name: change(getattr(batch, name))}))
     with pytest.raises(Exception, match=re.escape(message)):
         check_values(values)
     with pytest.raises(ValueError, match=re.escape(message.split(" or equal")[0])):

@@ -176,7 +176,7 @@ def test_opposed_objectives_disagree_and_the_front_is_a_trade_off(seed: int) -> 
 def test_independent_objectives_are_bradley_terry_and_nearly_uncorrelated(seed: int) -> None:
     structure = make("bradley_terry_independent", seed)
     assert max(bradley_terry_defect(p) for p in structure.preference) < 1e-12
-    correlation = np.corrcoef(structure.win_rate.reshape(3, -1))
+    correlation = np.atleast_2d(np.corrcoef(structure.win_rate.reshape(3, -1)))
     assert np.abs(correlation[~np.eye(3, dtype=bool)]).max() < 0.45  # 48 win rates: 3 standard deviations
 
 

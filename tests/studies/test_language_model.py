@@ -340,7 +340,8 @@ def test_a_mixture_of_logits_samples_from_the_weighted_sum_of_log_probabilities(
         seen.append(scores)
         return scores
 
-    found = mixture.generate(input_ids=ids, attention_mask=mask, logits_processor=[processor], **options)[:, width:]
+    options["logits_processor"] = [processor]
+    found = mixture.generate(input_ids=ids, attention_mask=mask, **options)[:, width:]
     assert seen[0].argmax(-1).tolist() == found[:, 0].tolist()
     alone = models[0].generate(input_ids=ids, attention_mask=mask, **options)[:, width:]
     assert not torch.equal(found, alone)

@@ -465,6 +465,8 @@ def test_a_large_problem_takes_a_few_passes_over_it(monkeypatch: pytest.MonkeyPa
     impossible = solve(with_thresholds(problem, 0.3))
     assert 0 < len(passes) <= 60
     assert not impossible.feasible
+    assert impossible.best_bound is not None
+    assert impossible.best_value is not None
     assert impossible.best_bound - impossible.best_value < 1e-9
 
 

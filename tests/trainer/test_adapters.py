@@ -85,7 +85,9 @@ def test_a_trained_adapter_moves_away_from_where_it_started_and_a_copy_keeps_tha
     start = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
     trainer.train()
     assert [line["kl"] for line in trainer.state.log_history if "kl" in line][-1] > 1e-4
-    assert all(torch.equal(trainer.reference.initial[name], value) for name, value in start.items())
+    initial = trainer.reference.initial
+    assert initial is not None
+    assert all(torch.equal(initial[name], value) for name, value in start.items())
 
 
 def test_only_what_adds_nothing_is_switched_off():

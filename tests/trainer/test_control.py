@@ -328,6 +328,7 @@ def test_fresh_answers_are_judged_against_the_stored_ones(tmp_path):
         seed=int(np.random.SeedSequence([42, 2, 0]).generate_state(1)[0]),
         progress=False,
     )
+    assert trainer.dual_dataset is not None
     values, mass = [], []
     for index, (answer,) in zip(part, answers, strict=True):
         example = trainer.dual_dataset[index]

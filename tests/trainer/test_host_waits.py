@@ -37,8 +37,8 @@ def trainer_on_device(
     if trainer.args.reference_update_steps:
         trainer.reference.update(trainer.model)
     for values in (trainer.reference.initial, trainer.reference.snapshot):
-        for name in values or ():
-            values[name] = values[name].to("meta")
+        if values is not None:
+            values.update({name: value.to("meta") for name, value in values.items()})
     trainer.model.to_empty(device="meta")
     monkeypatch.setattr(MOPOConfig, "device", property(lambda self: DEVICE))
     with fake_cuda():

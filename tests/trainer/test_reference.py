@@ -14,6 +14,7 @@ import threading
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -184,7 +185,9 @@ def test_what_the_numbers_depend_on_is_computed_anew_beside_and_refused_at_a_giv
     assert (changed == stored) == ("max_length" in differs)
     with pytest.raises(ValueError, match=r"^reference_path: expected this run's reference log-prob") as caught:
         prepared(tmp_path, reference_path=str(whole), **change())
-    assert re.search(r"got those of (.*) \(name another file", str(caught.value))[1] == differs
+    match = re.search(r"got those of (.*) \(name another file", str(caught.value))
+    assert match is not None
+    assert match[1] == differs
     # Under its own name, too, a file is taken only for what it says it is.
     (other,) = [file for file in files(tmp_path) if file.name != whole.name]
     other.write_bytes(whole.read_bytes())
@@ -588,7 +591,7 @@ def test_a_bfloat16_copy_has_half_the_bytes_of_what_is_multiplied(tmp_path):
 
 def test_what_a_bfloat16_copy_costs(tmp_path):
     """In fp32 0.002 nats times the root of the tokens on this model, under bf16 autocast nothing at all."""
-    found = {}
+    found: dict[Any, torch.Tensor] = {}
     for dtype in ("auto", "bfloat16"):
         trainer, batch = with_copy(tmp_path, make_model(), reference_dtype=dtype)
         moved(trainer.model)

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -236,7 +237,8 @@ def test_what_a_point_leaves_on_the_model_does_not_reach_the_next(changes, files
 
 
 def test_one_backbone_one_reference_pass_and_one_tokenisation_serve_all_points(files, tmp_path, monkeypatch):
-    seen, passes, texts = [], [], []
+    seen, passes = [], []
+    texts: list[tuple[Any, ...]] = []
     run, log_probabilities = MOPOTrainer.train, sys.modules["mopo_kernels.trainer.trainer"].reference_logprobs
     tokenize = Renderer.tokenize
 

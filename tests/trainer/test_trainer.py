@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pandas
 import pytest
@@ -399,7 +400,7 @@ def test_a_lagged_reference_is_the_policy_as_it_was_and_thresholds_follow(kind, 
         **STEERED | {"dual_steps": 100},
     )
     start = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
-    seen = []
+    seen: list[tuple[Any, ...]] = []
 
     class Watch(TrainerCallback):
         def on_step_end(self, args, state, control, **kwargs):
@@ -954,8 +955,8 @@ def test_chosen_and_rejected_responses_are_logged_as_trl_logs_them(length_normal
         before = policy.reference_logprob(*arguments, None)[0]
     length = torch.ones(len(logprob))
     if length_normalize:
-        rows = PreferenceCollator(make_tokenizer(), data.objectives)(list(data))
-        length = (rows["labels"][:, 1:] != -100).sum(1)
+        collated = PreferenceCollator(make_tokenizer(), data.objectives)(list(data))
+        length = (collated["labels"][:, 1:] != -100).sum(1)
     reward = 0.5 * (logprob - before) / length
     rows = []
     for (i, j), label, weight in zip(
