@@ -22,7 +22,7 @@ REFERENCE_POINT = 0.4
 _VOLUMES = 500
 FACTORS = ("constrained-1-s0", "rate", "batch", "tau", "rank", "prompts", "loss", "estimator")
 """Of the exploration: the centre, and how the names of the runs begin in which one thing differs from it."""
-LONG_RUNS = ("constrained-3-s0", "judged-3-s0", "judged-10-s0")
+LONG_RUNS = (*(f"constrained-3-s{seed}" for seed in SEEDS), "judged-3-s0", "constrained-10-s0")
 """Of the exploration, whose multipliers are drawn."""
 README = "README.md"
 RESULTS, EXPLORED = "results.json.gz", "explored.json.gz"
@@ -498,6 +498,14 @@ def _judged(found: Mapping[str, Any], name: str) -> dict[str, Array] | None:
     return None if record is None else rates(record["scores"], found["base.validation"]["result"]["scores"])
 
 
+def _on_held_out_pairs(found: Mapping[str, Any], name: str) -> dict[str, float] | None:
+    """objective -> win rate of a run's last policy by the pairs of other prompts, which it is not asked to answer: as
+    the importance-weighted estimate of its log has it."""
+    history = found.get(name, {}).get("result", {}).get("history", [])
+    lines = [line for line in history if f"eval_satisfaction/{PRIMARY}" in line]
+    return {objective: lines[-1][f"eval_satisfaction/{objective}"] for objective in OBJECTIVES} if lines else None
+
+
 def control_table(found: Mapping[str, Any]) -> list[str]:
     """How well and how long the held objectives stay at what was asked for: a row a kind of control and a length, mean
     over its seeds."""
@@ -506,14 +514,21 @@ def control_table(found: Mapping[str, Any]) -> list[str]:
         for epochs in (1, 3, 10):
             names = [f"{kind}-{epochs}-s{seed}" for seed in SEEDS]
             value = [judged for name in names if (judged := _judged(found, name)) is not None]
-            if not value:
+            pairs = [rate for name in names if (rate := _on_held_out_pairs(found, name)) is not None]
+            if not value and not pairs:
                 continue
-            mean = {name: np.mean([by_prompt[name] for by_prompt in value], 0) for name in OBJECTIVES}
-            off = [abs(float(by_prompt[name].mean()) - THRESHOLDS[name]) for by_prompt in value for name in THRESHOLDS]
-            cells = [str(estimate(mean[name])) for name in OBJECTIVES]
-            asked = kind in ("constrained", "judged")
-            lines.append([kind, str(epochs), str(len(value)), *cells, f"{max(off):.3f}" if asked else "-"])
-    return table(["multipliers", "epochs", "seeds", *OBJECTIVES, "farthest from what was asked"], lines)
+            cells, farthest = ["-"] * len(OBJECTIVES), "-"
+            if value:
+                cells = [str(estimate(np.mean([by_prompt[name] for by_prompt in value], 0))) for name in OBJECTIVES]
+            if value and kind in ("constrained", "judged"):
+                off = [abs(float(rate[name].mean()) - bound) for rate in value for name, bound in THRESHOLDS.items()]
+                farthest = f"{max(off):.3f}"
+            means = [f"{np.mean([rate[name] for rate in pairs]):.3f}" for name in OBJECTIVES] if pairs else ["-"]
+            seeds = str(len(value)) if len(value) == len(pairs) else f"{len(value)} answered, {len(pairs)} trained"
+            lines.append([kind, str(epochs), seeds, *cells, farthest, ", ".join(means)])
+    return table(
+        ["multipliers", "epochs", "seeds", *OBJECTIVES, "farthest from what was asked", "by held-out pairs"], lines
+    )
 
 
 def factor_table(found: Mapping[str, Any]) -> list[str]:
@@ -554,7 +569,8 @@ def explored_lines(content: Mapping[str, Any], out: Path) -> list[str]:
         "## What limits a policy (validation prompts)",
         "",
         f"{asked[0].upper()}{asked[1:]}. Multipliers that follow dual data's labels (constrained) or fresh judged "
-        "answers (judged), fixed at the labels' solution, and none:",
+        "answers (judged), fixed at the labels' solution, and none. Win rates over the base of sampled answers; in the "
+        "last column what pairs of base answers to other prompts say of the same, by importance weights:",
         "",
         *control_table(found),
     ]
@@ -564,7 +580,8 @@ def explored_lines(content: Mapping[str, Any], out: Path) -> list[str]:
     centre = ", ".join(f"{name} {value:g}" for name, value in CENTRE.items())
     lines += [f"One factor at a time, about {centre}, 1 epoch:", "", *factor_table(found)]
     lines += [
-        f"Made by `{' '.join(content['command'])}` at commit {content['commit']}. Everything that was judged:",
+        f"Made by `{' '.join(content['command'])}` at commit {content['commit']} on "
+        f"{content['versions']['gpu'] or 'a CPU'}. Everything that was judged:",
         "",
     ]
     return [*lines, "```", explore_table(found), "```", ""]

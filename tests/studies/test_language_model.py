@@ -121,13 +121,20 @@ def test_the_exploration_runs_on_two_processes_and_is_not_run_again(
     assert again == found
     capsys.readouterr()
 
-    origin = {"command": ["explore"], "commit": "none"}
+    origin = {"command": ["explore"], "commit": "none", "versions": {"gpu": None}}
     written = scheduler.bundle(settings.out, origin, ["constrained-1-s0"])
     assert [path.name for path in written] == ["results.json.gz", "adapter_constrained-1-s0.tar"]
     assert scheduler.read_bundle(written[0])["jobs"] == found
     text = "\n".join(report.explored_lines({"jobs": found, **origin}, settings.out))
     assert "| constrained | 1 | 1 |" in text
+    assert "at commit none on a CPU" in text
     assert "| loss-sigmoid |" in text
+    # A run whose answers nobody has judged is there with what the pairs of other prompts say.
+    unanswered = {name: record for name, record in found.items() if name != "constrained-3-s0.validation"}
+    (row,) = (line for line in report.control_table(unanswered) if line.startswith("| constrained | 3 |"))
+    rates = [trained["history"][-2][f"eval_satisfaction/{name}"] for name in problem.OBJECTIVES]
+    assert row.startswith("| constrained | 3 | 0 answered, 1 trained | - |")
+    assert row.endswith(f"| {', '.join(f'{rate:.3f}' for rate in rates)} |")
     assert (settings.out / "control.png").is_file()
     alone = settings.out / "report"
     report.write_report(settings.out / "none.json.gz", alone, explored=written[0])
