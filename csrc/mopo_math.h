@@ -34,12 +34,12 @@ struct Constant {
 // z = outer * tanh(inner * x) with a softcap, z = slope * x without one; dz/dx = slope * bend, where bend is
 // 1 - tanh(inner * x)^2 or 1.
 template <class T>
-struct Head {
+struct LogitTransform {
   Constant<T> inner;
   Constant<T> outer;
   Constant<T> slope;
 
-  static MOPO_INLINE Head make(double softcap, double logit_scale, double temperature) {
+  static MOPO_INLINE LogitTransform make(double softcap, double logit_scale, double temperature) {
     return {Constant<T>::make(logit_scale / softcap), Constant<T>::make(softcap / temperature),
             Constant<T>::make(logit_scale / temperature)};
   }
@@ -146,12 +146,12 @@ struct Logit {
 
 // x is the product plus the bias.
 template <class Math, bool capped, class F, class T>
-MOPO_INLINE Logit<F> make_logit(F x, const Head<T>& head) {
+MOPO_INLINE Logit<F> make_logit(F x, const LogitTransform<T>& transform) {
   if constexpr (capped) {
-    const TanhSech2<F> t = tanh_sech2<Math, T>(head.inner.times(x));
-    return {head.outer.times(t.tanh), t.sech2};
+    const TanhSech2<F> t = tanh_sech2<Math, T>(transform.inner.times(x));
+    return {transform.outer.times(t.tanh), t.sech2};
   } else {
-    return {head.slope.times(x), F{} + T(1)};
+    return {transform.slope.times(x), F{} + T(1)};
   }
 }
 
@@ -164,15 +164,15 @@ MOPO_INLINE F log_probability(F logit, const Constant<T>& logsumexp) {
 // grad_logprob * d logprob / dx = -factor * exp(z - logsumexp) * bend where the column is not the target; factor, the
 // same for a whole row, is grad_logprob * slope.
 template <class Math, bool capped, class F, class T>
-MOPO_INLINE F other_gradient(F x, const Head<T>& head, const Constant<T>& logsumexp, T factor) {
-  const Logit<F> z = make_logit<Math, capped>(x, head);
+MOPO_INLINE F other_gradient(F x, const LogitTransform<T>& transform, const Constant<T>& logsumexp, T factor) {
+  const Logit<F> z = make_logit<Math, capped>(x, transform);
   return Math::exp(log_probability(z.value, logsumexp)) * (z.bend * -factor);
 }
 
 // The same at the target: 1 - exp(z - logsumexp) written so that it keeps its digits when the probability is near 1.
 template <class Math, bool capped, class F, class T>
-MOPO_INLINE F target_gradient(F x, const Head<T>& head, const Constant<T>& logsumexp, T factor) {
-  const Logit<F> z = make_logit<Math, capped>(x, head);
+MOPO_INLINE F target_gradient(F x, const LogitTransform<T>& transform, const Constant<T>& logsumexp, T factor) {
+  const Logit<F> z = make_logit<Math, capped>(x, transform);
   return Math::expm1(log_probability(z.value, logsumexp)) * (z.bend * -factor);
 }
 

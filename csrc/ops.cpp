@@ -5,10 +5,10 @@
 
 TORCH_LIBRARY(mopo_tile, m) {
   m.def(
-      "fold(Tensor tile, Tensor? bias, Tensor target, int start, float? softcap, float logit_scale, float temperature, "
+      "lse_fwd(Tensor tile, Tensor? bias, Tensor target, int start, float? softcap, float logit_scale, float temperature, "
       "Tensor(a!) row_max, Tensor(b!) sum_exp, Tensor(c!) target_logit) -> ()");
   m.def(
-      "gradient_(Tensor(a!) tile, Tensor? bias, Tensor target, int start, float? softcap, float logit_scale, "
+      "logits_bwd_(Tensor(a!) tile, Tensor? bias, Tensor target, int start, float? softcap, float logit_scale, "
       "float temperature, Tensor logsumexp, Tensor? grad_logprob) -> ()");
   m.def(
       "mark_columns_(Tensor(a!) marked, Tensor tile, Tensor? bias, Tensor target, int start, float? softcap, "

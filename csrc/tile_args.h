@@ -17,18 +17,18 @@ struct TileArgs {
   const int64_t* target;  // (rows,); below 0: not scored
   int64_t start;
   bool capped;
-  Head<T> head;
+  LogitTransform<T> transform;
 };
 
 template <class T>
-struct FoldArgs : TileArgs<T> {
+struct LseFwdArgs : TileArgs<T> {
   T* row_max;  // (rows,), as are the next two
   T* sum_exp;
   T* target_logit;
 };
 
 template <class T>
-struct GradientArgs : TileArgs<T> {
+struct LogitsBwdArgs : TileArgs<T> {
   const double* logsumexp;  // (rows,)
   const T* grad_logprob;    // (rows,) or null for 1
 };

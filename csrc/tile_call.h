@@ -55,12 +55,12 @@ TileArgs<T> tile_args(const at::Tensor& tile, const std::optional<at::Tensor>& b
           target.const_data_ptr<int64_t>(),
           start,
           softcap.has_value(),
-          Head<T>::make(softcap.value_or(1.0), logit_scale, temperature)};
+          LogitTransform<T>::make(softcap.value_or(1.0), logit_scale, temperature)};
 }
 
-// The operator "fold": Device::fold(tile, FoldArgs) does the work.
+// The operator "lse_fwd": Device::lse_fwd(tile, LseFwdArgs) does the work.
 template <class Device>
-void fold(const at::Tensor& tile, const std::optional<at::Tensor>& bias, const at::Tensor& target, int64_t start,
+void lse_fwd(const at::Tensor& tile, const std::optional<at::Tensor>& bias, const at::Tensor& target, int64_t start,
           std::optional<double> softcap, double logit_scale, double temperature, const at::Tensor& row_max,
           const at::Tensor& sum_exp, const at::Tensor& target_logit) {
   const auto cast_bias = check_tile(Device::type, tile, bias, target, softcap, logit_scale, temperature);
@@ -69,15 +69,15 @@ void fold(const at::Tensor& tile, const std::optional<at::Tensor>& bias, const a
   check_rows(target_logit, "target_logit", tile, tile.scalar_type());
   const auto run = [&](auto element) {
     using T = decltype(element);
-    Device::fold(tile, FoldArgs<T>{tile_args<T>(tile, cast_bias, target, start, softcap, logit_scale, temperature),
+    Device::lse_fwd(tile, LseFwdArgs<T>{tile_args<T>(tile, cast_bias, target, start, softcap, logit_scale, temperature),
                                    row_max.data_ptr<T>(), sum_exp.data_ptr<T>(), target_logit.data_ptr<T>()});
   };
   tile.scalar_type() == at::kFloat ? run(float()) : run(double());
 }
 
-// The operator "gradient_": Device::gradient(tile, GradientArgs) does the work.
+// The operator "logits_bwd_": Device::logits_bwd(tile, LogitsBwdArgs) does the work.
 template <class Device>
-void gradient_(const at::Tensor& tile, const std::optional<at::Tensor>& bias, const at::Tensor& target, int64_t start,
+void logits_bwd_(const at::Tensor& tile, const std::optional<at::Tensor>& bias, const at::Tensor& target, int64_t start,
                std::optional<double> softcap, double logit_scale, double temperature, const at::Tensor& logsumexp,
                const std::optional<at::Tensor>& grad_logprob) {
   const auto cast_bias = check_tile(Device::type, tile, bias, target, softcap, logit_scale, temperature);
@@ -87,8 +87,8 @@ void gradient_(const at::Tensor& tile, const std::optional<at::Tensor>& bias, co
   if (grad_logprob) check_rows(*grad_logprob, "grad_logprob", tile, tile.scalar_type());
   const auto run = [&](auto element) {
     using T = decltype(element);
-    Device::gradient(tile,
-                     GradientArgs<T>{tile_args<T>(tile, cast_bias, target, start, softcap, logit_scale, temperature),
+    Device::logits_bwd(tile,
+                     LogitsBwdArgs<T>{tile_args<T>(tile, cast_bias, target, start, softcap, logit_scale, temperature),
                                      exact_logsumexp.const_data_ptr<double>(),
                                      grad_logprob ? grad_logprob->const_data_ptr<T>() : nullptr});
   };

@@ -8,8 +8,8 @@ namespace mopo {
 // Work on rows begin .. end; to mark, on columns begin .. end.
 template <class T>
 struct TileKernels {
-  void (*fold)(const FoldArgs<T>&, int64_t begin, int64_t end);
-  void (*gradient)(const GradientArgs<T>&, int64_t begin, int64_t end);
+  void (*lse_fwd)(const LseFwdArgs<T>&, int64_t begin, int64_t end);
+  void (*logits_bwd)(const LogitsBwdArgs<T>&, int64_t begin, int64_t end);
   void (*mark)(const MarkArgs<T>&, int64_t begin, int64_t end);
 };
 

@@ -48,13 +48,13 @@ struct Cpu {
   static constexpr at::DeviceType type = at::kCPU;
 
   template <class T>
-  static void fold(const at::Tensor& tile, const mopo::FoldArgs<T>& args) {
-    over_rows(tile, args, kernels_for<T>().fold);
+  static void lse_fwd(const at::Tensor& tile, const mopo::LseFwdArgs<T>& args) {
+    over_rows(tile, args, kernels_for<T>().lse_fwd);
   }
 
   template <class T>
-  static void gradient(const at::Tensor& tile, const mopo::GradientArgs<T>& args) {
-    over_rows(tile, args, kernels_for<T>().gradient);
+  static void logits_bwd(const at::Tensor& tile, const mopo::LogitsBwdArgs<T>& args) {
+    over_rows(tile, args, kernels_for<T>().logits_bwd);
   }
 
   // Columns belong to one thread each; those at the targets are marked afterwards.
@@ -73,7 +73,7 @@ struct Cpu {
 }  // namespace
 
 TORCH_LIBRARY_IMPL(mopo_tile, CPU, m) {
-  m.impl("fold", mopo::fold<Cpu>);
-  m.impl("gradient_", mopo::gradient_<Cpu>);
+  m.impl("lse_fwd", mopo::lse_fwd<Cpu>);
+  m.impl("logits_bwd_", mopo::logits_bwd_<Cpu>);
   m.impl("mark_columns_", mopo::mark_columns_<Cpu>);
 }

@@ -9,8 +9,8 @@
 
 namespace {
 
-using mopo::FoldArgs;
-using mopo::GradientArgs;
+using mopo::LseFwdArgs;
+using mopo::LogitsBwdArgs;
 using mopo::MarkArgs;
 using mopo::TileArgs;
 
@@ -55,13 +55,13 @@ MOPO_INLINE T block_logits(const TileArgs<T>& a, const T* row, int64_t first, in
   for (; column + group <= count; column += group) {
     for (int k = 0; k < chains; ++k) {
       const int64_t at = column + k * M::lanes;
-      const F logit = mopo::make_logit<M, capped>(load_product<T, biased>(a, row, first + at), a.head).value;
+      const F logit = mopo::make_logit<M, capped>(load_product<T, biased>(a, row, first + at), a.transform).value;
       M::store(z + at, logit);
       top[k] = M::max(logit, top[k]);
     }
   }
   for (; column + M::lanes <= count; column += M::lanes) {
-    const F logit = mopo::make_logit<M, capped>(load_product<T, biased>(a, row, first + column), a.head).value;
+    const F logit = mopo::make_logit<M, capped>(load_product<T, biased>(a, row, first + column), a.transform).value;
     M::store(z + column, logit);
     top[0] = M::max(logit, top[0]);
   }
@@ -70,7 +70,7 @@ MOPO_INLINE T block_logits(const TileArgs<T>& a, const T* row, int64_t first, in
     for (int lane = 0; lane < M::lanes; ++lane) largest = top[k][lane] > largest ? top[k][lane] : largest;
   }
   for (; column < count; ++column) {
-    z[column] = mopo::make_logit<M, capped>(splat_product<T, biased>(a, row, first + column), a.head).value[0];
+    z[column] = mopo::make_logit<M, capped>(splat_product<T, biased>(a, row, first + column), a.transform).value[0];
     largest = z[column] > largest ? z[column] : largest;
   }
   for (; column % group != 0; ++column) z[column] = -T(__builtin_inf());
@@ -87,14 +87,14 @@ MOPO_INLINE double block_sum(const T* z, int64_t count, T shift) {
   for (int64_t column = 0; column < count; column += group) {
     for (int k = 0; k < chains; ++k) sum[k] += M::exp(M::load(z + column + k * M::lanes) - shift);
   }
-  const F folded = (sum[0] + sum[1]) + (sum[2] + sum[3]);
+  const F summed = (sum[0] + sum[1]) + (sum[2] + sum[3]);
   double total = 0.0;
-  for (int lane = 0; lane < M::lanes; ++lane) total += double(folded[lane]);
+  for (int lane = 0; lane < M::lanes; ++lane) total += double(summed[lane]);
   return total;
 }
 
 template <class T, bool biased, bool capped>
-void fold_rows(const FoldArgs<T>& a, int64_t begin, int64_t end) {
+void lse_fwd_rows(const LseFwdArgs<T>& a, int64_t begin, int64_t end) {
   using M = SimdMath<T>;
   alignas(64) T z[block_columns];
   for (int64_t r = begin; r < end; ++r) {
@@ -113,7 +113,7 @@ void fold_rows(const FoldArgs<T>& a, int64_t begin, int64_t end) {
     }
     const int64_t column = a.target[r] - a.start;
     if (column >= 0 && column < a.width) {
-      a.target_logit[r] = mopo::make_logit<M, capped>(splat_product<T, biased>(a, row, column), a.head).value[0];
+      a.target_logit[r] = mopo::make_logit<M, capped>(splat_product<T, biased>(a, row, column), a.transform).value[0];
     }
     a.row_max[r] = top;
     a.sum_exp[r] = T(total);
@@ -121,7 +121,7 @@ void fold_rows(const FoldArgs<T>& a, int64_t begin, int64_t end) {
 }
 
 template <class T, bool biased, bool capped>
-void gradient_rows(const GradientArgs<T>& a, int64_t begin, int64_t end) {
+void logits_bwd_rows(const LogitsBwdArgs<T>& a, int64_t begin, int64_t end) {
   using M = SimdMath<T>;
   using F = typename M::F;
   for (int64_t r = begin; r < end; ++r) {
@@ -131,48 +131,48 @@ void gradient_rows(const GradientArgs<T>& a, int64_t begin, int64_t end) {
       continue;
     }
     const mopo::Constant<T> logsumexp = mopo::Constant<T>::make(a.logsumexp[r]);
-    const T factor = a.head.slope.times(a.grad_logprob == nullptr ? T(1) : a.grad_logprob[r]);
+    const T factor = a.transform.slope.times(a.grad_logprob == nullptr ? T(1) : a.grad_logprob[r]);
     const int64_t column = a.target[r] - a.start;
     const bool inside = column >= 0 && column < a.width;
     T at_target = T(0);
     if (inside) {
       const F x = splat_product<T, biased>(a, row, column);
-      at_target = mopo::target_gradient<M, capped>(x, a.head, logsumexp, factor)[0];
+      at_target = mopo::target_gradient<M, capped>(x, a.transform, logsumexp, factor)[0];
     }
     int64_t c = 0;
     for (; c + chains * M::lanes <= a.width; c += chains * M::lanes) {
       for (int k = 0; k < chains; ++k) {
         const F x = load_product<T, biased>(a, row, c + k * M::lanes);
-        M::store(row + c + k * M::lanes, mopo::other_gradient<M, capped>(x, a.head, logsumexp, factor));
+        M::store(row + c + k * M::lanes, mopo::other_gradient<M, capped>(x, a.transform, logsumexp, factor));
       }
     }
     for (; c + M::lanes <= a.width; c += M::lanes) {
       const F x = load_product<T, biased>(a, row, c);
-      M::store(row + c, mopo::other_gradient<M, capped>(x, a.head, logsumexp, factor));
+      M::store(row + c, mopo::other_gradient<M, capped>(x, a.transform, logsumexp, factor));
     }
     for (; c < a.width; ++c) {
       const F x = splat_product<T, biased>(a, row, c);
-      row[c] = mopo::other_gradient<M, capped>(x, a.head, logsumexp, factor)[0];
+      row[c] = mopo::other_gradient<M, capped>(x, a.transform, logsumexp, factor)[0];
     }
     if (inside) row[column] = at_target;
   }
 }
 
 template <class T>
-void fold(const FoldArgs<T>& a, int64_t begin, int64_t end) {
+void lse_fwd(const LseFwdArgs<T>& a, int64_t begin, int64_t end) {
   if (a.bias != nullptr) {
-    a.capped ? fold_rows<T, true, true>(a, begin, end) : fold_rows<T, true, false>(a, begin, end);
+    a.capped ? lse_fwd_rows<T, true, true>(a, begin, end) : lse_fwd_rows<T, true, false>(a, begin, end);
   } else {
-    a.capped ? fold_rows<T, false, true>(a, begin, end) : fold_rows<T, false, false>(a, begin, end);
+    a.capped ? lse_fwd_rows<T, false, true>(a, begin, end) : lse_fwd_rows<T, false, false>(a, begin, end);
   }
 }
 
 template <class T>
-void gradient(const GradientArgs<T>& a, int64_t begin, int64_t end) {
+void logits_bwd(const LogitsBwdArgs<T>& a, int64_t begin, int64_t end) {
   if (a.bias != nullptr) {
-    a.capped ? gradient_rows<T, true, true>(a, begin, end) : gradient_rows<T, true, false>(a, begin, end);
+    a.capped ? logits_bwd_rows<T, true, true>(a, begin, end) : logits_bwd_rows<T, true, false>(a, begin, end);
   } else {
-    a.capped ? gradient_rows<T, false, true>(a, begin, end) : gradient_rows<T, false, false>(a, begin, end);
+    a.capped ? logits_bwd_rows<T, false, true>(a, begin, end) : logits_bwd_rows<T, false, false>(a, begin, end);
   }
 }
 
@@ -194,11 +194,11 @@ void mark_block(const MarkArgs<T>& a, int64_t begin, int64_t end) {
       const F least = F{} + a.least[r];
       for (int64_t k = 0; k < vectors; ++k) {
         const F x = load_product<T, biased>(a, row, first + k * M::lanes);
-        less[k] &= (U)(mopo::make_logit<M, capped>(x, a.head).value < least);
+        less[k] &= (U)(mopo::make_logit<M, capped>(x, a.transform).value < least);
       }
       for (int64_t c = vectors * M::lanes; c < count; ++c) {
         const F x = splat_product<T, biased>(a, row, first + c);
-        if (!(mopo::make_logit<M, capped>(x, a.head).value[0] < least[0])) a.marked[first + c] = true;
+        if (!(mopo::make_logit<M, capped>(x, a.transform).value[0] < least[0])) a.marked[first + c] = true;
       }
     }
     for (int64_t k = 0; k < vectors; ++k) {
@@ -220,7 +220,7 @@ void mark(const MarkArgs<T>& a, int64_t begin, int64_t end) {
 
 namespace mopo {
 
-const Kernels MOPO_KERNELS = {{fold<float>, gradient<float>, mark<float>},
-                              {fold<double>, gradient<double>, mark<double>}};
+const Kernels MOPO_KERNELS = {{lse_fwd<float>, logits_bwd<float>, mark<float>},
+                              {lse_fwd<double>, logits_bwd<double>, mark<double>}};
 
 }  // namespace mopo

@@ -14,23 +14,23 @@ struct Cuda {
   static constexpr at::DeviceType type = at::kCUDA;
 
   template <class T>
-  static void fold(const at::Tensor& tile, const mopo::FoldArgs<T>& args) {
+  static void lse_fwd(const at::Tensor& tile, const mopo::LseFwdArgs<T>& args) {
     const c10::DeviceGuard guard(tile.device());
-    C10_CUDA_CHECK(mopo::launch_fold(args, tile.size(0), c10::cuda::getCurrentCUDAStream()));
+    C10_CUDA_CHECK(mopo::launch_lse_fwd(args, tile.size(0), c10::cuda::getCurrentCUDAStream()));
   }
 
   template <class T>
-  static void gradient(const at::Tensor& tile, const mopo::GradientArgs<T>& args) {
+  static void logits_bwd(const at::Tensor& tile, const mopo::LogitsBwdArgs<T>& args) {
     const c10::DeviceGuard guard(tile.device());
-    C10_CUDA_CHECK(mopo::launch_gradient(args, tile.size(0), c10::cuda::getCurrentCUDAStream()));
+    C10_CUDA_CHECK(mopo::launch_logits_bwd(args, tile.size(0), c10::cuda::getCurrentCUDAStream()));
   }
 };
 
 }  // namespace
 
 TORCH_LIBRARY_IMPL(mopo_tile, CUDA, m) {
-  m.impl("fold", mopo::fold<Cuda>);
-  m.impl("gradient_", mopo::gradient_<Cuda>);
+  m.impl("lse_fwd", mopo::lse_fwd<Cuda>);
+  m.impl("logits_bwd_", mopo::logits_bwd_<Cuda>);
 }
 
 // Importing mopo_kernels._cuda loads this library, and with it the registrations; the module itself is empty.

@@ -9,8 +9,8 @@
 
 namespace {
 
-using mopo::FoldArgs;
-using mopo::GradientArgs;
+using mopo::LseFwdArgs;
+using mopo::LogitsBwdArgs;
 using mopo::TileArgs;
 
 constexpr int warp = 32;
@@ -61,26 +61,26 @@ struct Row {
   static constexpr int lanes = Vector<T>::lanes;
 
   T* begin;
-  int64_t head;  // columns before the first vector
+  int64_t leading;  // columns before the first vector
   int64_t vectors;
   int64_t scalars;  // columns in no vector
 
   __device__ Row(const TileArgs<T>& a, int64_t r) : begin(a.tile + r * a.row_stride) {
     const int64_t past = int64_t(reinterpret_cast<uintptr_t>(begin) % sizeof(Vector<T>) / sizeof(T));
-    head = past == 0 ? 0 : lanes - past;
-    if (head > a.width) head = a.width;
-    vectors = (a.width - head) / lanes;
+    leading = past == 0 ? 0 : lanes - past;
+    if (leading > a.width) leading = a.width;
+    vectors = (a.width - leading) / lanes;
     scalars = a.width - vectors * lanes;
   }
 
-  __device__ int64_t vector_column(int64_t v) const { return head + v * lanes; }
+  __device__ int64_t vector_column(int64_t v) const { return leading + v * lanes; }
   __device__ Vector<T>* vector(int64_t v) const { return reinterpret_cast<Vector<T>*>(begin + vector_column(v)); }
-  __device__ int64_t scalar_column(int64_t s) const { return s < head ? s : s + vectors * lanes; }
+  __device__ int64_t scalar_column(int64_t s) const { return s < leading ? s : s + vectors * lanes; }
 
-  // Whether gradient_kernel's grid gives the column to this thread of this block.
+  // Whether logits_bwd_kernel's grid gives the column to this thread of this block.
   __device__ bool is_of_this_thread(int64_t column) const {
-    if (column >= head && column < vector_column(vectors)) {
-      const int64_t v = (column - head) / lanes;
+    if (column >= leading && column < vector_column(vectors)) {
+      const int64_t v = (column - leading) / lanes;
       return v / (depth * threads) == blockIdx.y && v % threads == threadIdx.x;
     }
     return blockIdx.y == 0 && scalar_column(threadIdx.x) == column;
@@ -174,7 +174,7 @@ __device__ double over_block(Over what, double value) {
 
 // One block a row.
 template <class T, bool biased, bool capped>
-__global__ void __launch_bounds__(threads) fold_kernel(FoldArgs<T> a) {
+__global__ void __launch_bounds__(threads) lse_fwd_kernel(LseFwdArgs<T> a) {
   using M = DeviceMath<T>;
   const int64_t r = blockIdx.x;
   const Row<T> row(a, r);
@@ -189,7 +189,7 @@ __global__ void __launch_bounds__(threads) fold_kernel(FoldArgs<T> a) {
       const bool present = first + k * threads < row.vectors;
 #pragma unroll
       for (int i = 0; i < row.lanes; ++i) {
-        const T logit = mopo::make_logit<M, capped>(x[k].lane[i], a.head).value;
+        const T logit = mopo::make_logit<M, capped>(x[k].lane[i], a.transform).value;
         z[k * row.lanes + i] = present ? logit : -T(__builtin_inf());
       }
     }
@@ -197,7 +197,7 @@ __global__ void __launch_bounds__(threads) fold_kernel(FoldArgs<T> a) {
   }
   if (threadIdx.x < row.scalars) {
     const T x = load_scalar<biased>(a, row, row.scalar_column(threadIdx.x));
-    const T z[1] = {mopo::make_logit<M, capped>(x, a.head).value};
+    const T z[1] = {mopo::make_logit<M, capped>(x, a.transform).value};
     seen.take(z);
   }
   const T largest = T(over_block(Over::maximum, double(seen.top)));
@@ -208,30 +208,30 @@ __global__ void __launch_bounds__(threads) fold_kernel(FoldArgs<T> a) {
     a.sum_exp[r] = T(double(a.sum_exp[r]) * rescale(double(before), double(top)) + sum);
     const int64_t column = a.target[r] - a.start;
     if (column >= 0 && column < a.width) {
-      a.target_logit[r] = mopo::make_logit<M, capped>(load_scalar<biased>(a, row, column), a.head).value;
+      a.target_logit[r] = mopo::make_logit<M, capped>(load_scalar<biased>(a, row, column), a.transform).value;
     }
   }
 }
 
 // blockIdx.x is the row, blockIdx.y a stretch of depth * threads vectors of it; the first block takes the scalars too.
 template <class T, bool biased, bool capped>
-__global__ void __launch_bounds__(threads) gradient_kernel(GradientArgs<T> a) {
+__global__ void __launch_bounds__(threads) logits_bwd_kernel(LogitsBwdArgs<T> a) {
   using M = DeviceMath<T>;
   const int64_t r = blockIdx.x;
   const Row<T> row(a, r);
   const bool scored = a.target[r] >= 0;
   const mopo::Constant<T> logsumexp = mopo::Constant<T>::make(a.logsumexp[r]);
-  const T factor = a.head.slope.times(a.grad_logprob == nullptr ? T(1) : a.grad_logprob[r]);
+  const T factor = a.transform.slope.times(a.grad_logprob == nullptr ? T(1) : a.grad_logprob[r]);
   // The target's gradient needs the product that the column's thread is about to overwrite, so that thread computes it.
   const int64_t column = a.target[r] - a.start;
   const bool mine = column >= 0 && column < a.width && row.is_of_this_thread(column);
   T at_target = T(0);
   if (mine) {
     const T x = load_scalar<biased>(a, row, column);
-    at_target = mopo::target_gradient<M, capped>(x, a.head, logsumexp, factor);
+    at_target = mopo::target_gradient<M, capped>(x, a.transform, logsumexp, factor);
   }
   const auto at_other = [&](T x) {
-    return scored ? mopo::other_gradient<M, capped>(x, a.head, logsumexp, factor) : T(0);
+    return scored ? mopo::other_gradient<M, capped>(x, a.transform, logsumexp, factor) : T(0);
   };
   const int64_t first = int64_t(blockIdx.y) * depth * threads + threadIdx.x;
   Vector<T> x[depth] = {};
@@ -267,25 +267,25 @@ cudaError_t launch(void (*kernel)(Args), int64_t rows, int64_t stretches, const 
 namespace mopo {
 
 template <class T>
-cudaError_t launch_fold(const FoldArgs<T>& a, int64_t rows, cudaStream_t stream) {
+cudaError_t launch_lse_fwd(const LseFwdArgs<T>& a, int64_t rows, cudaStream_t stream) {
   if (rows == 0 || a.width == 0) return cudaSuccess;
-  const auto biased = a.capped ? fold_kernel<T, true, true> : fold_kernel<T, true, false>;
-  const auto unbiased = a.capped ? fold_kernel<T, false, true> : fold_kernel<T, false, false>;
+  const auto biased = a.capped ? lse_fwd_kernel<T, true, true> : lse_fwd_kernel<T, true, false>;
+  const auto unbiased = a.capped ? lse_fwd_kernel<T, false, true> : lse_fwd_kernel<T, false, false>;
   return launch(a.bias != nullptr ? biased : unbiased, rows, 1, a, stream);
 }
 
 template <class T>
-cudaError_t launch_gradient(const GradientArgs<T>& a, int64_t rows, cudaStream_t stream) {
+cudaError_t launch_logits_bwd(const LogitsBwdArgs<T>& a, int64_t rows, cudaStream_t stream) {
   if (rows == 0 || a.width == 0) return cudaSuccess;
-  const auto biased = a.capped ? gradient_kernel<T, true, true> : gradient_kernel<T, true, false>;
-  const auto unbiased = a.capped ? gradient_kernel<T, false, true> : gradient_kernel<T, false, false>;
+  const auto biased = a.capped ? logits_bwd_kernel<T, true, true> : logits_bwd_kernel<T, true, false>;
+  const auto unbiased = a.capped ? logits_bwd_kernel<T, false, true> : logits_bwd_kernel<T, false, false>;
   constexpr int64_t stretch = depth * threads * Vector<T>::lanes;
   return launch(a.bias != nullptr ? biased : unbiased, rows, (a.width + stretch - 1) / stretch, a, stream);
 }
 
-template cudaError_t launch_fold(const FoldArgs<float>&, int64_t, cudaStream_t);
-template cudaError_t launch_fold(const FoldArgs<double>&, int64_t, cudaStream_t);
-template cudaError_t launch_gradient(const GradientArgs<float>&, int64_t, cudaStream_t);
-template cudaError_t launch_gradient(const GradientArgs<double>&, int64_t, cudaStream_t);
+template cudaError_t launch_lse_fwd(const LseFwdArgs<float>&, int64_t, cudaStream_t);
+template cudaError_t launch_lse_fwd(const LseFwdArgs<double>&, int64_t, cudaStream_t);
+template cudaError_t launch_logits_bwd(const LogitsBwdArgs<float>&, int64_t, cudaStream_t);
+template cudaError_t launch_logits_bwd(const LogitsBwdArgs<double>&, int64_t, cudaStream_t);
 
 }  // namespace mopo

@@ -9,9 +9,9 @@
 namespace mopo {
 
 template <class T>
-cudaError_t launch_fold(const FoldArgs<T>& args, int64_t rows, cudaStream_t stream);
+cudaError_t launch_lse_fwd(const LseFwdArgs<T>& args, int64_t rows, cudaStream_t stream);
 
 template <class T>
-cudaError_t launch_gradient(const GradientArgs<T>& args, int64_t rows, cudaStream_t stream);
+cudaError_t launch_logits_bwd(const LogitsBwdArgs<T>& args, int64_t rows, cudaStream_t stream);
 
 }  // namespace mopo

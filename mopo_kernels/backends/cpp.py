@@ -44,7 +44,7 @@ class CppBackend(TileBackend):
         sum_exp: Tensor,
         target_logit: Tensor,
     ) -> None:
-        torch.ops.mopo_tile.fold(tile, bias, target, start, *transform.flatten(), row_max, sum_exp, target_logit)
+        torch.ops.mopo_tile.lse_fwd(tile, bias, target, start, *transform.flatten(), row_max, sum_exp, target_logit)
 
     def logits_bwd_(
         self,
@@ -56,7 +56,7 @@ class CppBackend(TileBackend):
         logsumexp: Tensor,
         grad_logprob: Tensor | None,
     ) -> None:
-        torch.ops.mopo_tile.gradient_(tile, bias, target, start, *transform.flatten(), logsumexp, grad_logprob)
+        torch.ops.mopo_tile.logits_bwd_(tile, bias, target, start, *transform.flatten(), logsumexp, grad_logprob)
 
     def mark_columns_(
         self,

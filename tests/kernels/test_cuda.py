@@ -62,11 +62,11 @@ class EmulatedBackend(TileBackend):
         self.key = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
 
     def lse_fwd(self, tile, bias, target, start, transform, row_max, sum_exp, target_logit):
-        operator = torch.ops.mopo_tile_emulated.fold.default
+        operator = torch.ops.mopo_tile_emulated.lse_fwd.default
         operator.redispatch(self.key, tile, bias, target, start, *transform.flatten(), row_max, sum_exp, target_logit)
 
     def logits_bwd_(self, tile, bias, target, start, transform, logsumexp, grad_logprob):
-        operator = torch.ops.mopo_tile_emulated.gradient_.default
+        operator = torch.ops.mopo_tile_emulated.logits_bwd_.default
         operator.redispatch(self.key, tile, bias, target, start, *transform.flatten(), logsumexp, grad_logprob)
 
 

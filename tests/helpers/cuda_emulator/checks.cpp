@@ -21,18 +21,18 @@ void run_tile(int64_t width, int64_t offset, int64_t gap, bool biased, bool capp
   const int64_t rows = 3;
   const int64_t stride = width + gap;
   T* products = filled(offset + (rows - 1) * stride + width, T(0.5)) + offset;
-  const auto head = mopo::Head<T>::make(5.0, 0.7, 1.3);
-  mopo::TileArgs<T> tile = {products, stride, width, nullptr, nullptr, 100, capped, head};
+  const auto transform = mopo::LogitTransform<T>::make(5.0, 0.7, 1.3);
+  mopo::TileArgs<T> tile = {products, stride, width, nullptr, nullptr, 100, capped, transform};
   if (biased) tile.bias = filled(width, T(0.25));
   int64_t* target = filled<int64_t>(rows, -1);
   target[1] = tile.start;
   target[2] = tile.start + width - 1;
   tile.target = target;
   const T infinity = T(INFINITY);
-  const mopo::FoldArgs<T> fold = {tile, filled(rows, -infinity), filled(rows, T(0)), filled(rows, T(0))};
-  const mopo::GradientArgs<T> gradient = {tile, filled(rows, 3.0), biased ? filled(rows, T(2)) : nullptr};
-  if (mopo::launch_fold(fold, rows, nullptr) != cudaSuccess) std::abort();
-  if (mopo::launch_gradient(gradient, rows, nullptr) != cudaSuccess) std::abort();
+  const mopo::LseFwdArgs<T> forward = {tile, filled(rows, -infinity), filled(rows, T(0)), filled(rows, T(0))};
+  const mopo::LogitsBwdArgs<T> backward = {tile, filled(rows, 3.0), biased ? filled(rows, T(2)) : nullptr};
+  if (mopo::launch_lse_fwd(forward, rows, nullptr) != cudaSuccess) std::abort();
+  if (mopo::launch_logits_bwd(backward, rows, nullptr) != cudaSuccess) std::abort();
 }
 
 template <class T>

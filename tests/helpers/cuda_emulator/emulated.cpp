@@ -1,4 +1,4 @@
-// The CUDA backend, all of it, as operators mopo_tile_emulated::fold and ::gradient_ on CPU tensors. They are
+// The CUDA backend, all of it, as operators mopo_tile_emulated::lse_fwd and ::logits_bwd_ on CPU tensors. They are
 // registered for CUDA, as the source says, so that a call has to name that key.
 #include <ATen/core/Tensor.h>
 #include <Python.h>
