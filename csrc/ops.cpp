@@ -5,7 +5,8 @@
 
 TORCH_LIBRARY(mopo_tile, m) {
   m.def(
-      "lse_fwd(Tensor tile, Tensor? bias, Tensor target, int start, float? softcap, float logit_scale, float temperature, "
+      "lse_fwd(Tensor tile, Tensor? bias, Tensor target, int start, float? softcap, float logit_scale, float "
+      "temperature, "
       "Tensor(a!) row_max, Tensor(b!) sum_exp, Tensor(c!) target_logit) -> ()");
   m.def(
       "logits_bwd_(Tensor(a!) tile, Tensor? bias, Tensor target, int start, float? softcap, float logit_scale, "

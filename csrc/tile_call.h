@@ -61,8 +61,8 @@ TileArgs<T> tile_args(const at::Tensor& tile, const std::optional<at::Tensor>& b
 // The operator "lse_fwd": Device::lse_fwd(tile, LseFwdArgs) does the work.
 template <class Device>
 void lse_fwd(const at::Tensor& tile, const std::optional<at::Tensor>& bias, const at::Tensor& target, int64_t start,
-          std::optional<double> softcap, double logit_scale, double temperature, const at::Tensor& row_max,
-          const at::Tensor& sum_exp, const at::Tensor& target_logit) {
+             std::optional<double> softcap, double logit_scale, double temperature, const at::Tensor& row_max,
+             const at::Tensor& sum_exp, const at::Tensor& target_logit) {
   const auto cast_bias = check_tile(Device::type, tile, bias, target, softcap, logit_scale, temperature);
   check_rows(row_max, "row_max", tile, tile.scalar_type());
   check_rows(sum_exp, "sum_exp", tile, tile.scalar_type());
@@ -70,7 +70,7 @@ void lse_fwd(const at::Tensor& tile, const std::optional<at::Tensor>& bias, cons
   const auto run = [&](auto element) {
     using T = decltype(element);
     Device::lse_fwd(tile, LseFwdArgs<T>{tile_args<T>(tile, cast_bias, target, start, softcap, logit_scale, temperature),
-                                   row_max.data_ptr<T>(), sum_exp.data_ptr<T>(), target_logit.data_ptr<T>()});
+                                        row_max.data_ptr<T>(), sum_exp.data_ptr<T>(), target_logit.data_ptr<T>()});
   };
   tile.scalar_type() == at::kFloat ? run(float()) : run(double());
 }
@@ -78,8 +78,8 @@ void lse_fwd(const at::Tensor& tile, const std::optional<at::Tensor>& bias, cons
 // The operator "logits_bwd_": Device::logits_bwd(tile, LogitsBwdArgs) does the work.
 template <class Device>
 void logits_bwd_(const at::Tensor& tile, const std::optional<at::Tensor>& bias, const at::Tensor& target, int64_t start,
-               std::optional<double> softcap, double logit_scale, double temperature, const at::Tensor& logsumexp,
-               const std::optional<at::Tensor>& grad_logprob) {
+                 std::optional<double> softcap, double logit_scale, double temperature, const at::Tensor& logsumexp,
+                 const std::optional<at::Tensor>& grad_logprob) {
   const auto cast_bias = check_tile(Device::type, tile, bias, target, softcap, logit_scale, temperature);
   const bool exact = logsumexp.scalar_type() == at::kDouble;
   check_rows(logsumexp, "logsumexp", tile, exact ? at::kDouble : tile.scalar_type());
@@ -88,9 +88,9 @@ void logits_bwd_(const at::Tensor& tile, const std::optional<at::Tensor>& bias, 
   const auto run = [&](auto element) {
     using T = decltype(element);
     Device::logits_bwd(tile,
-                     LogitsBwdArgs<T>{tile_args<T>(tile, cast_bias, target, start, softcap, logit_scale, temperature),
-                                     exact_logsumexp.const_data_ptr<double>(),
-                                     grad_logprob ? grad_logprob->const_data_ptr<T>() : nullptr});
+                       LogitsBwdArgs<T>{tile_args<T>(tile, cast_bias, target, start, softcap, logit_scale, temperature),
+                                        exact_logsumexp.const_data_ptr<double>(),
+                                        grad_logprob ? grad_logprob->const_data_ptr<T>() : nullptr});
   };
   tile.scalar_type() == at::kFloat ? run(float()) : run(double());
 }

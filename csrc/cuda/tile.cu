@@ -9,8 +9,8 @@
 
 namespace {
 
-using mopo::LseFwdArgs;
 using mopo::LogitsBwdArgs;
+using mopo::LseFwdArgs;
 using mopo::TileArgs;
 
 constexpr int warp = 32;
