@@ -263,13 +263,17 @@ def test_jobs_left_at_the_time_of_the_follow_up_are_given_up_for_it(tmp_path: Pa
 def test_answers_to_the_training_prompts_are_drawn_in_blocks_and_the_same_again(
     settings: work.Settings, tmp_path: Path
 ) -> None:
-    placed = dataclasses.replace(settings, answers=tmp_path / "none yet")
+    placed = dataclasses.replace(settings, answers=tmp_path / "none yet", out=tmp_path)
     _, second = jobs.answer_jobs(103, SCALE)
     assert [second.spec[name] for name in ("first", "prompts")] == [100, 3]
-    drawn = work.set_up(placed)(second)["answers"]
-    assert list(drawn) == problem.train_prompts()[100:103]
-    assert [len(row) for row in drawn.values()] == [SCALE.training_samples] * 3
-    assert work.set_up(placed)(second)["answers"] == drawn
+    found = scheduler.run_jobs([second], tmp_path, work.set_up, placed, workers=1)
+    drawn = found[second.name]["result"]["answers"]
+    prompts = problem.train_prompts()[100:103]
+    base = policies.Policies(settings.model, torch.device("cpu"))
+    rows = SCALE.training_samples
+    again = runs.draw(base.model, base.tokenizer, prompts, rows, second.spec["seed"], 3 * rows, SCALE.tokens)
+    assert drawn == dict(zip(prompts, again, strict=True))
+    assert [len(row) for row in again] == [rows] * 3
     problem.write_answers(placed.answers, drawn)
     assert problem.read_answers(placed.answers) == drawn
     blank = {"a prompt": [" ", "one", "two words"], "another": ["x", "", "y", "z"]}
