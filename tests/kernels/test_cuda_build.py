@@ -22,7 +22,7 @@ from mopo_kernels.backends import cpp, cuda, extension
 
 ROOT = Path(__file__).resolve().parents[2]
 SOURCE = ROOT / "csrc" / "cuda"
-# fold and gradient_, fp32 and fp64, with and without bias, with and without softcap.
+# lse_fwd and logits_bwd_, fp32 and fp64, with and without bias, with and without softcap.
 KERNELS = 16
 
 
@@ -45,7 +45,7 @@ def compile_kernels(nvcc: str, *flags: str, source: Path = SOURCE / "tile.cu") -
 def registers_and_spills(said: str) -> dict[str, tuple[int, int]]:
     """For each kernel, as ptxas -v reports it: registers of a thread, bytes it spills."""
     # Its name twice, then both numbers of bytes spilled, then registers.
-    name = r"entry function '\S*?(fold|gradient)_kernelI(\w)Lb(\d)ELb(\d)E"
+    name = r"entry function '\S*?(lse_fwd|logits_bwd)_kernelI(\w)Lb(\d)ELb(\d)E"
     report = rf"{name}.*?(\d+) bytes spill stores, (\d+) bytes spill loads.*?Used (\d+) registers"
     found = re.findall(report, said, flags=re.DOTALL)
     return {"_".join(name): (int(registers), int(stores) + int(loads)) for *name, stores, loads, registers in found}
@@ -87,7 +87,7 @@ def test_rows_are_read_and_written_16_bytes_at_a_time_and_without_atomics(nvcc: 
         vector = r"v4\.f32" if "kernelIf" in name else r"v2\.f64"
         # Four at a time, before the first is used.
         assert len(re.findall(rf"ld\.global\.{vector}", entry)) >= 4
-        assert (len(re.findall(rf"st\.global\.{vector}", entry)) >= 4) == ("gradient" in name)
+        assert (len(re.findall(rf"st\.global\.{vector}", entry)) >= 4) == ("logits_bwd" in name)
         assert re.search(r"\b(atom|red)\.", entry) is None
 
 
