@@ -46,7 +46,7 @@ demo: install ## tune a 135M chat model under thresholds, and check what the dem
 PYTEST := python -m pytest -q -n auto --dist loadfile
 
 # bitsandbytes is for the tests alone: on a CPU it asks, whenever peft is imported, for a package that downloads kernels.
-test: install lint ## lint, and every test that needs no GPU; about 11 minutes on 2 cores
+test: install lint ## lint, and every test that needs no GPU; about 13 minutes on 2 cores
 	$(BIN)/python -m pip install --quiet --constraint $(LOCK) bitsandbytes
 	$(BIN)/$(PYTEST)
 

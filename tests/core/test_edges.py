@@ -26,6 +26,7 @@ from mopo_kernels import (
     pack_responses,
 )
 from mopo_kernels.arguments import HeadInputs, HeadOptions
+from mopo_kernels.backends import availability
 from mopo_kernels.backends.cpp import CppBackend, has_native_products
 from mopo_kernels.fused import linear_logprob as fused_logprob
 from mopo_kernels.fused.buffer_plan import Layout, layout_of, row_chunks
@@ -509,3 +510,33 @@ def test_chunks_of_rows_are_the_fewest_that_fit_and_fill_the_blocks_of_products(
 def test_rows_for_the_fused_product_go_in_whole_blocks() -> None:
     assert list(row_chunks(10_000, 4_200, 128)) == [(0, 3_456), (3_456, 6_784), (6_784, 10_000)]
     assert list(row_chunks(10_000, 4_200)) == [(0, 3_333), (3_333, 6_666), (6_666, 10_000)]
+
+
+@pytest.mark.parametrize("trained", [("weight",), ("hidden",), ("hidden", "weight", "bias")], ids="+".join)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("backend", [*CPU_BACKENDS, "triton"])
+def test_memory_that_nobody_wrote_is_not_read(backend: str, dtype: torch.dtype, trained: tuple[str, ...]) -> None:
+    """Not where tokens are ignored, responses empty or without pairs, nor in chunks of a few rows."""
+    if backend == "triton" and availability()["triton"] is not None:
+        pytest.skip(str(availability()["triton"]))
+    batch = make_batch(prompts=3, responses=3, longest=5, hidden=8, dtype=dtype)
+    leaves = {name: getattr(batch, name).requires_grad_() for name in trained}
+    batch = dataclasses.replace(batch, **leaves)
+
+    def call() -> list[Tensor]:
+        options = {**batch.loss_options("regression"), "backend": backend, "max_buffer_bytes": 4096}
+        # The last prompt's responses are in no pair.
+        options["pair_weight"] = batch.pair_weight[:-3]
+        pairs = {"pairs": batch.pairs[:-3], "preference": batch.preference[:-3]}
+        output = linear_mopo_loss(*dataclasses.replace(batch, **pairs).loss_arguments(), **options)
+        return [*(x.detach() for x in output), *torch.autograd.grad(output.loss, list(leaves.values()))]
+
+    expected = call()
+    torch.use_deterministic_algorithms(True, warn_only=True)  # fills new memory with NaN
+    try:
+        found = call()
+    finally:
+        torch.use_deterministic_algorithms(False)
+    for value, other in zip(expected, found, strict=True):
+        torch.testing.assert_close(other, value, rtol=0, atol=0, equal_nan=True)
+    assert all(bool(x.isfinite().all()) for x in expected[-len(leaves) :])
