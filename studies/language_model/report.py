@@ -488,9 +488,9 @@ python -m studies.language_model report --explored runs/study/explore/results.js
 ```
 
 `--deadline SECONDS` begins no job after so long, and bundles what there is; `--list` shows the jobs. The model is the
-demo's (`examples/demo/make_model.py`), prompts and judges are, too. Pairs are of the base model's answers as they stand,
-unfinished ones too: answers.jsonl, drawn by `python -m studies.language_model sample --device cuda` at commit 34122e32d5ed
-on an NVIDIA H100 with torch 2.11.
+demo's (`examples/demo/make_model.py`), prompts and judges are, too. Pairs are of the base model's answers as they
+stand, unfinished ones too: answers.jsonl, drawn by `python -m studies.language_model sample --device cuda` at commit
+34122e32d5ed on an NVIDIA H100 with torch 2.11.
 """
 
 
